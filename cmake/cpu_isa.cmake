@@ -1,0 +1,22 @@
+# specextend_add_isa(<target>): one object library per CPU instruction set. Their sources
+# (csrc/cpu/isa/*.cpp) see raw pointers and PODs only: inline code shared with other translation
+# units, compiled with these flags, could be picked by the linker for a machine that lacks them.
+function(specextend_add_isa target)
+  set(isas baseline)
+  if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
+    list(APPEND isas avx2 avx512 avx512_bf16)
+  endif()
+  set(flags_baseline "")
+  set(flags_avx2 -mavx2 -mfma -mf16c)
+  set(flags_avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c)
+  set(flags_avx512_bf16 ${flags_avx512} -mavx512bf16)
+  foreach(isa IN LISTS isas)
+    add_library(isa_${isa} OBJECT csrc/cpu/isa/${isa}.cpp)
+    target_include_directories(isa_${isa} PRIVATE csrc)
+    target_compile_options(isa_${isa} PRIVATE -O3 -Wall -Wextra -ffp-contract=off ${flags_${isa}})
+    target_compile_definitions(isa_${isa} PRIVATE SPECEXTEND_ISA=${isa})
+    target_link_libraries(${target} PRIVATE isa_${isa})
+    string(TOUPPER ${isa} upper)
+    target_compile_definitions(${target} PRIVATE SPECEXTEND_HAS_ISA_${upper})
+  endforeach()
+endfunction()

@@ -1,0 +1,18 @@
+// Compiled once per instruction set (cmake/cpu_isa.cmake), each time in a namespace of its own, so
+// that no inline function built with one set's flags can serve another.
+
+#include "cpu/isa.h"
+
+#define SPECEXTEND_CONCAT_(a, b) a##b
+#define SPECEXTEND_CONCAT(a, b) SPECEXTEND_CONCAT_(a, b)
+#define SPECEXTEND_STRING_(a) #a
+#define SPECEXTEND_STRING(a) SPECEXTEND_STRING_(a)
+
+namespace specextend::cpu {
+
+extern const Isa SPECEXTEND_CONCAT(isa_, SPECEXTEND_ISA);
+const Isa SPECEXTEND_CONCAT(isa_, SPECEXTEND_ISA) = {
+    SPECEXTEND_STRING(SPECEXTEND_ISA),
+};
+
+}  // namespace specextend::cpu

@@ -1,0 +1,40 @@
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "cpu/cpu.h"
+#include "math.h"
+
+namespace specextend::cpu {
+namespace {
+
+template <typename T>
+void run(const MergeStatesParams& p) {
+  torch::stable::parallel_for(0, p.num_rows, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const MergeWeights w = merge_weights(p.lse_a[row], p.lse_b[row]);
+      const T* a = static_cast<const T*>(p.o_a) + row * p.head_dim;
+      const T* b = static_cast<const T*>(p.o_b) + row * p.head_dim;
+      T* o = static_cast<T*>(p.o) + row * p.head_dim;
+      for (int d = 0; d < p.head_dim; ++d) {
+        // An empty side may hold anything: its weight is 0, its value must not become NaN * 0.
+        const float x = w.a == 0.f ? 0.f : w.a * float(a[d]);
+        const float y = w.b == 0.f ? 0.f : w.b * float(b[d]);
+        o[d] = T(x + y);
+      }
+      p.lse[row] = w.lse;
+    }
+  });
+}
+
+}  // namespace
+
+void merge_states(const MergeStatesParams& p, DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return run<float>(p);
+    case DType::kFloat16: return run<c10::Half>(p);
+    case DType::kBFloat16: return run<c10::BFloat16>(p);
+  }
+}
+
+}  // namespace specextend::cpu

@@ -1,0 +1,68 @@
+#pragma once
+
+// Plain parameters of every kernel, CPU and CUDA. Letters: B batch, M query rows, N tree keys,
+// S cache capacity, P prefix length, Hq and Hkv heads, D head dim, V vocabulary, L layers.
+// Strides are in elements; the last dimension of a tensor with strides has stride 1.
+
+#include <cstdint>
+
+namespace specextend {
+
+enum class DType : int { kFloat32, kFloat16, kBFloat16 };
+
+constexpr int kMaxLayers = 256;  // layers that one launch of compact_kv or gather_chunks serves
+
+// Attention of M rows against a prefix, which all of them see, and N tree keys behind it.
+struct TreeAttentionParams {
+  const void* q;  // [B, M, Hq, D]
+  const void* k;  // [B, S, Hkv, D]; rows [0, P) are the prefix, rows [P, P + N) the tree's own
+  const void* v;  // [B, S, Hkv, D]
+  int64_t q_stride_b, q_stride_m, q_stride_h;
+  int64_t k_stride_b, k_stride_s, k_stride_h;
+  int64_t v_stride_b, v_stride_s, v_stride_h;
+  const int32_t* prefix_lens;  // [B]: P, clamped to [0, S - N]
+  const uint64_t* mask;        // [B, M, ceil(N / 64)] packed visibility (tree.h); null: a chain
+  const int32_t* q_depths;     // [B, M]: position of a row is P + depth; null: a chain's
+  const int32_t* k_depths;     // [B, N]: likewise for the tree's keys; both are read with a window only
+  const float* sinks;          // [Hq]: a logit that takes part in the softmax with no value; or null
+  void* out;                   // [B, M, Hq, D], contiguous
+  float* lse;                  // [B, M, Hq], natural log, over the keys alone (without the sink)
+  float* chunk_lse;            // [B, M, Hq, num_chunks] over the prefix's chunks, or null
+  int64_t capacity;            // S
+  int batch, num_rows, num_tree_keys, num_heads, num_kv_heads, head_dim;
+  int chunk_size, num_chunks;  // num_chunks = ceil(S / chunk_size)
+  int window;                  // keys at positions > position - window are seen; 0: all
+  float scale, softcap;        // softcap 0: none, else logits become softcap * tanh(logit / softcap)
+};
+
+// Two partial attentions over disjoint key sets -> one. All tensors contiguous.
+struct MergeStatesParams {
+  const void* o_a;     // [rows, D]
+  const float* lse_a;  // [rows], natural log; -inf or +inf marks an empty key set
+  const void* o_b;
+  const float* lse_b;
+  void* o;
+  float* lse;
+  int64_t num_rows;
+  int head_dim;
+};
+
+// One tensor [B, S, Hkv, D] per layer, for ops that serve all layers at once.
+struct LayerPointers {
+  void* data[kMaxLayers];
+};
+
+// Rows P + path[i] move to P + i, i <= num_accepted, in every cache (K and V of all layers).
+struct CompactKvParams {
+  LayerPointers caches;         // [B, S, Hkv, D] each, all of one shape and stride
+  const int32_t* prefix_lens;   // [B]
+  const int32_t* path;          // [B, path_len], path[0] = 0, strictly increasing
+  const int32_t* num_accepted;  // [B], < path_len
+  int64_t stride_b, stride_s, stride_h;
+  int64_t capacity;
+  int num_caches, batch, path_len, num_kv_heads;
+  int row_bytes;      // D * element size
+  int element_bytes;  // strides are in elements
+};
+
+}  // namespace specextend

@@ -1,0 +1,29 @@
+"""Lossless long-context speculative decoding: kernels, and a drop-in for Hugging Face models.
+
+``import specextend._C`` registers ``torch.ops.specextend.*``; ``specextend.ops`` wraps them with
+documentation; :class:`SpecExtend` drives the draft-verify loop.
+"""
+
+import torch  # noqa: F401  libtorch is in the process before _C needs it
+
+__version__ = "0.1.0"
+
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        "specextend's compiled module is missing or does not load in this Python "
+        f"({error}). Install the package (`pip install .` in its source folder) and do not run "
+        "Python inside that folder with a package that was not built in place "
+        "(`pip install --no-build-isolation -e .` builds it there)."
+    ) from error
+
+if _C.version != __version__:
+    raise ImportError(
+        f"specextend's compiled module is stale: it was built for version {_C.version}, the Python "
+        f"files are version {__version__}. Install the package again (`pip install .`)."
+    )
+
+from . import ops  # noqa: E402
+
+__all__ = ["__version__", "ops"]

@@ -1,0 +1,9 @@
+"""The ops as Python functions, one module each: wrapper, fake kernel, documentation.
+
+Each calls ``torch.ops.specextend.<name>``, which ``import specextend._C`` alone registers. None reads
+a device-side length on the host, none synchronises, and all work under CUDA graph capture.
+"""
+
+from .merge_states import merge_states
+
+__all__ = ["merge_states"]

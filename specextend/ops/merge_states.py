@@ -1,0 +1,28 @@
+import torch
+from torch import Tensor
+
+_merge_states = torch.ops.specextend.merge_states.default
+
+
+def merge_states(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge the attentions of the same queries over two disjoint key sets.
+
+    The log-sum-exp merge of split-prefix tree attention (SpecExtend section 3, LongSpec's hybrid
+    tree attention), with fp32 weights.
+
+    Args:
+        o_a, o_b: [..., D], fp32, fp16 or bf16, contiguous. Output of each part.
+        lse_a, lse_b: [...], fp32, contiguous. Natural log of the softmax denominators, scale
+            included; -inf (or +inf, as some libraries write it) says that the part saw no key, and
+            its output is then not read.
+
+    Returns:
+        o: like ``o_a``, the attention over the union; 0 where both parts are empty.
+        lse: like ``lse_a``; -inf where both are empty.
+    """
+    return _merge_states(o_a, lse_a, o_b, lse_b)
+
+
+@torch.library.register_fake("specextend::merge_states")
+def _(o_a, lse_a, o_b, lse_b):
+    return torch.empty_like(o_a), torch.empty_like(lse_a)
