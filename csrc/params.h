@@ -65,4 +65,51 @@ struct CompactKvParams {
   int element_bytes;  // strides are in elements
 };
 
+// Longest path of a tree along the target's own choices. All tensors contiguous.
+struct VerifyTreeParams {
+  const int64_t* tokens;         // [B, N], root first
+  const int32_t* parents;        // [B, N], in any order but for the root, which is node 0
+  const int64_t* target_tokens;  // [B, N]: the target's choice after each node; negative: none
+  int32_t* path;                 // [B, N] nodes, path[0] = 0, tail -1
+  int32_t* num_accepted;         // [B]
+  int64_t* emitted;              // [B, N]: accepted tokens, then the target's own, tail -1
+  int64_t* next_root;            // [B]: the last token emitted
+  int batch, num_nodes;
+};
+
+// One token per row of logits: the largest, or drawn with a uniform number.
+struct SampleNodesParams {
+  const void* logits;  // [B, N, V]
+  int64_t stride_b, stride_n;
+  const void* uniforms;  // [B, N] contiguous, or null: the largest
+  bool uniforms_are_double;
+  int64_t* tokens;  // [B, N]
+  int64_t vocab;
+  int batch, num_nodes;
+};
+
+// The top_k children of every frontier node, and the best `width` of all: the next frontier.
+struct ExpandTreeParams {
+  const void* logits;  // [B, F, V]
+  int64_t stride_b, stride_f;
+  const float* beam_logp;  // [B, F] cumulative
+  int64_t* cand_tokens;    // [B, F, top_k]
+  float* cand_logp;        // [B, F, top_k] cumulative, descending per node
+  int32_t* beam;           // [B, width] indices into the F * top_k candidates
+  float* beam_logp_out;    // [B, width]
+  int64_t vocab;
+  int batch, frontier, top_k, width;
+};
+
+// The best nodes of a pool of candidates, as a tree. All tensors contiguous.
+struct FinalizeTreeParams {
+  const float* logp;       // [B, T] cumulative
+  const int32_t* parents;  // [B, T] pool indices below their own; -1: the root
+  int32_t* nodes;          // [B, n] pool indices, ascending
+  int32_t* tree_parents;   // [B, 1 + n], the root being node 0
+  int32_t* depths;         // [B, 1 + n]
+  uint64_t* mask;          // [B, 1 + n, ceil((1 + n) / 64)] ancestor-or-self (tree.h)
+  int batch, num_candidates, num_nodes;
+};
+
 }  // namespace specextend

@@ -8,4 +8,9 @@ namespace specextend::cpu {
 
 void merge_states(const MergeStatesParams& p, DType dtype);
 
+void verify_tree(const VerifyTreeParams& p);
+void sample_nodes(const SampleNodesParams& p, DType dtype);
+void expand_tree(const ExpandTreeParams& p, DType dtype);
+void finalize_tree(const FinalizeTreeParams& p);
+
 }  // namespace specextend::cpu

@@ -5,5 +5,6 @@ a device-side length on the host, none synchronises, and all work under CUDA gra
 """
 
 from .merge_states import merge_states
+from .verify_tree import verify_tree
 
-__all__ = ["merge_states"]
+__all__ = ["merge_states", "verify_tree"]
