@@ -4,6 +4,8 @@
 documentation; :class:`SpecExtend` drives the draft-verify loop.
 """
 
+import importlib
+
 import torch  # noqa: F401  libtorch is in the process before _C needs it
 
 __version__ = "0.1.0"
@@ -26,4 +28,25 @@ if _C.version != __version__:
 
 from . import ops  # noqa: E402
 
-__all__ = ["__version__", "ops"]
+# The loop needs transformers, which takes seconds to import; the kernels alone do not.
+_LAZY = {
+    "SpecConfig": "config",
+    "SpecExtend": "decode",
+    "Step": "decode",
+    "SpecStats": "stats",
+    "UnsupportedModelError": "guard",
+}
+
+__all__ = [*_LAZY, "__version__", "ops"]
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted(__all__)

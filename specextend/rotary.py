@@ -1,0 +1,98 @@
+"""How a model's keys carry positions, found out by asking the model.
+
+Retrieval moves keys to other positions (``gather_chunks``), which is exact for rotary embeddings
+(RoFormer, arXiv 2104.09864) once their frequencies and layout are known. Names of buffers and layouts
+differ between model families; two forwards at shifted positions show which fits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .attention import Pass, PatchedModel
+from .cache import KVCache
+
+_SHIFT = 64  # positions; far enough that a wrong frequency shows
+_TOKENS = 6
+
+
+@dataclass
+class Rotary:
+    """Rotary position embedding of every layer's keys.
+
+    Attributes:
+        inv_freq: [L, R / 2] fp32, angle per position of each pair of the first R dimensions.
+        interleaved: pairs are neighbours (GPT-J) instead of halves (Llama).
+    """
+
+    inv_freq: Tensor
+    interleaved: bool
+
+
+def rotate(keys: Tensor, shift: int, inv_freq: Tensor, interleaved: bool) -> Tensor:
+    """[..., D] keys moved by ``shift`` positions; computed in fp64."""
+    r = 2 * inv_freq.shape[0]
+    x, rest = keys.double().split([r, keys.shape[-1] - r], -1)
+    angle = inv_freq.double() * shift
+    cos, sin = angle.cos(), angle.sin()
+    if interleaved:
+        a, b = x[..., 0::2], x[..., 1::2]
+        x = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+    else:
+        a, b = x.chunk(2, -1)
+        x = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.cat([x, rest], -1)
+
+
+def probe_rotary(model: PreTrainedModel) -> Rotary:
+    """Find frequencies and layout of a model's rotary embedding.
+
+    Two forwards over a few tokens at positions 0.. and 64..: in every layer, keys of the second must
+    be those of the first, rotated.
+
+    Raises:
+        ValueError: positions are not rotary, or not in a way that fits any layout known here.
+    """
+    frequencies = [
+        buffer.float()
+        for name, buffer in model.named_buffers()
+        if name.endswith("inv_freq") and "original" not in name and buffer.dim() == 1
+    ]
+    patched = PatchedModel(model)
+    near, far = (_keys(patched, first) for first in (0, _SHIFT))
+    tolerance = 1e-3 if near[0].dtype == torch.float32 else 6e-2
+    for interleaved in (False, True):
+        chosen = []
+        for a, b in zip(near, far, strict=True):
+            fits = [
+                f
+                for f in frequencies
+                if 2 * f.shape[0] <= a.shape[-1]
+                and (rotate(a, _SHIFT, f, interleaved) - b).norm() <= tolerance * b.double().norm()
+            ]
+            if not fits:
+                break
+            chosen.append(fits[0])
+        else:
+            if len({f.shape for f in chosen}) == 1:
+                return Rotary(torch.stack(chosen), interleaved)
+    raise ValueError(
+        f"the draft {type(model).__name__} does not carry positions as rotary embeddings that could be "
+        'moved, which draft_cache="window" and "retrieval" need; use draft_cache="full"'
+    )
+
+
+@torch.inference_mode()
+def _keys(patched: PatchedModel, first: int) -> list[Tensor]:
+    """Keys [1, _TOKENS, Hkv, D] of every layer for a few tokens at positions ``first`` on."""
+    config = patched.model.config.get_text_config()
+    device = patched.model.device
+    cache = KVCache(config.num_hidden_layers, _TOKENS, 1, device)
+    tokens = torch.arange(1, _TOKENS + 1, device=device)[None] * 7919 % config.vocab_size
+    positions = torch.arange(first, first + _TOKENS, device=device)[None]
+    patched.forward(tokens, positions, Pass(cache, [(cache, cache.lens)], _TOKENS), last_only=True)
+    return [layer.k for layer in cache.layers]

@@ -1,0 +1,143 @@
+"""Trees of proposed tokens, and how a draft grows one.
+
+The work is in the ops ``expand_tree`` and ``finalize_tree``; here are the loop over levels and the
+rules of how many levels and which nodes (OPT-Tree, EAGLE-2, fixed widths).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .config import SpecConfig
+
+
+@dataclass
+class Tree:
+    """A root, which is decided, and proposed nodes behind it. Node 0 is the root.
+
+    Attributes:
+        tokens: [B, M] int64.
+        parents: [B, M] int32; -1 for the root; a parent comes before its children.
+        depths: [B, M] int32; 0 for the root.
+        mask: [B, M, ceil(M / 64)] int64, packed: the ancestors of a node and itself.
+        gain: [B] fp32, tokens that the draft expects its last level to add; None for a root alone.
+        depth: levels below the root.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    depths: Tensor
+    mask: Tensor
+    gain: Tensor | None
+    depth: int
+
+    @property
+    def num_nodes(self) -> int:
+        """Rows of the verify pass: the root and the proposed nodes."""
+        return self.tokens.shape[1]
+
+    @staticmethod
+    def root_only(root: Tensor) -> Tree:
+        """The tree of plain decoding: [B, 1] ``root`` and nothing proposed."""
+        zeros = torch.zeros_like(root, dtype=torch.int32)
+        return Tree(root, zeros - 1, zeros, torch.ones_like(root)[..., None], None, 0)
+
+
+@lru_cache(maxsize=64)
+def _bits(first: int, count: int, words: int, device: torch.device) -> Tensor:
+    """[count, words] int64: bit ``first + i`` set in row i."""
+    rows = torch.zeros(count, words, dtype=torch.int64)
+    for i in range(count):
+        bit = first + i
+        rows[i, bit // 64] = (1 << (bit % 64)) - ((1 << 64) if bit % 64 == 63 else 0)
+    return rows.to(device)
+
+
+# One level of the draft: (tokens [B, W], level, mask [B, W, words], number of tree keys so far, these
+# included) -> logits [B, W, V] of the children.
+Step = Callable[[Tensor, int, Tensor, int], Tensor]
+
+
+def grow_tree(root: Tensor, logits: Tensor, step: Step, config: SpecConfig, depth: int) -> Tree:
+    """Grow a tree below ``root`` level by level, in log space, without reading anything back.
+
+    ``tree_shape`` "opt" and "top_k": every node of the beam offers its ``tree_top_k`` best children,
+    the best ``tree_width`` of them are the next beam, and the best ``tree_nodes`` of all offered
+    become the tree (OPT-Tree's greedy maximisation of expected acceptance; EAGLE-2's re-ranking).
+    "fixed": level widths of the configuration, every node of them proposed (LongSpec).
+
+    Args:
+        root: [B, 1] int64.
+        logits: [B, 1, V] of the draft at the root.
+        step: runs the draft on a level; called ``depth - 1`` times.
+        depth: levels, at least 1.
+    """
+    fixed = config.tree_shape == "fixed"
+    vocab = logits.shape[-1]
+    beam_logp = torch.zeros(root.shape, dtype=torch.float32, device=root.device)
+    pool_tokens, pool_logp, pool_parents, level_ends = [], [], [], []
+    pool_size = 0  # candidates of the levels before
+    beam_pool: Tensor | None = None  # [B, W] pool indices of the beam's nodes; None: the root
+    mask: Tensor | None = None
+    num_keys = 0
+    widths = config.tree_widths if fixed else (config.tree_width,) * depth
+    words = (sum(widths[:depth]) + 63) // 64
+
+    for level in range(depth):
+        beam_size = logits.shape[1]
+        top_k = min(vocab, widths[level] if fixed else config.tree_top_k)
+        width = min(widths[level], beam_size * top_k)
+        tokens, logp, beam, beam_logp = ops.expand_tree(logits, beam_logp, top_k=top_k, width=width)
+        flat = tokens.flatten(1)
+        parent_slot = beam.long() // top_k
+        beam_tokens = flat.gather(1, beam.long())
+        if fixed:  # only the beam is proposed
+            pool_tokens.append(beam_tokens)
+            pool_logp.append(beam_logp)
+            origin = parent_slot
+            next_pool = torch.arange(width, device=root.device)[None] + pool_size
+        else:
+            pool_tokens.append(flat)
+            pool_logp.append(logp.flatten(1))
+            origin = torch.arange(beam_size, device=root.device).repeat_interleave(top_k)[None]
+            next_pool = beam.long() + pool_size
+        origin = origin.expand(root.shape[0], -1)
+        pool_parents.append(
+            torch.full_like(origin, -1) if beam_pool is None else beam_pool.gather(1, origin)
+        )
+        pool_size += pool_tokens[-1].shape[1]
+        level_ends.append(pool_size)
+        beam_pool = next_pool.expand(root.shape[0], -1)
+        if level + 1 == depth:
+            break
+        own = _bits(num_keys, width, words, root.device)
+        if mask is None:
+            mask = own.expand(root.shape[0], -1, -1)
+        else:
+            mask = mask.gather(1, parent_slot[..., None].expand(-1, -1, words)) | own
+        num_keys += width
+        key_words = (num_keys + 63) // 64
+        logits = step(beam_tokens, level, mask[..., :key_words].contiguous(), num_keys)
+
+    logp = torch.cat(pool_logp, 1)
+    num_nodes = pool_size if fixed else min(config.tree_nodes, pool_size)
+    nodes, parents, depths, packed = ops.finalize_tree(
+        logp, torch.cat(pool_parents, 1).int(), num_nodes=num_nodes
+    )
+    tokens = torch.cat([root, torch.cat(pool_tokens, 1).gather(1, nodes.long())], 1)
+    before = level_ends[-2] if depth > 1 else 0
+    return Tree(tokens, parents, depths, packed, _gain(logp, before, num_nodes), depth)
+
+
+def _gain(logp: Tensor, before: int, num_nodes: int) -> Tensor:
+    """Expected accepted tokens that the last level adds: E_d - E_(d-1) of OPT-Tree, [B]."""
+    expected = logp.topk(num_nodes, 1).values.exp().sum(1)
+    if before:
+        expected = expected - logp[:, :before].topk(min(num_nodes, before), 1).values.exp().sum(1)
+    return expected
