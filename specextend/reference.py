@@ -35,3 +35,72 @@ def verify_tree(
         num_accepted[b] = len(walked) - 1
     next_root = emitted.gather(1, num_accepted[:, None].long())[:, 0]
     return path, num_accepted, emitted, next_root
+
+
+def _unpack(mask: Tensor, num_keys: int) -> Tensor:
+    """[..., words] packed bits as [..., num_keys] bool."""
+    bits = torch.arange(64, device=mask.device)
+    return ((mask.unsqueeze(-1) >> bits) & 1).flatten(-2)[..., :num_keys].bool()
+
+
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_lens: Tensor,
+    tree_mask: Tensor | None = None,
+    *,
+    num_tree_keys: int | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: int = 0,
+    q_depths: Tensor | None = None,
+    k_depths: Tensor | None = None,
+    sinks: Tensor | None = None,
+    chunk_size: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense masked softmax attention. ``lse`` and ``chunk_lse`` are float64 for float64 inputs."""
+    batch, rows, heads, dim = q.shape
+    capacity, group = k.shape[1], heads // k.shape[2]
+    keys = rows if num_tree_keys is None else num_tree_keys
+    scale = dim**-0.5 if scale is None else scale
+    stat = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(batch, rows, heads, dtype=stat)
+    chunks = -(-capacity // chunk_size) if chunk_size else 0
+    chunk_lse = q.new_full((batch, rows, heads, chunks), -torch.inf, dtype=stat)
+    slot = torch.arange(keys, device=q.device)
+    row = torch.arange(rows, device=q.device)
+    for b in range(batch):
+        prefix = min(max(int(prefix_lens[b]), 0), capacity - keys)
+        if tree_mask is None:
+            tree = slot <= row[:, None] + keys - rows
+        else:
+            tree = _unpack(tree_mask[b], keys)
+        visible = torch.cat([tree.new_ones(rows, prefix), tree], 1)
+        if window:
+            q_pos = prefix + (row + keys - rows if q_depths is None else q_depths[b])
+            tree_pos = prefix + (slot if k_depths is None else k_depths[b])
+            k_pos = torch.cat([torch.arange(prefix, device=q.device), tree_pos])
+            visible = visible & (k_pos > q_pos[:, None] - window)
+        # Keys that nobody sees may hold anything.
+        read = visible.any(0)[:, None, None]
+        kb = torch.where(read, k[b, : prefix + keys], 0).repeat_interleave(group, 1)
+        vb = torch.where(read, v[b, : prefix + keys], 0).repeat_interleave(group, 1)
+        logits = torch.einsum("mhd,shd->mhs", q[b], kb) * scale
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        logits = logits.masked_fill(~visible[:, None], -torch.inf)
+        lse[b] = logits.to(stat).logsumexp(-1)
+        if sinks is None:
+            weights = logits.softmax(-1)
+        else:
+            sink = sinks.to(logits.dtype)[:, None].expand(rows, heads, 1)
+            weights = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
+        # A row without keys gives 0 / 0.
+        weights = weights.masked_fill(~visible.any(1)[:, None, None], 0)
+        out[b] = torch.einsum("mhs,shd->mhd", weights, vb)
+        for c in range(-(-prefix // chunk_size) if chunk_size else 0):
+            chunk = logits[..., c * chunk_size : min((c + 1) * chunk_size, prefix)]
+            chunk_lse[b, ..., c] = chunk.to(stat).logsumexp(-1)
+    return out, lse, chunk_lse if chunk_size else chunk_lse.flatten()[:0]

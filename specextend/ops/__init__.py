@@ -5,6 +5,8 @@ a device-side length on the host, none synchronises, and all work under CUDA gra
 """
 
 from .merge_states import merge_states
+from .sample_nodes import sample_nodes
+from .tree_attention import tree_attention
 from .verify_tree import verify_tree
 
-__all__ = ["merge_states", "verify_tree"]
+__all__ = ["merge_states", "sample_nodes", "tree_attention", "verify_tree"]

@@ -1,0 +1,85 @@
+import torch
+from torch import Tensor
+
+_tree_attention = torch.ops.specextend.tree_attention.default
+
+
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_lens: Tensor,
+    tree_mask: Tensor | None = None,
+    *,
+    num_tree_keys: int | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: int = 0,
+    q_depths: Tensor | None = None,
+    k_depths: Tensor | None = None,
+    sinks: Tensor | None = None,
+    chunk_size: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of tree nodes over a long prefix and their own ancestors, in one pass.
+
+    Split-prefix tree attention (SpecExtend section 3.2, LongSpec's hybrid tree attention): the
+    prefix needs no mask, the tree's own keys a packed one, and nothing of size rows x prefix
+    exists. With M = 1 it is plain decoding. The log-sum-exp of each chunk of the prefix, which
+    cross-model retrieval scores chunks with (SpecExtend section 3.3), is a by-product.
+
+    Args:
+        q: [B, M, Hq, D], fp32, fp16 or bf16; D a multiple of 8 up to 256. Any strides with a unit
+            last one, as for ``k`` and ``v``.
+        k, v: [B, S, Hkv, D], the cache, Hq a multiple of Hkv. Rows [0, P) are the prefix, rows
+            [P, P + N) the tree's own; the others are not read.
+        prefix_lens: [B] int32. P of each sequence, clamped to [0, S - N]; never read by the host.
+        tree_mask: [B, M, ceil(N / 64)] int64, contiguous. Bit j % 64 of word j / 64 says that a row
+            sees tree key j. None: a chain, row i sees the tree keys j <= i + N - M.
+        num_tree_keys: N; None: M. With 0, the prefix alone.
+        scale: factor of the logits; None: 1 / sqrt(D).
+        softcap: above 0, logits become ``softcap * tanh(logit / softcap)``.
+        window: above 0, a key is seen only at positions > position of the row - window. A prefix
+            key's position is its row, that of tree key j is ``P + k_depths[j]``, that of row i
+            ``P + q_depths[i]``.
+        q_depths, k_depths: [B, M] and [B, N] int32, contiguous, read with a window only. None: a
+            chain's, ``i + N - M`` and ``j``.
+        sinks: [Hq] fp32. One more logit per head, which takes part in the softmax with no value.
+        chunk_size: above 0, ``chunk_lse`` is returned.
+
+    Returns:
+        out: [B, M, Hq, D], contiguous, dtype of ``q``. 0 for a row that sees no key.
+        lse: [B, M, Hq] fp32, natural log-sum-exp over the keys (without the sink); -inf for none.
+        chunk_lse: [B, M, Hq, ceil(S / chunk_size)] fp32. The part of each chunk of the prefix in
+            ``lse``: chunk c holds the keys [c * chunk_size, (c + 1) * chunk_size) below P; -inf
+            where a row sees none of them. Without ``chunk_size`` an empty tensor.
+
+    On the CPU a row's bits depend on its query and the keys that it sees, in their order, and on
+    nothing else: not on threads, on other rows and sequences, on the strides, or on the slots
+    between its tree keys. A node of a tree so gets the bits of plain decoding.
+    """
+    return _tree_attention(
+        q,
+        k,
+        v,
+        prefix_lens,
+        tree_mask,
+        num_tree_keys=num_tree_keys,
+        scale=scale,
+        softcap=softcap,
+        window=window,
+        q_depths=q_depths,
+        k_depths=k_depths,
+        sinks=sinks,
+        chunk_size=chunk_size,
+    )
+
+
+@torch.library.register_fake("specextend::tree_attention")
+def _(q, k, v, prefix_lens, tree_mask=None, *, chunk_size=0, **_options):
+    batch, rows, heads, _ = q.shape
+    chunks = (k.shape[1] + chunk_size - 1) // chunk_size if chunk_size else 0
+    return (
+        q.new_empty(q.shape),
+        q.new_empty(batch, rows, heads, dtype=torch.float32),
+        q.new_empty((batch, rows, heads, chunks) if chunk_size else (0,), dtype=torch.float32),
+    )
