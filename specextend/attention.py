@@ -1,7 +1,6 @@
 """How a model of `transformers` is made to use our cache and our kernel, without touching its code.
-
-The model calls the attention function registered here under the name ``"specextend"``. What it needs
-to know beyond its arguments (which cache, which tree, where the new rows go, which layers are
+ The model calls the attention function registered here under the name ``"specextend"``. What it
+needs to know beyond its arguments (which cache, which tree, where the new rows go, which layers are
 scored) is the current :class:`Pass`, a context variable: extra keyword arguments do not reach the
 attention function in every model family.
 """
@@ -88,7 +87,9 @@ class Pass:
             chain = torch.arange(keys, device=device, dtype=torch.int32)[None]
             q = chain[:, keys - rows :] if self.q_depths is None else self.q_depths
             k = chain if self.k_depths is None else self.k_depths
-            at = torch.cat([torch.arange(-length, 0, device=device, dtype=torch.int32)[None], k], -1)
+            at = torch.cat(
+                [torch.arange(-length, 0, device=device, dtype=torch.int32)[None], k], -1
+            )
             seen = seen & (at[:, None, :] > q[:, :, None] - window)
         return seen.unsqueeze(1)
 
@@ -101,8 +102,8 @@ def current_pass() -> Pass:
     state = _pass.get()
     if state is None:
         raise RuntimeError(
-            f"the attention implementation {NAME!r} works inside specextend.SpecExtend only; choose "
-            "another one with model.set_attn_implementation(...)"
+            f"the attention implementation {NAME!r} works inside specextend.SpecExtend only; "
+            "choose another one with model.set_attn_implementation(...)"
         )
     return state
 
@@ -125,8 +126,8 @@ def _attention(
     state.calls.append(layer_idx)
     if attention_mask is not None:
         raise RuntimeError(
-            f"{type(module).__name__} brings an attention mask of its own; specextend serves models "
-            "whose attention is causal, with or without a sliding window"
+            f"{type(module).__name__} brings an attention mask of its own; specextend serves "
+            "models whose attention is causal, with or without a sliding window"
         )
     layer = state.cache.layers[layer_idx]
     window = sliding_window or 0
@@ -136,7 +137,9 @@ def _attention(
     scored = layer_idx in state.score_layers
     if not state.fused:
         if softcap or s_aux is not None:
-            raise ValueError("tree_attention=False: torch's SDPA knows no softcap and no sink logit")
+            raise ValueError(
+                "tree_attention=False: torch's SDPA knows no softcap and no sink logit"
+            )
         if scored:
             state.recorded[layer_idx] = (q, scaling)
         return _dense_attention(state, layer, query, scaling, window), None
@@ -160,7 +163,9 @@ def _attention(
     return out, None
 
 
-def _dense_attention(state: Pass, layer, query: Tensor, scaling: float | None, window: int) -> Tensor:
+def _dense_attention(
+    state: Pass, layer, query: Tensor, scaling: float | None, window: int
+) -> Tensor:
     """Attention over prefix and tree by torch's SDPA with a dense mask: the ablation's baseline."""
     length = state.cache.length
     end = length + state.num_tree_keys
@@ -219,7 +224,9 @@ class PatchedModel:
                 config._attn_implementation_internal = name
             _pass.reset(token)
 
-    def forward(self, tokens: Tensor, positions: Tensor, state: Pass, last_only: bool = False) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, state: Pass, last_only: bool = False
+    ) -> Tensor:
         """Logits of ``tokens``.
 
         Args:

@@ -100,7 +100,9 @@ class KVCache(Cache):
         """
         if max_accepted > 0:
             tensors = [t for layer in self.layers for t in (layer.k, layer.v)]
-            ops.compact_kv(tensors, self.lens, path[:, : max_accepted + 1].contiguous(), num_accepted)
+            ops.compact_kv(
+                tensors, self.lens, path[:, : max_accepted + 1].contiguous(), num_accepted
+            )
 
     @property
     def num_bytes(self) -> int:

@@ -63,13 +63,13 @@ class SpecExtend:
     """Lossless speculative decoding for long inputs.
 
     The output is the target's: greedy output equals ``model.generate(do_sample=False)``, sampled
-    output equals sampled output without a draft, token by token, for the same seed. In fp32 exactly;
-    in bf16 and fp16 a near-tie between two tokens may fall differently in kernels that round
-    differently.
+    output equals sampled output without a draft, token by token, for the same seed. In fp32
+    exactly; in bf16 and fp16 a near-tie between two tokens may fall differently in kernels that
+    round differently.
 
     Args:
-        model: the target, a decoder-only causal LM of `transformers`, used where it lies and left as
-            it came. It is tried on a few tokens first.
+        model: the target, a decoder-only causal LM of `transformers`, used where it lies and left
+            as it came. It is tried on a few tokens first.
         draft: a causal LM with the same tokenizer; or None for plain decoding on the same kernels.
         config: options; a :class:`SpecConfig` or a dict of its fields.
         tokenizer, draft_tokenizer: if both are given they are compared, and must agree; needed when
@@ -148,9 +148,9 @@ class SpecExtend:
             check_same_tokenizer(*self._tokenizers)
         elif size != self._vocab:
             raise ValueError(
-                f"the target's vocabulary has {self._vocab} entries, the draft's {size}: either their "
-                "tokenizers differ, or a head is padded; pass tokenizer= and draft_tokenizer= to have "
-                "them compared"
+                f"the target's vocabulary has {self._vocab} entries, the draft's {size}: either "
+                "their tokenizers differ, or a head is padded; pass tokenizer= and "
+                "draft_tokenizer= to have them compared"
             )
 
     # ---- the three ways in -----------------------------------------------------------------------
@@ -209,7 +209,9 @@ class SpecExtend:
         stop = kwargs.pop("stop_strings", None) or config.stop_strings
         if stop is not None:
             if tokenizer is None:
-                raise ValueError("stop_strings need the tokenizer: generate(..., tokenizer=tokenizer)")
+                raise ValueError(
+                    "stop_strings need the tokenizer: generate(..., tokenizer=tokenizer)"
+                )
             criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
             criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop))
             kwargs["stopping_criteria"] = criteria
@@ -226,14 +228,18 @@ class SpecExtend:
     @staticmethod
     def _check_prompt(ids) -> None:
         if ids is None:
-            raise ValueError("a prompt is wanted: generate(input_ids), a [1, L] int64 tensor; got none")
+            raise ValueError(
+                "a prompt is wanted: generate(input_ids), a [1, L] int64 tensor; got none"
+            )
         if not isinstance(ids, Tensor) or ids.dim() != 2:
             got = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
             raise ValueError(f"the prompt must be a [1, L] int64 tensor, got {got}")
         if ids.is_floating_point() or ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"the prompt must hold int64 token ids, got {ids.dtype}")
         if ids.shape[0] != 1:
-            raise ValueError(f"one prompt at a time: the prompt must be [1, L], got {list(ids.shape)}")
+            raise ValueError(
+                f"one prompt at a time: the prompt must be [1, L], got {list(ids.shape)}"
+            )
         if ids.shape[1] == 0:
             raise ValueError("the prompt is empty: at least one token is wanted")
 
@@ -284,8 +290,8 @@ class SpecExtend:
             raise ValueError("this SpecExtend was made for another model object")
         if self._running:
             raise RuntimeError(
-                "this SpecExtend is in the middle of a generation; finish or close that stream first, "
-                "or use a second SpecExtend"
+                "this SpecExtend is in the middle of a generation; finish or close that stream "
+                "first, or use a second SpecExtend"
             )
         self._check_prompt(input_ids)
         _refuse_modes(generation_config)
@@ -330,7 +336,9 @@ def _refuse_modes(config: GenerationConfig) -> None:
     for name, neutral in (("num_beams", 1), ("num_return_sequences", 1), ("num_beam_groups", 1)):
         value = getattr(config, name, None)
         if value is not None and value != neutral:
-            raise ValueError(f"specextend generates one sequence: {name} must be {neutral}, got {value}")
+            raise ValueError(
+                f"specextend generates one sequence: {name} must be {neutral}, got {value}"
+            )
     for name in ("output_attentions", "output_hidden_states", "token_healing"):
         if getattr(config, name, None):
             raise ValueError(f"{name}=True is not available with speculative decoding")
@@ -403,7 +411,9 @@ class _Stop:
 class _Generation:
     """One generation's state, from prefill to the last round. Batch 1."""
 
-    def __init__(self, spec: SpecExtend, prompt: Tensor, max_length: int, chooser: TokenChooser, keep):
+    def __init__(
+        self, spec: SpecExtend, prompt: Tensor, max_length: int, chooser: TokenChooser, keep
+    ):
         self.spec, self.config, self.stats = spec, spec.config, spec.stats
         self.chooser = chooser
         self.keep_scores, self.keep_logits = keep
@@ -513,13 +523,16 @@ class _Generation:
         tokens = [int(t) for t in read[1 : accepted + 2]]
         if tokens[-1] < 0:
             raise ValueError(
-                f"the target's logits at position {length + accepted} are NaN: no token can be chosen"
+                f"the target's logits at position {length + accepted} are NaN: no token can be "
+                "chosen"
             )
         if tree.gain is not None:
             self._adapt_depth(tree.depth, read[-1])
 
         new = emitted[:, : accepted + 1]
-        self.ids[:, length + 1 : length + 1 + new.shape[1]] = new[:, : self.ids.shape[1] - length - 1]
+        self.ids[:, length + 1 : length + 1 + new.shape[1]] = new[
+            :, : self.ids.shape[1] - length - 1
+        ]
         self.root = root[:, None]
         self.undrafted.append(new)
         row = path.gather(1, num_accepted[:, None].long())[:, 0]
@@ -539,8 +552,8 @@ class _Generation:
             self.depth = min(max(wanted, 1), self.max_depth)
 
     def _retrieve(self, state: Pass, row: Tensor, num_accepted: Tensor) -> None:
-        """Score chunks by the attention of the last accepted node; the accepted rows are in place, but
-        not counted in ``cache.lens`` yet."""
+        """Score chunks by the attention of the last accepted node; the accepted rows are in place,
+        but not counted in ``cache.lens`` yet."""
         config, total = self.config, None
         for layer, (first, second) in sorted(state.recorded.items()):
             if config.tree_attention:

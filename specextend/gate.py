@@ -23,9 +23,10 @@ class _Mean:
 class Gate:
     """Chooses the depth of the next tree; 0 is plain decoding.
 
-    Speculation starts at ``depth``. After ``PATIENCE`` rounds that were slower, per token, than plain
-    decoding, trees lose a level; a tree of one level that loses becomes ``REST`` plain rounds, then
-    speculation is tried again, with twice the rest if it loses again. Trees that win grow back.
+    Speculation starts at ``depth``. After ``PATIENCE`` rounds that were slower, per token, than
+    plain decoding, trees lose a level; a tree of one level that loses becomes ``REST`` plain
+    rounds, then speculation is tried again, with twice the rest if it loses again. Trees that win
+    grow back.
 
     Args:
         depth: levels of a full tree.

@@ -58,19 +58,22 @@ def check_length(model: PreTrainedModel, prompt: int, total: int, role: str = "t
     limit = position_limit(model)
     if role == "target" and limit is not None and total > limit:
         raise ValueError(
-            f"the {role} {type(model).__name__} has {limit} positions, but the prompt's {prompt} tokens "
-            f"and {total - prompt} new ones need {total}; shorten the prompt or max_new_tokens"
+            f"the {role} {type(model).__name__} has {limit} positions, but the prompt's {prompt} "
+            f"tokens and {total - prompt} new ones need {total}; shorten the prompt or "
+            "max_new_tokens"
         )
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else "default"
+    kind = (
+        rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else "default"
+    )
     edge = rope.get("original_max_position_embeddings") or limit
     if kind in ("dynamic", "longrope") and edge is not None:
         crosses = total > edge if kind == "dynamic" else prompt <= edge < total
         if crosses:
             raise ValueError(
-                f"the {role}'s {kind} rotary embedding changes at {edge} tokens, inside this context of "
-                f"{prompt} + {total - prompt}: tokens before and after would not agree"
+                f"the {role}'s {kind} rotary embedding changes at {edge} tokens, inside this "
+                f"context of {prompt} + {total - prompt}: tokens before and after would not agree"
             )
 
 

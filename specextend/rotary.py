@@ -1,8 +1,7 @@
 """How a model's keys carry positions, found out by asking the model.
-
-Retrieval moves keys to other positions (``gather_chunks``), which is exact for rotary embeddings
-(RoFormer, arXiv 2104.09864) once their frequencies and layout are known. Names of buffers and layouts
-differ between model families; two forwards at shifted positions show which fits.
+ Retrieval moves keys to other positions (``gather_chunks``), which is exact for rotary embeddings
+(RoFormer, arXiv 2104.09864) once their frequencies and layout are known. Names of buffers and
+layouts differ between model families; two forwards at shifted positions show which fits.
 """
 
 from __future__ import annotations
@@ -51,8 +50,8 @@ def rotate(keys: Tensor, shift: int, inv_freq: Tensor, interleaved: bool) -> Ten
 def probe_rotary(model: PreTrainedModel) -> Rotary:
     """Find frequencies and layout of a model's rotary embedding.
 
-    Two forwards over a few tokens at positions 0.. and 64..: in every layer, keys of the second must
-    be those of the first, rotated.
+    Two forwards over a few tokens at positions 0.. and 64..: in every layer, keys of the second
+    must be those of the first, rotated.
 
     Raises:
         ValueError: positions are not rotary, or not in a way that fits any layout known here.
@@ -81,8 +80,8 @@ def probe_rotary(model: PreTrainedModel) -> Rotary:
             if len({f.shape for f in chosen}) == 1:
                 return Rotary(torch.stack(chosen), interleaved)
     raise ValueError(
-        f"the draft {type(model).__name__} does not carry positions as rotary embeddings that could be "
-        'moved, which draft_cache="window" and "retrieval" need; use draft_cache="full"'
+        f"the draft {type(model).__name__} does not carry positions as rotary embeddings that could "
+        'be moved, which draft_cache="window" and "retrieval" need; use draft_cache="full"'
     )
 
 

@@ -89,8 +89,8 @@ class TokenChooser:
         for processor in processors:
             if isinstance(processor, _REFUSED):
                 raise ValueError(
-                    f"{type(processor).__name__} keeps state between calls or runs the model itself, "
-                    "so it cannot be applied to the nodes of a tree; generate without it"
+                    f"{type(processor).__name__} keeps state between calls or runs the model "
+                    "itself, so it cannot be applied to the nodes of a tree; generate without it"
                 )
         self.processors = processors
         self.do_sample = do_sample
@@ -98,7 +98,9 @@ class TokenChooser:
         #: a processor wants the tokens before a node, so the tree must be read by the host
         self.needs_history = any(not isinstance(p, _ROW_WISE) for p in processors)
 
-    def scores(self, logits: Tensor, committed: Tensor, tree_tokens: Tensor, parents: Tensor) -> Tensor:
+    def scores(
+        self, logits: Tensor, committed: Tensor, tree_tokens: Tensor, parents: Tensor
+    ) -> Tensor:
         """Processed scores of every node.
 
         Args:

@@ -17,8 +17,8 @@ PHASES = ("prefill", "draft_prefill", "verify", "accept", "retrieve", "draft")
 class SpecStats:
     """Counters of one generation.
 
-    "Accepted" are proposed tokens that the target confirmed, "emitted" are those and the target's own
-    token of each round. The prefill and the first token, which no draft could propose, are not
+    "Accepted" are proposed tokens that the target confirmed, "emitted" are those and the target's
+    own token of each round. The prefill and the first token, which no draft could propose, are not
     counted as a round.
 
     Attributes:

@@ -59,18 +59,18 @@ def _bits(first: int, count: int, words: int, device: torch.device) -> Tensor:
     return rows.to(device)
 
 
-# One level of the draft: (tokens [B, W], level, mask [B, W, words], number of tree keys so far, these
-# included) -> logits [B, W, V] of the children.
+# One level of the draft: (tokens [B, W], level, mask [B, W, words], number of tree keys so far,
+# these included) -> logits [B, W, V] of the children.
 Step = Callable[[Tensor, int, Tensor, int], Tensor]
 
 
 def grow_tree(root: Tensor, logits: Tensor, step: Step, config: SpecConfig, depth: int) -> Tree:
     """Grow a tree below ``root`` level by level, in log space, without reading anything back.
 
-    ``tree_shape`` "opt" and "top_k": every node of the beam offers its ``tree_top_k`` best children,
-    the best ``tree_width`` of them are the next beam, and the best ``tree_nodes`` of all offered
-    become the tree (OPT-Tree's greedy maximisation of expected acceptance; EAGLE-2's re-ranking).
-    "fixed": level widths of the configuration, every node of them proposed (LongSpec).
+    ``tree_shape`` "opt" and "top_k": every node of the beam offers its ``tree_top_k`` best
+    children, the best ``tree_width`` of them are the next beam, and the best ``tree_nodes`` of all
+    offered become the tree (OPT-Tree's greedy maximisation of expected acceptance; EAGLE-2's
+    re-ranking). "fixed": level widths of the configuration, every node of them proposed (LongSpec).
 
     Args:
         root: [B, 1] int64.

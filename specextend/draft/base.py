@@ -13,9 +13,9 @@ from ..tree import Tree
 class Draft(ABC):
     """Proposes trees of tokens. One object serves one model for any number of generations.
 
-    The loop calls ``begin`` once per generation, then per round ``propose`` with the tokens that have
-    been decided since the last call, and on its schedule ``retrieve``. Whatever a draft proposes, the
-    output is the target's.
+    The loop calls ``begin`` once per generation, then per round ``propose`` with the tokens that
+    have been decided since the last call, and on its schedule ``retrieve``. Whatever a draft
+    proposes, the output is the target's.
     """
 
     #: chunk scores from the target's attention are of use
@@ -39,12 +39,13 @@ class Draft(ABC):
         ``depth`` >= 1 levels below the last of them."""
 
     def retrieve(self, scores: Tensor) -> Tensor | None:
-        """Choose what to attend to from ``scores`` [1, C] fp32, the target's attention mass per chunk.
+        """Choose what to attend to from ``scores`` [1, C] fp32, the target's attention mass per
+        chunk.
 
         Returns:
             [1, budget] int32 chunk ids with a -1 tail, or None if the draft does not retrieve.
         """
         return None
 
-    def end(self) -> None:
+    def end(self) -> None:  # noqa: B027  nothing to free is common
         """Free what belongs to the generation."""

@@ -1,9 +1,8 @@
 """Any causal LM of `transformers` as a draft, with its full cache, a recent window, or retrieval.
-
-Two caches: the full one has the keys of every token at its absolute position; the working one is what
-the draft attends to. A gather takes chunks from the full cache into the working one and moves their
-keys to compact positions that end where the newest chunk ends: distances are those of a short input,
-and new tokens go on at their absolute positions, so their keys are the same in both caches.
+ Two caches: the full one has the keys of every token at its absolute position; the working one is
+what the draft attends to. A gather takes chunks from the full cache into the working one and moves
+their keys to compact positions that end where the newest chunk ends: distances are those of a short
+input, and new tokens go on at their absolute positions, so their keys are the same in both caches.
 """
 
 from __future__ import annotations
@@ -78,9 +77,7 @@ class CausalLMDraft(Draft):
         chunk = config.prefill_chunk or max(total, 1)
         for start in range(0, total, chunk):
             part = tokens[:, start : start + chunk]
-            state = Pass(
-                self._full, [(self._full, self._full.lens)], part.shape[1], window=window
-            )
+            state = Pass(self._full, [(self._full, self._full.lens)], part.shape[1], window=window)
             positions = torch.arange(part.shape[1], device=self.device)[None] + self._full.length
             self._forward(part, positions, state, last_only=True)
             self._full.advance(part.shape[1])
@@ -150,7 +147,9 @@ class CausalLMDraft(Draft):
         work.advance(count)
         if work is not full:
             full.advance(count)
-        depth = min(depth, len(self.config.tree_widths)) if self.config.tree_shape == "fixed" else depth
+        depth = (
+            min(depth, len(self.config.tree_widths)) if self.config.tree_shape == "fixed" else depth
+        )
         return grow_tree(tokens[:, -1:], logits, self._step, self.config, depth)
 
     def _step(self, tokens: Tensor, level: int, mask: Tensor, num_keys: int) -> Tensor:
