@@ -8,10 +8,36 @@
 
 namespace specextend::cpu {
 
+constexpr int kVocabBlock = 512;  // elements of a row of logits that are summed together
+constexpr int kVocabLanes = 16;   // partial maxima and sums of a block
+
+struct RowStats {
+  float max;  // of the elements that are not NaN; -inf if there is none
+  bool has_nan;
+};
+
+// Passes over one contiguous row of n logits of one dtype (csrc/cpu/isa/vocab.h).
+struct VocabKernels {
+  // Lowest index of the largest element; -1 if one is NaN or all are -inf.
+  int64_t (*argmax)(const void* row, int64_t n);
+  // Per block of kVocabBlock: the largest element of the row so far (ref), the sum of exp(x - ref),
+  // where NaN counts as -inf, and the largest element of each lane.
+  RowStats (*row_stats)(const void* row, int64_t n, float* block_refs, double* block_sums,
+                        float* lane_max);
+  // out = exp(x - ref), with the bits that row_stats summed. n <= kVocabBlock.
+  void (*exp_block)(const void* row, int n, float ref, float* out);
+  // Keys (value descending, then index ascending; the index in the low half) of the elements >=
+  // threshold, NaN counting as -inf, but of those equal to it only the first max_equal; returns
+  // their number. lane_max is what row_stats gave.
+  int64_t (*collect)(const void* row, int64_t n, const float* lane_max, float threshold,
+                     int64_t max_equal, uint64_t* keys);
+};
+
 // One table per instruction set, filled in csrc/cpu/isa/<name>.cpp. Functions see raw pointers and
 // PODs only and work on one item each; threads are handed out by their callers in csrc/cpu/<op>.cpp.
 struct Isa {
   const char* name;
+  VocabKernels vocab[3];  // by DType
 };
 
 // The instruction sets in this binary, the plainest first.

@@ -1,0 +1,328 @@
+#pragma once
+
+// Passes over one row of logits, compiled once per instruction set by table.h.
+//
+// A row is cut into blocks of kVocabBlock elements and every block into kVocabLanes lanes, however
+// wide the registers are; element j belongs to lane j % kVocabLanes. Nothing is fused or reordered,
+// so a row gives the same bits on every instruction set.
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/isa.h"
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace specextend::cpu {
+namespace {  // one copy per instruction set
+namespace vocab {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+constexpr int kParts = kVocabLanes / kWidth;
+
+typedef float Floats __attribute__((vector_size(4 * kWidth)));
+typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t Shorts __attribute__((vector_size(2 * kWidth)));
+typedef double Doubles __attribute__((vector_size(4 * kWidth)));
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+#define SPECEXTEND_INLINE inline __attribute__((always_inline))
+
+SPECEXTEND_INLINE Floats broadcast(float x) { return Floats{} + x; }
+SPECEXTEND_INLINE Ints as_ints(Floats x) { return reinterpret_cast<Ints>(x); }
+SPECEXTEND_INLINE Floats as_floats(Ints x) { return reinterpret_cast<Floats>(x); }
+
+// a > b ? a : b; so b where either is NaN.
+SPECEXTEND_INLINE Floats max(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// Bit i: a[i] >= b[i].
+SPECEXTEND_INLINE unsigned at_least(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ);
+#elif defined(__AVX2__)
+  return unsigned(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
+#elif defined(__SSE2__)
+  return unsigned(_mm_movemask_ps(_mm_cmpge_ps(a, b)));
+#else
+  unsigned bits = 0;
+  for (int i = 0; i < kWidth; ++i) bits |= unsigned(a[i] >= b[i]) << i;
+  return bits;
+#endif
+}
+
+SPECEXTEND_INLINE bool any(Ints mask) {
+  int32_t lanes[kWidth], all = 0;
+  std::memcpy(lanes, &mask, sizeof(mask));
+  for (int i = 0; i < kWidth; ++i) all |= lanes[i];
+  return all != 0;
+}
+
+SPECEXTEND_INLINE void widen(Floats x, Doubles& low, Doubles& high) {
+#if defined(__AVX512F__)
+  low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
+  high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+#elif defined(__AVX2__)
+  low = _mm256_cvtps_pd(_mm256_castps256_ps128(x));
+  high = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+#elif defined(__SSE2__)
+  low = _mm_cvtps_pd(x);
+  high = _mm_cvtps_pd(_mm_movehl_ps(x, x));
+#else
+  for (int i = 0; i < kWidth / 2; ++i) low[i] = x[i], high[i] = x[kWidth / 2 + i];
+#endif
+}
+
+SPECEXTEND_INLINE Floats load(const float* x) {
+  Floats v;
+  std::memcpy(&v, x, sizeof(v));
+  return v;
+}
+
+SPECEXTEND_INLINE Ints load_bits(const void* x) {
+  Shorts bits;
+  std::memcpy(&bits, x, sizeof(bits));
+  return __builtin_convertvector(bits, Ints);
+}
+
+SPECEXTEND_INLINE Floats load(const BFloat16* x) { return as_floats(load_bits(x) << 16); }
+
+SPECEXTEND_INLINE Floats load(const Half* x) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+#else
+  // The exponent is rebased by a multiplication, exact also for subnormals; infinity and NaN, whose
+  // exponent stays all ones, apart.
+  const Ints bits = load_bits(x);
+  const Floats magnitude = as_floats((bits & 0x7fff) << 13) * 0x1p112f;
+  const Ints special = ((bits & 0x7c00) == 0x7c00) & 0x7f800000;
+  return as_floats(as_ints(magnitude) | special | ((bits & 0x8000) << 16));
+#endif
+}
+
+struct Lanes {
+  Floats part[kParts];
+};
+
+template <typename T>
+SPECEXTEND_INLINE Lanes load_lanes(const T* x) {
+  Lanes v;
+  for (int i = 0; i < kParts; ++i) v.part[i] = load(x + i * kWidth);
+  return v;
+}
+
+SPECEXTEND_INLINE float minus_infinity(const float*) { return -INFINITY; }
+SPECEXTEND_INLINE Half minus_infinity(const Half*) { return {0xfc00}; }
+SPECEXTEND_INLINE BFloat16 minus_infinity(const BFloat16*) { return {0xff80}; }
+
+// Calls f(lanes, j) for x[j .. j + kVocabLanes); what is missing behind x[n) is -infinity.
+template <typename T, typename F>
+SPECEXTEND_INLINE void for_lanes(const T* x, int n, const F& f) {
+  int j = 0;
+  for (; j + kVocabLanes <= n; j += kVocabLanes) f(load_lanes(x + j), j);
+  if (j == n) return;
+  T tail[kVocabLanes];
+  for (int i = 0; i < kVocabLanes; ++i) tail[i] = j + i < n ? x[j + i] : minus_infinity(x);
+  f(load_lanes(tail), j);
+}
+
+// Bit i: v[i] >= x.
+SPECEXTEND_INLINE unsigned at_least(const Lanes& v, float x) {
+  unsigned bits = 0;
+  const Floats bound = broadcast(x);
+  for (int i = 0; i < kParts; ++i) bits |= at_least(v.part[i], bound) << (i * kWidth);
+  return bits;
+}
+
+SPECEXTEND_INLINE float highest(const Lanes& v) {
+  float lanes[kVocabLanes];
+  std::memcpy(lanes, v.part, sizeof(lanes));
+  float best = lanes[0];
+  for (int i = 1; i < kVocabLanes; ++i) best = lanes[i] > best ? lanes[i] : best;
+  return best;
+}
+
+SPECEXTEND_INLINE bool any_above(const Lanes& v, float x) {
+  unsigned bits = 0;
+  const Floats bound = broadcast(x);
+  for (int i = 0; i < kParts; ++i) bits |= at_least(bound, v.part[i]) ^ ((1u << kWidth) - 1);
+  return bits != 0;
+}
+
+// exp(x) for x <= 0 within 1 ulp or so; 0 below -87 and for NaN. Cody-Waite reduction by multiples
+// of log 2 (its high part has 9 bits, so the product is exact) and a minimax polynomial for
+// (exp(r) - 1 - r) / r^2 on |r| <= log(2) / 2, of relative error 3e-9.
+SPECEXTEND_INLINE Floats exp(Floats x) {
+  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
+  const Floats shifted = x * 0x1.715476p+0f + kRound;
+  const Floats n = shifted - kRound;
+  const Floats r = (x - n * 0x1.63p-1f) - n * -0x1.bd0106p-13f;
+  Floats p = r * 0x1.6a23ccp-10f + 0x1.123a2p-7f;
+  p = p * r + 0x1.5558f2p-5f;
+  p = p * r + 0x1.555492p-3f;
+  p = p * r + 0x1.fffffcp-2f;
+  p = p * (r * r) + r + 1.f;
+  const Ints bits = as_ints(p) + (as_ints(shifted) << 23);
+  return as_floats(bits & (x >= -87.f));
+}
+
+template <typename T>
+int64_t argmax(const void* row, int64_t n) {
+  const T* x = static_cast<const T*>(row);
+  float best = -INFINITY;
+  int64_t best_block = -1;
+  Ints nan{};
+  for (int64_t begin = 0; begin < n; begin += kVocabBlock) {
+    const int size = int(n - begin < kVocabBlock ? n - begin : kVocabBlock);
+    Lanes m;
+    for (Floats& part : m.part) part = broadcast(-INFINITY);
+    for_lanes(x + begin, size, [&](const Lanes& v, int) __attribute__((always_inline)) {
+      for (int i = 0; i < kParts; ++i) {
+        m.part[i] = max(v.part[i], m.part[i]);
+        nan |= v.part[i] != v.part[i];
+      }
+    });
+    if (any_above(m, best)) {
+      best = highest(m);
+      best_block = begin;
+    }
+  }
+  if (best_block < 0 || any(nan)) return -1;
+  const int size = int(n - best_block < kVocabBlock ? n - best_block : kVocabBlock);
+  int64_t index = -1;
+  for_lanes(x + best_block, size, [&](const Lanes& v, int j) __attribute__((always_inline)) {
+    const unsigned bits = at_least(v, best);
+    if (bits && index < 0) index = best_block + j + __builtin_ctz(bits);
+  });
+  return index;
+}
+
+template <typename T>
+RowStats row_stats(const void* row, int64_t n, float* block_refs, double* block_sums,
+                   float* lane_max) {
+  const T* x = static_cast<const T*>(row);
+  float ref = -INFINITY;
+  Ints nan{};
+  for (int64_t begin = 0, b = 0; begin < n; begin += kVocabBlock, ++b) {
+    const int size = int(n - begin < kVocabBlock ? n - begin : kVocabBlock);
+    Lanes m;
+    for (Floats& part : m.part) part = broadcast(-INFINITY);
+    for_lanes(x + begin, size, [&](const Lanes& v, int) __attribute__((always_inline)) {
+      for (int i = 0; i < kParts; ++i) {
+        m.part[i] = max(v.part[i], m.part[i]);
+        nan |= v.part[i] != v.part[i];
+      }
+    });
+    std::memcpy(lane_max + b * kVocabLanes, m.part, sizeof(m.part));
+    if (any_above(m, ref)) ref = highest(m);
+
+    Doubles low[kParts] = {}, high[kParts] = {};
+    const Floats bound = broadcast(ref);
+    for_lanes(x + begin, size, [&](const Lanes& v, int) __attribute__((always_inline)) {
+      for (int i = 0; i < kParts; ++i) {
+        Doubles l, h;
+        widen(exp(v.part[i] - bound), l, h);
+        low[i] += l;
+        high[i] += h;
+      }
+    });
+    double lanes[kVocabLanes];
+    for (int i = 0; i < kParts; ++i) {
+      std::memcpy(lanes + i * kWidth, &low[i], sizeof(low[i]));
+      std::memcpy(lanes + i * kWidth + kWidth / 2, &high[i], sizeof(high[i]));
+    }
+    for (int w = kVocabLanes / 2; w > 0; w /= 2) {
+      for (int i = 0; i < w; ++i) lanes[i] += lanes[i + w];
+    }
+    block_refs[b] = ref;
+    block_sums[b] = lanes[0];
+  }
+  return {ref, any(nan)};
+}
+
+template <typename T>
+void exp_block(const void* row, int n, float ref, float* out) {
+  const T* x = static_cast<const T*>(row);
+  const Floats bound = broadcast(ref);
+  for_lanes(x, n, [&](const Lanes& v, int j) __attribute__((always_inline)) {
+    float e[kVocabLanes];
+    for (int i = 0; i < kParts; ++i) {
+      const Floats part = exp(v.part[i] - bound);
+      std::memcpy(e + i * kWidth, &part, sizeof(part));
+    }
+    std::memcpy(out + j, e, sizeof(float) * size_t(n - j < kVocabLanes ? n - j : kVocabLanes));
+  });
+}
+
+// Order of the keys: larger values first, equal ones (0 and -0 are) by index.
+SPECEXTEND_INLINE uint64_t rank_key(float x, int64_t index) {
+  x += 0.f;
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  bits ^= (bits >> 31) ? 0u : 0x7fffffffu;  // descending order as unsigned integers
+  return uint64_t(bits) << 32 | uint64_t(index);
+}
+
+template <typename T>
+int64_t collect(const void* row, int64_t n, const float* lane_max, float threshold,
+                int64_t max_equal, uint64_t* keys) {
+  const T* x = static_cast<const T*>(row);
+  const bool all = threshold == -INFINITY;
+  int64_t count = 0;
+  for (int64_t begin = 0, b = 0; begin < n; begin += kVocabBlock, ++b) {
+    if (!at_least(load_lanes(lane_max + b * kVocabLanes), threshold)) continue;
+    const int size = int(n - begin < kVocabBlock ? n - begin : kVocabBlock);
+    for_lanes(x + begin, size, [&](const Lanes& v, int j) __attribute__((always_inline)) {
+      const int left = size - j;
+      unsigned bits = all ? 0xffff : at_least(v, threshold);
+      if (left < kVocabLanes) bits &= (1u << left) - 1;
+      if (!bits) return;
+      float values[kVocabLanes];
+      std::memcpy(values, v.part, sizeof(values));
+      for (; bits; bits &= bits - 1) {
+        const int i = __builtin_ctz(bits);
+        const float value = values[i] == values[i] ? values[i] : -INFINITY;
+        if (value == threshold && max_equal-- <= 0) continue;
+        keys[count++] = rank_key(value, begin + j + i);
+      }
+    });
+  }
+  return count;
+}
+
+template <typename T>
+constexpr VocabKernels kernels() {
+  return {argmax<T>, row_stats<T>, exp_block<T>, collect<T>};
+}
+
+#undef SPECEXTEND_INLINE
+
+}  // namespace vocab
+}  // namespace
+}  // namespace specextend::cpu
