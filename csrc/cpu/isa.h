@@ -26,11 +26,10 @@ struct VocabKernels {
                         float* lane_max);
   // out = exp(x - ref), with the bits that row_stats summed. n <= kVocabBlock.
   void (*exp_block)(const void* row, int n, float ref, float* out);
-  // Keys (value descending, then index ascending; the index in the low half) of the elements >=
-  // threshold, NaN counting as -inf, but of those equal to it only the first max_equal; returns
-  // their number. lane_max is what row_stats gave.
+  // The elements >= threshold, NaN counting as -inf, in index order, but of those equal to it only
+  // the first max_equal; returns their number. lane_max is what row_stats gave.
   int64_t (*collect)(const void* row, int64_t n, const float* lane_max, float threshold,
-                     int64_t max_equal, uint64_t* keys);
+                     int64_t max_equal, float* values, int32_t* indices);
 };
 
 // One table per instruction set, filled in csrc/cpu/isa/<name>.cpp. Functions see raw pointers and

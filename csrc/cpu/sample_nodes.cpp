@@ -5,6 +5,7 @@
 
 #include "cpu/cpu.h"
 #include "cpu/isa.h"
+#include "cpu/row_softmax.h"
 #include "cpu/scratch.h"
 
 namespace specextend::cpu {
@@ -18,20 +19,14 @@ int64_t draw(const VocabKernels& kernels, const void* row, int64_t vocab, int el
              double u) {
   static thread_local Scratch<float> floats;
   static thread_local Scratch<double> doubles;
-  const int64_t num_blocks = (vocab + kVocabBlock - 1) / kVocabBlock;
+  const int64_t num_blocks = num_vocab_blocks(vocab);
   float* refs = floats.get(size_t(num_blocks * (1 + kVocabLanes)));
   double* sums = doubles.get(size_t(num_blocks));
   const RowStats stats = kernels.row_stats(row, vocab, refs, sums, refs + num_blocks);
   // Where softmax is undefined there is no choice.
   if (stats.has_nan || std::isnan(u) || std::isinf(stats.max)) return -1;
 
-  // From a running sum per block, each in units of exp(its reference), to cumulative sums.
-  double total = 0.;
-  for (int64_t b = 0; b < num_blocks; ++b) {
-    if (refs[b] != stats.max) sums[b] *= std::exp(double(refs[b]) - double(stats.max));
-    total += sums[b];
-    sums[b] = total;
-  }
+  const double total = accumulate_blocks(refs, sums, num_blocks, stats.max);
   const double threshold = std::max(u, 0.) * total;
   int64_t block = std::upper_bound(sums, sums + num_blocks, threshold) - sums;
   // u = 1 means the last token that has a probability.
@@ -41,7 +36,7 @@ int64_t draw(const VocabKernels& kernels, const void* row, int64_t vocab, int el
   const int size = int(std::min<int64_t>(kVocabBlock, vocab - begin));
   float e[kVocabBlock];
   kernels.exp_block(static_cast<const char*>(row) + begin * element_size, size, refs[block], e);
-  const double scale = std::exp(double(refs[block]) - double(stats.max));
+  const double scale = block_scale(refs[block], stats.max);
   double sum = block > 0 ? sums[block - 1] : 0.;
   int64_t last = begin;
   for (int i = 0; i < size; ++i) {

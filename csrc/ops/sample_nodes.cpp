@@ -36,9 +36,8 @@ Prepared prepare(const Tensor& logits, const std::optional<Tensor>& uniforms) {
     check_same_device(kOp, "uniforms", *uniforms, "logits", logits);
   }
 
-  Prepared r{allocate(logits, {batch, num_nodes}, ScalarType::Long),
-             {},
-             to_dtype(logits.scalar_type())};
+  Prepared r{
+      allocate(logits, {batch, num_nodes}, ScalarType::Long), {}, to_dtype(logits.scalar_type())};
   r.params = {logits.const_data_ptr(),
               logits.stride(0),
               logits.stride(1),

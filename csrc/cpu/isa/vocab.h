@@ -280,18 +280,9 @@ void exp_block(const void* row, int n, float ref, float* out) {
   });
 }
 
-// Order of the keys: larger values first, equal ones (0 and -0 are) by index.
-SPECEXTEND_INLINE uint64_t rank_key(float x, int64_t index) {
-  x += 0.f;
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  bits ^= (bits >> 31) ? 0u : 0x7fffffffu;  // descending order as unsigned integers
-  return uint64_t(bits) << 32 | uint64_t(index);
-}
-
 template <typename T>
 int64_t collect(const void* row, int64_t n, const float* lane_max, float threshold,
-                int64_t max_equal, uint64_t* keys) {
+                int64_t max_equal, float* values, int32_t* indices) {
   const T* x = static_cast<const T*>(row);
   const bool all = threshold == -INFINITY;
   int64_t count = 0;
@@ -303,13 +294,14 @@ int64_t collect(const void* row, int64_t n, const float* lane_max, float thresho
       unsigned bits = all ? 0xffff : at_least(v, threshold);
       if (left < kVocabLanes) bits &= (1u << left) - 1;
       if (!bits) return;
-      float values[kVocabLanes];
-      std::memcpy(values, v.part, sizeof(values));
+      float lanes[kVocabLanes];
+      std::memcpy(lanes, v.part, sizeof(lanes));
       for (; bits; bits &= bits - 1) {
         const int i = __builtin_ctz(bits);
-        const float value = values[i] == values[i] ? values[i] : -INFINITY;
+        const float value = lanes[i] == lanes[i] ? lanes[i] : -INFINITY;
         if (value == threshold && max_equal-- <= 0) continue;
-        keys[count++] = rank_key(value, begin + j + i);
+        values[count] = value;
+        indices[count++] = int32_t(begin + j + i);
       }
     });
   }
