@@ -32,11 +32,35 @@ struct VocabKernels {
                      int64_t max_equal, float* values, int32_t* indices);
 };
 
+constexpr int kAttentionBlock = 128;     // keys between two updates of the running maximum
+constexpr int kAttentionSegment = 1024;  // keys that are summed apart
+
+// Some rows of one KV head over some segments of their keys (csrc/cpu/isa/tree_attention.h).
+struct AttentionItem {
+  const TreeAttentionParams* params;
+  int b, kv_head;
+  int row_begin, num_rows;  // packed rows: tree row * group + head of the group
+  int segment_begin, segment_end;
+  bool last;        // segment_end is the last of the sequence
+  float* partials;  // [segments, num_rows, 2 + D rounded up to lanes]: results of segments; or null:
+                    // all segments are this item's, and it finishes
+  float* pieces;    // [B, M, Hq, num_pieces]: parts of chunks that do not divide blocks; or null
+  int64_t num_pieces;
+  void* scratch;
+};
+struct AttentionKernels {
+  int64_t (*scratch_floats)(const TreeAttentionParams& p, int num_rows);
+  void (*run)(const AttentionItem& item);
+  void (*combine)(const AttentionItem& item);  // folds the partials of all segments
+  int lanes;
+};
+
 // One table per instruction set, filled in csrc/cpu/isa/<name>.cpp. Functions see raw pointers and
 // PODs only and work on one item each; threads are handed out by their callers in csrc/cpu/<op>.cpp.
 struct Isa {
   const char* name;
-  VocabKernels vocab[3];  // by DType
+  VocabKernels vocab[3];          // by DType
+  AttentionKernels attention[3];  // by DType
 };
 
 // The instruction sets in this binary, the plainest first.

@@ -1,90 +1,121 @@
+// Work partition of tree attention: items go to the kernels of csrc/cpu/isa/tree_attention.h. How the
+// work is cut depends on the number of threads, the bits of the result do not.
+
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <cmath>
-#include <vector>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
 
 #include "cpu/cpu.h"
-#include "tree.h"
+#include "cpu/isa.h"
 
 namespace specextend::cpu {
 namespace {
 
-template <typename T>
-void run_row(const TreeAttentionParams& p, int b, int m, int h) {
-  const int n = p.num_tree_keys, d = p.head_dim;
-  const int64_t prefix = std::clamp<int64_t>(p.prefix_lens[b], 0, p.capacity - n), keys = prefix + n;
-  const int kvh = h / (p.num_heads / p.num_kv_heads);
-  const int64_t row = (int64_t(b) * p.num_rows + m) * p.num_heads + h;
-  const T* q = static_cast<const T*>(p.q) + b * p.q_stride_b + m * p.q_stride_m + h * p.q_stride_h;
-  const T* k = static_cast<const T*>(p.k) + b * p.k_stride_b + kvh * p.k_stride_h;
-  const T* v = static_cast<const T*>(p.v) + b * p.v_stride_b + kvh * p.v_stride_h;
-  const uint64_t* mask =
-      p.mask ? p.mask + (int64_t(b) * p.num_rows + m) * mask_words(n) : nullptr;
-  const int64_t q_pos =
-      prefix + (p.q_depths ? p.q_depths[int64_t(b) * p.num_rows + m] : m + n - p.num_rows);
-  thread_local std::vector<float> s, qf, o;
-  s.assign(keys, -INFINITY), qf.resize(d), o.assign(d, 0.f);
-  for (int i = 0; i < d; ++i) qf[i] = float(q[i]);
-  for (int64_t j = 0; j < keys; ++j) {
-    const int t = int(j - prefix);
-    if (t >= 0 && !(mask ? mask_bit(mask, t) : chain_bit(m, t, p.num_rows, n))) continue;
-    if (p.window) {
-      const int64_t pos = t >= 0 && p.k_depths ? prefix + p.k_depths[int64_t(b) * n + t] : j;
-      if (pos <= q_pos - p.window) continue;
-    }
-    float lanes[8] = {};
-    for (int i = 0; i < d; i += 8)
-      for (int l = 0; l < 8; ++l) lanes[l] += qf[i + l] * float(k[j * p.k_stride_s + i + l]);
-    float x = 0;
-    for (float lane : lanes) x += lane;
-    x *= p.scale;
-    s[j] = p.softcap > 0 ? p.softcap * std::tanh(x / p.softcap) : x;
-  }
-  const float top = keys ? *std::max_element(s.begin(), s.end()) : -INFINITY;
-  float sum = 0;
-  for (int64_t j = 0; j < keys; ++j) {
-    if (s[j] == -INFINITY) continue;
-    const float w = std::exp(s[j] - top);
-    sum += w;
-    for (int i = 0; i < d; ++i) o[i] += w * float(v[j * p.v_stride_s + i]);
-  }
-  const float lse = sum > 0 ? top + std::log(sum) : -INFINITY;
-  const float gate = p.sinks ? 1 / (1 + std::exp(p.sinks[h] - lse)) : 1.f;
-  T* out = static_cast<T*>(p.out) + row * d;
-  for (int i = 0; i < d; ++i) out[i] = T(sum > 0 ? o[i] / sum * gate : 0.f);
-  p.lse[row] = lse;
-  for (int c = 0; c < p.num_chunks; ++c) {
-    const int64_t begin = int64_t(c) * p.chunk_size, end = std::min(begin + p.chunk_size, prefix);
-    float most = -INFINITY, total = 0;
-    for (int64_t j = begin; j < end; ++j) most = std::max(most, s[j]);
-    for (int64_t j = begin; j < end; ++j)
-      if (s[j] != -INFINITY) total += std::exp(s[j] - most);
-    p.chunk_lse[row * p.num_chunks + c] = total > 0 ? most + std::log(total) : -INFINITY;
-  }
-}
+constexpr int kMaxRows = 256;               // of an item: their sums stay in the L2 cache
+constexpr int64_t kMaxPartials = 64 << 20;  // bytes
+constexpr int64_t kSerialWork = 1 << 15;    // key-row pairs that are not worth a second thread
 
-template <typename T>
-void run(const TreeAttentionParams& p) {
-  torch::stable::parallel_for(
-      0, int64_t(p.batch) * p.num_rows * p.num_heads, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int h = i % p.num_heads, m = i / p.num_heads % p.num_rows;
-          run_row<T>(p, int(i / p.num_heads / p.num_rows), m, h);
-        }
-      });
+// Memory that a thread keeps from call to call.
+class Buffer {
+ public:
+  float* at_least(int64_t floats) {
+    if (floats > size_) {
+      memory_.reset();
+      const size_t bytes = (size_t(floats) * 4 + 63) / 64 * 64;
+      memory_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+      STD_TORCH_CHECK(memory_, "tree_attention: out of memory, ", bytes, " bytes of scratch");
+      size_ = floats;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> memory_;
+  int64_t size_ = 0;
+};
+
+thread_local Buffer scratch, partials, pieces;
+
+// Calls f(i) for i < n from up to `threads` threads, each taking the next one when it is free.
+template <typename F>
+void for_each_item(int64_t n, int64_t threads, const F& f) {
+  if (threads <= 1 || n <= 1) {
+    for (int64_t i = 0; i < n; ++i) f(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min(n, threads), 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i);
+  });
 }
 
 }  // namespace
 
 void tree_attention(const TreeAttentionParams& p, DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32: return run<float>(p);
-    case DType::kFloat16: return run<c10::Half>(p);
-    case DType::kBFloat16: return run<c10::BFloat16>(p);
+  const AttentionKernels& kernels = isa().attention[int(dtype)];
+  const int packed = p.num_rows * (p.num_heads / p.num_kv_heads);
+  if (packed == 0 || p.batch == 0) return;
+  const int blocks = (packed + kMaxRows - 1) / kMaxRows;
+  const int64_t units = int64_t(p.batch) * p.num_kv_heads * blocks;
+
+  int64_t longest = 0, total = 0;
+  for (int b = 0; b < p.batch; ++b) {
+    const int64_t prefix = std::clamp<int64_t>(p.prefix_lens[b], 0, p.capacity - p.num_tree_keys);
+    longest = std::max(longest, prefix);
+    total += prefix + p.num_tree_keys;
   }
+  const int segments =
+      int(std::max<int64_t>(1, (longest + p.num_tree_keys + kAttentionSegment - 1) / kAttentionSegment));
+  const int64_t work = total * p.num_kv_heads * packed;
+  const int64_t threads = work < kSerialWork ? 1 : int64_t(torch::stable::get_num_threads());
+
+  const int dim = (p.head_dim + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
+  const int block_rows = (packed + blocks - 1) / blocks;
+  const int64_t unit_partials = int64_t(segments) * block_rows * (dim + 2);
+  const bool split = segments > 1 && units < 4 * threads && threads > 1 &&
+                     units * unit_partials * 4 <= kMaxPartials;
+
+  AttentionItem item{};
+  item.params = &p;
+  const bool whole_chunks = !p.chunk_lse || kAttentionBlock % p.chunk_size == 0;
+  if (!whole_chunks) {
+    const int64_t key_blocks = segments * (kAttentionSegment / kAttentionBlock);
+    item.num_pieces = key_blocks * kAttentionBlock / p.chunk_size + key_blocks + 1;
+    item.pieces = pieces.at_least(int64_t(p.batch) * p.num_rows * p.num_heads * item.num_pieces);
+  }
+  float* const all_partials = split ? partials.at_least(units * unit_partials) : nullptr;
+  const auto unit_item = [&](int64_t unit) {
+    AttentionItem i = item;
+    const int block = int(unit % blocks);
+    i.row_begin = int(int64_t(block) * packed / blocks);
+    i.num_rows = int(int64_t(block + 1) * packed / blocks) - i.row_begin;
+    i.kv_head = int(unit / blocks % p.num_kv_heads);
+    i.b = int(unit / blocks / p.num_kv_heads);
+    i.segment_end = segments;
+    i.last = true;
+    i.partials = split ? all_partials + unit * unit_partials : nullptr;
+    i.scratch = scratch.at_least(kernels.scratch_floats(p, i.num_rows));
+    return i;
+  };
+  if (!split) {
+    for_each_item(units, threads, [&](int64_t unit) { kernels.run(unit_item(unit)); });
+    return;
+  }
+  for_each_item(units * segments, threads, [&](int64_t n) {
+    AttentionItem i = unit_item(n / segments);
+    i.segment_begin = int(n % segments);
+    i.segment_end = i.segment_begin + 1;
+    i.last = i.segment_end == segments;
+    kernels.run(i);
+  });
+  for_each_item(units, units * block_rows < 64 ? 1 : threads,
+                [&](int64_t unit) { kernels.combine(unit_item(unit)); });
 }
 
 }  // namespace specextend::cpu

@@ -2,6 +2,7 @@
 // that no inline function built with one set's flags can serve another.
 
 #include "cpu/isa.h"
+#include "cpu/isa/tree_attention.h"
 #include "cpu/isa/vocab.h"
 
 #define SPECEXTEND_CONCAT_(a, b) a##b
@@ -15,6 +16,7 @@ extern const Isa SPECEXTEND_CONCAT(isa_, SPECEXTEND_ISA);
 const Isa SPECEXTEND_CONCAT(isa_, SPECEXTEND_ISA) = {
     SPECEXTEND_STRING(SPECEXTEND_ISA),
     {vocab::kernels<float>(), vocab::kernels<vocab::Half>(), vocab::kernels<vocab::BFloat16>()},
+    {attention::kernels<float>(), attention::kernels<simd::Half>(), attention::kernels<simd::BFloat16>()},
 };
 
 }  // namespace specextend::cpu

@@ -1,0 +1,696 @@
+#pragma once
+
+// Tree attention on one work item, compiled once per instruction set by table.h.
+//
+// The rows of a KV head (tree rows x group) are packed together. For a row, the keys that it may see
+// lie on a line: prefix key j at j, and the tree keys of its mask, in the order of their slots, at P,
+// P + 1, ... The line is cut at fixed places into blocks of kAttentionBlock positions, between which
+// the running maximum is updated, and into segments of kAttentionSegment, which are summed apart and
+// folded from left to right. All sums over the keys of a block take the keys one after the other, a
+// key that a row does not see adding exactly 0. So the bits of a row depend on its line alone: not on
+// the other rows, the number of splits, or on where in the tree its ancestors stand.
+//
+// A 32-bit word is one float, or two bf16 that are multiplied and added by one instruction. Both
+// products (logits, values) are one routine: words of A broadcast, B in panels of kPanel registers.
+
+#include "cpu/isa.h"
+#include "cpu/isa/simd.h"
+
+namespace specextend::cpu {
+namespace {
+namespace attention {
+
+using namespace simd;
+
+constexpr int kBlock = kAttentionBlock;
+constexpr int kTileRows = 6;
+#if defined(__AVX512F__)
+constexpr int kPanel = 4;  // 6 x 4 sums, 4 of B and one of A: 29 of 32 registers
+#else
+constexpr int kPanel = 2;  // 6 x 2 sums, 2 of B and one of A: 15 of 16
+#endif
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+SPECEXTEND_ALWAYS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+SPECEXTEND_ALWAYS_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+SPECEXTEND_ALWAYS_INLINE int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
+// How keys, values and probabilities are multiplied.
+struct Float32Math {
+  static constexpr int kPerWord = 1;
+  SPECEXTEND_ALWAYS_INLINE static Floats multiply_add(Floats sum, Floats a, Floats b) {
+    return fma(a, b, sum);
+  }
+  template <typename T>
+  SPECEXTEND_ALWAYS_INLINE static Floats load_words(const T* p) {
+    return load_as_floats(p);
+  }
+  template <typename T>
+  SPECEXTEND_ALWAYS_INLINE static Floats load_some_words(const T* p, int n) {
+    return load_some_as_floats(p, n);
+  }
+  template <typename T>
+  SPECEXTEND_ALWAYS_INLINE static void copy_words(const T* from, float* to, int words) {
+    for (int i = 0; i < words; ++i) to[i] = to_float(from[i]);
+  }
+  // Probabilities of n keys, a multiple of kLanes.
+  SPECEXTEND_ALWAYS_INLINE static void store_weights(const float* p, float* words, int n) {
+    for (int i = 0; i < n; i += kLanes) store(words + i, load(p + i));
+  }
+};
+
+#if defined(__AVX512BF16__)
+// vdpbf16ps adds the product of the high halves first, then that of the low ones, each rounded: with
+// the earlier key in the high half, keys are summed one after the other.
+struct BFloat16Math {
+  static constexpr int kPerWord = 2;
+  SPECEXTEND_ALWAYS_INLINE static Floats multiply_add(Floats sum, Floats a, Floats b) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+  SPECEXTEND_ALWAYS_INLINE static Floats load_words(const BFloat16* p) { return load(p); }
+  SPECEXTEND_ALWAYS_INLINE static Floats load_some_words(const BFloat16* p, int n) {
+    return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+  }
+  SPECEXTEND_ALWAYS_INLINE static void copy_words(const BFloat16* from, float* to, int words) {
+    memcpy(to, from, size_t(words) * 4);
+  }
+  // Probabilities of n keys, a multiple of kLanes, behind which one more vector may be read.
+  SPECEXTEND_ALWAYS_INLINE static void store_weights(const float* p, float* words, int n) {
+    for (int i = 0; i < n; i += 2 * kLanes) {
+      const __m512bh pairs = _mm512_cvtne2ps_pbh(load(p + i + kLanes), load(p + i));
+      store(words + i / 2, reinterpret_cast<Floats>(_mm512_rol_epi32(reinterpret_cast<__m512i>(pairs), 16)));
+    }
+  }
+};
+#endif
+
+// C [R, P * NV registers] = scale * A B, or C * row_scale + A B. A: R rows of `steps` words. B: P
+// panels of [steps, NV registers].
+template <typename Math, int R, int NV, int P>
+SPECEXTEND_ALWAYS_INLINE void multiply_tile(const float* a, int64_t lda, const float* b, int steps,
+                                            float* c, int64_t ldc, float scale,
+                                            const float* row_scale, bool overwrite) {
+  constexpr int kWidth = NV * kLanes;
+  Floats sum[R][P * NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < P * NV; ++v)
+      sum[r][v] = overwrite ? Floats{} : load(c + r * ldc + v * kLanes) * row_scale[r];
+  const int64_t panel = int64_t(steps) * kWidth;
+#pragma GCC unroll 2
+  for (int s = 0; s < steps; ++s) {
+    Floats x[P * NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < P * NV; ++v)
+      x[v] = load(b + v / NV * panel + int64_t(s) * kWidth + v % NV * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Floats w = broadcast(a[r * lda + s]);
+#pragma GCC unroll 8
+      for (int v = 0; v < P * NV; ++v) sum[r][v] = Math::multiply_add(sum[r][v], w, x[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < P * NV; ++v)
+      store(c + r * ldc + v * kLanes, row_scale ? sum[r][v] : sum[r][v] * scale);
+}
+
+template <typename Math, int R>
+__attribute__((noinline)) void multiply_rows(const float* a, int64_t lda, const float* b, int steps,
+                                             int columns, float* c, int64_t ldc, float scale,
+                                             const float* row_scale, bool overwrite) {
+  constexpr int kWidth = kPanel * kLanes;
+  int col = 0;
+  if (R <= 2)  // else too few sums are under way to hide the latency of one
+    for (; col + 2 * kWidth <= columns; col += 2 * kWidth)
+      multiply_tile<Math, R <= 2 ? R : 1, kPanel, 2>(a, lda, b + int64_t(col) * steps, steps, c + col,
+                                                     ldc, scale, row_scale, overwrite);
+  for (; col + kWidth <= columns; col += kWidth)
+    multiply_tile<Math, R, kPanel, 1>(a, lda, b + int64_t(col) * steps, steps, c + col, ldc, scale,
+                                      row_scale, overwrite);
+  b += int64_t(col) * steps;
+  c += col;
+  switch ((columns - col) / kLanes) {
+    case 1: return multiply_tile<Math, R, 1, 1>(a, lda, b, steps, c, ldc, scale, row_scale, overwrite);
+#if defined(__AVX512F__)
+    case 2: return multiply_tile<Math, R, 2, 1>(a, lda, b, steps, c, ldc, scale, row_scale, overwrite);
+    case 3: return multiply_tile<Math, R, 3, 1>(a, lda, b, steps, c, ldc, scale, row_scale, overwrite);
+#endif
+    default: return;
+  }
+}
+
+template <typename Math>
+SPECEXTEND_ALWAYS_INLINE void multiply(int rows, const float* a, int64_t lda, const float* b, int steps,
+                                       int columns, float* c, int64_t ldc, float scale,
+                                       const float* row_scale, bool overwrite) {
+  switch (rows) {
+    case 1: return multiply_rows<Math, 1>(a, lda, b, steps, columns, c, ldc, scale, row_scale, overwrite);
+    case 2: return multiply_rows<Math, 2>(a, lda, b, steps, columns, c, ldc, scale, row_scale, overwrite);
+    case 3: return multiply_rows<Math, 3>(a, lda, b, steps, columns, c, ldc, scale, row_scale, overwrite);
+    case 4: return multiply_rows<Math, 4>(a, lda, b, steps, columns, c, ldc, scale, row_scale, overwrite);
+    case 5: return multiply_rows<Math, 5>(a, lda, b, steps, columns, c, ldc, scale, row_scale, overwrite);
+    default: return multiply_rows<Math, 6>(a, lda, b, steps, columns, c, ldc, scale, row_scale, overwrite);
+  }
+}
+
+// Panels of B for the logits: B[word, key]. `columns` = keys rounded up to kLanes, those behind are 0.
+template <typename Math, typename T>
+void pack_keys(const T* k, int64_t stride, int keys, int columns, int words, int prefetch_keys,
+               float* packed) {
+  constexpr int kWidth = kPanel * kLanes;
+  const int row_bytes = words * Math::kPerWord * int(sizeof(T));
+  for (int col = 0; col < columns; col += kLanes) {
+    const int panel = col / kWidth * kWidth, width = int(min_of(kWidth, columns - panel));
+    float* to = packed + int64_t(panel) * words + (col - panel);
+    const T* from = k + col * stride;
+    const int n = int(min_of(kLanes, keys - col));
+    for (int j = 0; j < kLanes && col + j < prefetch_keys; ++j) {
+      const char* ahead = reinterpret_cast<const char*>(from + (kBlock + j) * stride);
+      for (int byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
+    }
+    for (int w = 0; w < words; w += kLanes) {
+      Floats rows[kLanes];
+      const int some = words - w;
+      if (some >= kLanes && n == kLanes) {
+#pragma GCC unroll 16
+        for (int j = 0; j < kLanes; ++j)
+          rows[j] = Math::load_words(from + j * stride + w * Math::kPerWord);
+        transpose(rows);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(to + int64_t(w + i) * width, rows[i]);
+      } else {
+        for (int j = 0; j < kLanes; ++j) {
+          const T* row = from + j * stride + w * Math::kPerWord;
+          rows[j] = j >= n           ? Floats{}
+                    : some >= kLanes ? Math::load_words(row)
+                                     : Math::load_some_words(row, some);
+        }
+        transpose(rows);
+        for (int i = 0; i < kLanes && w + i < words; ++i) store(to + int64_t(w + i) * width, rows[i]);
+      }
+    }
+  }
+}
+
+// Panels of B for the output: B[key (pair), d]. Tree keys that no row sees (a clear bit of `live`,
+// which begins at key `tree_begin`) may hold anything and become 0.
+template <typename Math, typename T>
+void pack_values(const T* v, int64_t stride, int keys, int dim, int tree_begin, const uint64_t* live,
+                 int prefetch_keys, float* packed) {
+  constexpr int kWidth = kPanel * kLanes;
+  const int steps = (keys + Math::kPerWord - 1) / Math::kPerWord, columns = round_up(dim, kLanes);
+  for (int s = 0; s < steps; ++s) {
+    const T* from[2];
+    bool seen[2];
+    for (int i = 0; i < Math::kPerWord; ++i) {
+      const int key = s * Math::kPerWord + i, t = key - tree_begin;
+      seen[i] = key < keys && (!live || t < 0 || (live[t >> 6] >> (t & 63) & 1));
+      from[i] = v + int64_t(key) * stride;
+      if (key < prefetch_keys) {
+        const char* ahead = reinterpret_cast<const char*>(from[i] + kBlock * stride);
+        for (int byte = 0; byte < dim * int(sizeof(T)); byte += 64)
+          __builtin_prefetch(ahead + byte, 0, 2);
+      }
+    }
+    for (int panel = 0; panel < columns; panel += kWidth) {
+      const int width = int(min_of(kWidth, columns - panel));
+      float* to = packed + int64_t(panel) * steps + int64_t(s) * width;
+      if constexpr (Math::kPerWord == 1) {
+        for (int d = 0; d < width; d += kLanes) {
+          const int some = dim - panel - d;
+          store(to + d, !seen[0]         ? Floats{}
+                        : some >= kLanes ? load_as_floats(from[0] + panel + d)
+                                         : load_some_as_floats(from[0] + panel + d, some));
+        }
+      } else {
+#if defined(__AVX512BF16__)
+        // Word d: key 0 in the high half, key 1 in the low one.
+        const __m512i low = _mm512_set_epi16(
+            15, 47, 14, 46, 13, 45, 12, 44, 11, 43, 10, 42, 9, 41, 8, 40, 7, 39, 6, 38, 5, 37, 4, 36, 3,
+            35, 2, 34, 1, 33, 0, 32);
+        const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+        for (int d = 0; d < width; d += 2 * kLanes) {
+          const int some = int(min_of(2 * kLanes, dim - panel - d));
+          const __mmask32 mask = some == 32 ? ~0u : (1u << some) - 1;
+          const __m512i a = _mm512_maskz_loadu_epi16(seen[0] ? mask : 0, from[0] + panel + d);
+          const __m512i b = _mm512_maskz_loadu_epi16(seen[1] ? mask : 0, from[1] + panel + d);
+          _mm512_storeu_si512(to + d, _mm512_permutex2var_epi16(a, low, b));
+          if (d + kLanes < width)
+            _mm512_storeu_si512(to + d + kLanes, _mm512_permutex2var_epi16(a, high, b));
+        }
+#endif
+      }
+    }
+  }
+}
+
+// Of a packed row.
+struct RowState {
+  int64_t begin, end;  // positions that it sees of the line; past the prefix a mask decides, if any
+  int tree_row;        // m, from the first of the item on
+  float max;           // of the logits of this segment so far, base 2
+};
+
+// Where things lie in an item's scratch memory, in floats.
+struct Layout {
+  int rows, tree_rows, words, dim, keys;  // keys: of the widest block, and one vector
+  int64_t q, keys_packed, values_packed, logits, weights, line, out, total, sum, state, slots, live, size;
+
+  Layout(const TreeAttentionParams& p, int rows_, int per_word) {
+    rows = rows_;
+    tree_rows = int(min_of(rows, p.num_rows));
+    words = p.head_dim / per_word;
+    dim = round_up(p.head_dim, kLanes);
+    keys = round_up(kBlock + p.num_tree_keys, 2 * kLanes) + 2 * kLanes;
+    int64_t at = 0;
+    const auto take = [&](int64_t n) {
+      const int64_t begin = at;
+      at += (n + 15) / 16 * 16;
+      return begin;
+    };
+    q = take(int64_t(rows) * words);
+    keys_packed = take(int64_t(keys) * words);
+    values_packed = take(int64_t(keys) * dim / per_word + dim);
+    logits = take(int64_t(kTileRows) * keys);
+    weights = take(int64_t(kTileRows) * keys);
+    line = take(3 * keys);
+    out = take(int64_t(rows) * dim);
+    total = take(int64_t(rows) * dim);
+    sum = take(int64_t(rows) * kLanes);
+    state = take(int64_t(rows) * int64_t(sizeof(RowState) / 4 + 3));
+    slots = take(int64_t(tree_rows + 1) * (kBlock + 1));
+    live = take((p.num_tree_keys + 63) / 64 * 2);
+    size = at;
+  }
+};
+
+// acc (max, sum, out) += part, over disjoint keys. A part without keys has sum 0.
+SPECEXTEND_ALWAYS_INLINE void fold(float* max, float* sum, float* out, float part_max, float part_sum,
+                                   const float* part, int dim) {
+  if (part_sum == 0.f) return;
+  if (*sum == 0.f) {
+    *max = part_max, *sum = part_sum;
+    memcpy(out, part, size_t(dim) * 4);
+    return;
+  }
+  const float top = part_max > *max ? part_max : *max;
+  const float a = simd::exp2(*max - top), b = simd::exp2(part_max - top);
+  for (int d = 0; d < dim; d += kLanes)
+    store(out + d, fma(load(part + d), broadcast(b), load(out + d) * a));
+  *sum = *sum * a + part_sum * b;
+  *max = top;
+}
+
+template <typename T>
+void finish_row(const TreeAttentionParams& p, int64_t row, float max, float sum, const float* out) {
+  T* to = static_cast<T*>(p.out) + row * p.head_dim;
+  const float lse = sum == 0.f ? -INFINITY : (max + log2f(sum)) * kLn2;
+  p.lse[row] = lse;
+  float factor = sum == 0.f ? 0.f : 1.f / sum;
+  if (p.sinks && sum != 0.f) factor /= 1.f + expf(p.sinks[row % p.num_heads] - lse);
+  for (int d = 0; d < p.head_dim; ++d) from_float(sum == 0.f ? 0.f : out[d] * factor, to + d);
+}
+
+template <typename Math, typename T>
+class Item {
+ public:
+  explicit Item(const AttentionItem& item)
+      : item_(item),
+        p_(*item.params),
+        layout_(p_, item.num_rows, Math::kPerWord),
+        group_(p_.num_heads / p_.num_kv_heads),
+        prefix_(max_of(0, min_of(p_.prefix_lens[item.b], p_.capacity - p_.num_tree_keys))),
+        masked_(p_.num_tree_keys > 0 && (p_.mask || (p_.window && p_.k_depths))) {
+    float* base = static_cast<float*>(item.scratch);
+    q_ = base + layout_.q;
+    keys_ = base + layout_.keys_packed;
+    values_ = base + layout_.values_packed;
+    logits_ = base + layout_.logits;
+    weights_ = base + layout_.weights;
+    line_ = base + layout_.line;
+    out_ = base + layout_.out;
+    total_ = base + layout_.total;
+    sum_ = base + layout_.sum;
+    state_ = reinterpret_cast<RowState*>(base + layout_.state);
+    total_max_ = base + layout_.state + int64_t(layout_.rows) * int64_t(sizeof(RowState) / 4);
+    total_sum_ = total_max_ + layout_.rows;
+    row_scale_ = total_sum_ + layout_.rows;
+    slots_ = reinterpret_cast<int32_t*>(base + layout_.slots);
+    live_ = reinterpret_cast<uint64_t*>(base + layout_.live);
+    first_tree_row_ = item.row_begin / group_;
+    k_ = static_cast<const T*>(p_.k) + item.b * p_.k_stride_b + item.kv_head * p_.k_stride_h;
+    v_ = static_cast<const T*>(p_.v) + item.b * p_.v_stride_b + item.kv_head * p_.v_stride_h;
+    logit_scale_ = p_.softcap > 0 ? p_.scale / p_.softcap : p_.scale * kLog2E;
+  }
+
+  void run() {
+    prepare_rows();
+    clear_chunks();
+    for (int i = 0; i < item_.num_rows; ++i) total_max_[i] = -INFINITY, total_sum_[i] = 0.f;
+    for (int segment = item_.segment_begin; segment < item_.segment_end; ++segment) {
+      run_segment(segment);
+      for (int i = 0; i < item_.num_rows; ++i) {
+        const float sum = empty_ ? 0.f : reduce_add(load(sum_ + int64_t(i) * kLanes));
+        const float* out = out_ + int64_t(i) * layout_.dim;
+        if (item_.partials) {
+          float* partial = item_.partials + (int64_t(segment) * item_.num_rows + i) * (layout_.dim + 2);
+          partial[0] = state_[i].max, partial[1] = sum;
+          if (!empty_) memcpy(partial + 2, out, size_t(layout_.dim) * 4);
+        } else {
+          fold(total_max_ + i, total_sum_ + i, total_ + int64_t(i) * layout_.dim, state_[i].max, sum, out,
+               layout_.dim);
+        }
+      }
+    }
+    if (item_.partials) return;
+    for (int i = 0; i < item_.num_rows; ++i) {
+      finish_row<T>(p_, output_row(i), total_max_[i], total_sum_[i], total_ + int64_t(i) * layout_.dim);
+      merge_pieces(i);
+    }
+  }
+
+  // The last step where segments were computed apart: folds their results.
+  void combine() {
+    for (int i = 0; i < item_.num_rows; ++i) {
+      float max = -INFINITY, sum = 0.f;
+      for (int segment = item_.segment_begin; segment < item_.segment_end; ++segment) {
+        const float* partial =
+            item_.partials + (int64_t(segment) * item_.num_rows + i) * (layout_.dim + 2);
+        fold(&max, &sum, total_, partial[0], partial[1], partial + 2, layout_.dim);
+      }
+      finish_row<T>(p_, output_row(i), max, sum, total_);
+      merge_pieces(i);
+    }
+  }
+
+ private:
+  int64_t output_row(int i) const {
+    const int row = item_.row_begin + i;
+    return (int64_t(item_.b) * p_.num_rows + row / group_) * p_.num_heads + item_.kv_head * group_ +
+           row % group_;
+  }
+
+  void prepare_rows() {
+    const int n = p_.num_tree_keys;
+    first_begin_ = prefix_ + n, last_end_ = 0;
+    for (int i = 0; i < item_.num_rows; ++i) {
+      const int row = item_.row_begin + i, m = row / group_;
+      const T* q = static_cast<const T*>(p_.q) + item_.b * p_.q_stride_b + m * p_.q_stride_m +
+                   (item_.kv_head * group_ + row % group_) * p_.q_stride_h;
+      Math::copy_words(q, q_ + int64_t(i) * layout_.words, layout_.words);
+      RowState& s = state_[i];
+      s.tree_row = m - first_tree_row_;
+      s.begin = p_.window ? max_of(0, position(m) - p_.window + 1) : 0;
+      s.end = masked_ ? prefix_ : max_of(prefix_, prefix_ + m + n - p_.num_rows + 1);
+      first_begin_ = min_of(first_begin_, s.begin);
+      last_end_ = max_of(last_end_, s.end);
+    }
+    num_tree_rows_ = state_[item_.num_rows - 1].tree_row + 1;
+    if (!masked_) return;
+    last_end_ = prefix_ + n;
+    memset(live_, 0, size_t((n + 63) / 64) * 8);
+    for (int m = 0; m < num_tree_rows_; ++m)
+      for (int w = 0; w < (n + 63) / 64; ++w) live_[w] |= mask_word(first_tree_row_ + m, w);
+  }
+
+  int64_t position(int m) const {
+    return prefix_ + (p_.q_depths ? p_.q_depths[int64_t(item_.b) * p_.num_rows + m]
+                                  : m + p_.num_tree_keys - p_.num_rows);
+  }
+
+  // 64 tree keys of row m; bits past the last key are 0.
+  uint64_t mask_word(int m, int w) const {
+    const int left = p_.num_tree_keys - w * 64;
+    uint64_t word;
+    if (p_.mask) {
+      word = p_.mask[(int64_t(item_.b) * p_.num_rows + m) * ((p_.num_tree_keys + 63) / 64) + w];
+    } else {
+      const int seen = m + p_.num_tree_keys - p_.num_rows + 1 - w * 64;
+      word = seen <= 0 ? 0 : seen >= 64 ? ~uint64_t(0) : (uint64_t(1) << seen) - 1;
+    }
+    return left >= 64 ? word : word & ((uint64_t(1) << left) - 1);
+  }
+
+  // The tree keys that stand at positions [line_begin, line_begin + kBlock) of each row's line.
+  // Returns false if there are none; else their slots lie in [slot_begin_, slot_end_).
+  bool find_slots(int64_t line_begin) {
+    const int64_t rank_begin = line_begin - prefix_, rank_end = rank_begin + kBlock;
+    slot_begin_ = p_.num_tree_keys, slot_end_ = 0;
+    for (int m = 0; m < num_tree_rows_; ++m) {
+      int32_t* slots = slots_ + int64_t(m) * (kBlock + 1);
+      int count = 0;
+      int64_t rank = 0;
+      for (int w = 0; w * 64 < p_.num_tree_keys && rank < rank_end; ++w) {
+        uint64_t word = mask_word(first_tree_row_ + m, w);
+        const int ones = __builtin_popcountll(word);
+        if (rank + ones > rank_begin)
+          for (int64_t r = rank; word && r < rank_end; word &= word - 1, ++r)
+            if (r >= rank_begin) slots[1 + count++] = w * 64 + __builtin_ctzll(word);
+        rank += ones;
+      }
+      slots[0] = count;
+      if (count) {
+        slot_begin_ = int(min_of(slot_begin_, slots[1]));
+        slot_end_ = int(max_of(slot_end_, slots[count] + 1));
+      }
+    }
+    return slot_end_ > slot_begin_;
+  }
+
+  void run_segment(int segment) {
+    empty_ = true;
+    for (int i = 0; i < item_.num_rows; ++i) state_[i].max = -INFINITY;
+    memset(sum_, 0, size_t(item_.num_rows) * kLanes * 4);
+    const int64_t begin = int64_t(segment) * kAttentionSegment;
+    const int64_t end = min_of(begin + kAttentionSegment, prefix_ + p_.num_tree_keys);
+    for (int64_t at = begin; at < end; at += kBlock) run_block(at, end);
+  }
+
+  // Positions [at, at + kBlock) of the line.
+  void run_block(int64_t at, int64_t segment_end) {
+    // Cache rows [row_begin, row_end) hold its keys, and perhaps keys of other blocks.
+    int64_t row_begin = at, row_end = min_of(at + kBlock, last_end_);
+    const bool gathered = masked_ && at + kBlock > prefix_;
+    if (gathered) {
+      const bool some = find_slots(at);
+      row_begin = at < prefix_ ? at : prefix_ + slot_begin_;
+      row_end = some ? prefix_ + slot_end_ : prefix_;
+    }
+    if (row_begin >= row_end || (!gathered && row_end <= first_begin_)) return;
+    const int keys = int(row_end - row_begin), columns = round_up(keys, kLanes);
+    const int prefix_keys = int(max_of(0, min_of(prefix_ - at, kBlock)));
+    const int ahead = int(max_of(0, min_of(keys, segment_end - at - kBlock)));
+    pack_keys<Math>(k_ + row_begin * p_.k_stride_s, p_.k_stride_s, keys, columns, layout_.words, ahead,
+                    keys_);
+    const int tree_begin = int(prefix_ - row_begin);
+    pack_values<Math>(v_ + row_begin * p_.v_stride_s, p_.v_stride_s, keys, p_.head_dim, tree_begin,
+                      gathered ? live_ : nullptr, ahead, values_);
+    const int steps = (keys + Math::kPerWord - 1) / Math::kPerWord;
+    const int tiles = (item_.num_rows + kTileRows - 1) / kTileRows;
+    for (int tile = 0; tile < tiles; ++tile) {
+      const int i0 = int(int64_t(tile) * item_.num_rows / tiles);
+      const int rows = int(int64_t(tile + 1) * item_.num_rows / tiles) - i0;
+      multiply<Math>(rows, q_ + int64_t(i0) * layout_.words, layout_.words, keys_, layout_.words, columns,
+                     logits_, layout_.keys, logit_scale_, nullptr, true);
+      for (int r = 0; r < rows; ++r) {
+        const float* logits = logits_ + int64_t(r) * layout_.keys;
+        float* weights = weights_ + int64_t(r) * layout_.keys;
+        if (gathered) {
+          soften_gathered(i0 + r, at, logits, prefix_keys, tree_begin, columns);
+        } else {
+          const RowState& s = state_[i0 + r];
+          soften(i0 + r, at, logits, int(max_of(0, s.begin - at)), int(min_of(columns, s.end - at)), columns,
+                 prefix_keys);
+        }
+        Math::store_weights(line_, weights, columns);
+      }
+      multiply<Math>(rows, weights_, layout_.keys, values_, steps, layout_.dim,
+                     out_ + int64_t(i0) * layout_.dim, layout_.dim, 1.f, row_scale_ + i0, empty_);
+    }
+    empty_ = false;
+  }
+
+  // A block where masks hide tree keys: its logits, given by slot, are put in line, and the weights
+  // of the line back to their slots. Leaves `columns` weights in line_.
+  void soften_gathered(int i, int64_t at, const float* logits, int prefix_keys, int tree_begin,
+                       int columns) {
+    const RowState& s = state_[i];
+    const int32_t* slots = slots_ + int64_t(s.tree_row) * (kBlock + 1);
+    const int tree_keys = slots[0], keys = prefix_keys + tree_keys;
+    ++slots;
+    float *in_line = line_ + 2 * layout_.keys, *by_slot = in_line;
+    memcpy(in_line, logits, size_t(prefix_keys) * 4);
+    for (int j = 0; j < prefix_keys && at + j < s.begin; ++j) in_line[j] = -INFINITY;
+    for (int j = 0; j < tree_keys; ++j) {
+      const int slot = slots[j];
+      bool seen = true;
+      if (p_.window) {
+        const int depth = p_.k_depths ? p_.k_depths[int64_t(item_.b) * p_.num_tree_keys + slot] : slot;
+        seen = prefix_ + depth >= s.begin;
+      }
+      in_line[prefix_keys + j] = seen ? logits[tree_begin + slot] : -INFINITY;
+    }
+    soften(i, at, in_line, 0, keys, round_up(keys, kLanes), prefix_keys);
+    memset(by_slot, 0, size_t(columns) * 4);
+    memcpy(by_slot, line_, size_t(prefix_keys) * 4);
+    for (int j = 0; j < tree_keys; ++j) by_slot[tree_begin + slots[j]] = line_[prefix_keys + j];
+    memcpy(line_, by_slot, size_t(columns) * 4);
+  }
+
+  // The softmax of one row over a block of its line, of which it sees [begin, end). Leaves the
+  // weights in line_, and the factor for what was summed before in row_scale_.
+  void soften(int i, int64_t at, const float* logits, int begin, int end, int columns, int prefix_keys) {
+    RowState& s = state_[i];
+    const float* x = logits;
+    if (begin > 0 || end < columns || p_.softcap > 0) {
+      float* adjusted = line_ + layout_.keys;
+      for (int j = 0; j < columns; j += kLanes) {
+        Floats y = load(logits + j);
+        if (p_.softcap > 0) y = simd::tanh(y) * (p_.softcap * kLog2E);
+        store(adjusted + j, keep_lanes(y, begin - j, end - j, -INFINITY));
+      }
+      x = adjusted;
+    }
+    Floats top = broadcast(-INFINITY);
+    for (int j = 0; j < columns; j += kLanes) top = simd::max(top, load(x + j));
+    const float block_max = reduce_max(top), max = block_max > s.max ? block_max : s.max;
+    const float shift = max == -INFINITY ? 0.f : max;
+    const float rescale = max == s.max ? 1.f : simd::exp2(s.max - max);
+    Floats sum = load(sum_ + int64_t(i) * kLanes) * rescale;
+    for (int j = 0; j < columns; j += kLanes) {
+      const Floats weight = simd::exp2(load(x + j) - shift);
+      store(line_ + j, weight);
+      sum += weight;
+    }
+    store(sum_ + int64_t(i) * kLanes, sum);
+    s.max = max;
+    row_scale_[i] = rescale;
+    if (p_.chunk_lse && prefix_keys > 0) sum_chunks(i, at, x, shift, prefix_keys);
+  }
+
+  // The log-sum-exp of each chunk's part in a block: the chunk itself if chunks divide blocks, else
+  // one piece of it. `x` are the logits (base 2), line_ holds 2^(x - shift).
+  void sum_chunks(int i, int64_t at, const float* x, float shift, int keys) {
+    const int64_t size = p_.chunk_size, first = at / size, last = (at + keys - 1) / size;
+    float sums[kBlock + kLanes];
+    for (int64_t c = first; c <= last; ++c) {
+      const int begin = int(max_of(0, c * size - at)), end = int(min_of(keys, (c + 1) * size - at));
+      Floats sum{};
+      int j = begin;
+      for (; j + kLanes <= end; j += kLanes) sum += load(line_ + j);
+      if (j < end) sum += keep_lanes(load(line_ + j), 0, end - j, 0.f);
+      sums[c - first] = reduce_add(sum);
+    }
+    const int count = int(last - first + 1);
+    for (int c = count; c % kLanes; ++c) sums[c] = 1.f;
+    float* to = pieces_begin(i, at);
+    for (int c = 0; c < count; c += kLanes) {
+      float lse[kLanes];
+      store(lse, (log2(load(sums + c)) + shift) * kLn2);
+      memcpy(to + c, lse, size_t(min_of(kLanes, count - c)) * 4);
+    }
+    constexpr float kTooSmall = 0x1p-80f;  // terms of such a sum may have been flushed to 0
+    for (int c = 0; c < count; ++c) {
+      if (sums[c] >= kTooSmall) continue;
+      const int begin = int(max_of(0, (first + c) * size - at));
+      const int end = int(min_of(keys, (first + c + 1) * size - at));
+      Floats top = broadcast(-INFINITY), sum{};
+      for (int j = begin; j < end; j += kLanes)
+        top = simd::max(top, keep_lanes(load(x + j), 0, end - j, -INFINITY));
+      const float max = reduce_max(top);
+      if (max == -INFINITY) {
+        to[c] = -INFINITY;
+        continue;
+      }
+      for (int j = begin; j < end; j += kLanes)
+        sum += simd::exp2(keep_lanes(load(x + j), 0, end - j, -INFINITY) - max);
+      to[c] = (max + log2f(reduce_add(sum))) * kLn2;
+    }
+  }
+
+  // Where the parts of chunks in the block at `at` go. With pieces, there is one place per chunk and
+  // one more per block border.
+  float* pieces_begin(int i, int64_t at) const {
+    const int64_t first = at / p_.chunk_size;
+    return item_.pieces ? item_.pieces + output_row(i) * item_.num_pieces + first + at / kBlock
+                        : p_.chunk_lse + output_row(i) * p_.num_chunks + first;
+  }
+
+  // Every part of a chunk in this item's segments: empty so far.
+  void clear_chunks() {
+    if (!p_.chunk_lse) return;
+    const int64_t begin = int64_t(item_.segment_begin) * kAttentionSegment;
+    const int64_t end = int64_t(item_.segment_end) * kAttentionSegment;
+    for (int i = 0; i < item_.num_rows; ++i) {
+      float* stop = item_.last                ? row_end(i)
+                    : pieces_begin(i, end);
+      for (float* to = pieces_begin(i, begin); to < stop; ++to) *to = -INFINITY;
+    }
+  }
+  float* row_end(int i) const {
+    return item_.pieces ? item_.pieces + (output_row(i) + 1) * item_.num_pieces
+                        : p_.chunk_lse + (output_row(i) + 1) * p_.num_chunks;
+  }
+
+  void merge_pieces(int i) {
+    if (!item_.pieces) return;
+    const float* pieces = item_.pieces + output_row(i) * item_.num_pieces;
+    float* to = p_.chunk_lse + output_row(i) * p_.num_chunks;
+    for (int64_t c = 0; c < p_.num_chunks; ++c) {
+      const int64_t begin = c * p_.chunk_size, end = min_of(begin + p_.chunk_size, prefix_);
+      if (begin >= end) {
+        to[c] = -INFINITY;
+        continue;
+      }
+      const int64_t first = c + begin / kBlock, last = c + (end - 1) / kBlock;
+      float max = -INFINITY, sum = 0.f;
+      for (int64_t j = first; j <= last; ++j) max = pieces[j] > max ? pieces[j] : max;
+      for (int64_t j = first; j <= last && max != -INFINITY; ++j) sum += expf(pieces[j] - max);
+      to[c] = sum == 0.f ? -INFINITY : max + logf(sum);
+    }
+  }
+
+  const AttentionItem& item_;
+  const TreeAttentionParams& p_;
+  const Layout layout_;
+  const int group_;
+  const int64_t prefix_;
+  const bool masked_;  // the tree keys of a row are not simply the first so many
+  const T *k_, *v_;    // of this sequence and head
+  float logit_scale_;
+  float *q_, *keys_, *values_, *logits_, *weights_, *line_, *out_, *total_, *sum_;
+  float *total_max_, *total_sum_, *row_scale_;
+  RowState* state_;
+  int32_t* slots_;  // per tree row: their number, and the slots
+  uint64_t* live_;  // tree keys that some row sees
+  int first_tree_row_, num_tree_rows_;
+  int slot_begin_, slot_end_;
+  int64_t first_begin_, last_end_;  // of any row
+  bool empty_;                      // no key of this segment was summed yet
+};
+
+template <typename Math, typename T>
+constexpr AttentionKernels kernels_of() {
+  return {[](const TreeAttentionParams& p, int rows) { return Layout(p, rows, Math::kPerWord).size; },
+          [](const AttentionItem& item) { Item<Math, T>(item).run(); },
+          [](const AttentionItem& item) { Item<Math, T>(item).combine(); }, kLanes};
+}
+
+template <typename T>
+constexpr AttentionKernels kernels() {
+  return kernels_of<Float32Math, T>();
+}
+#if defined(__AVX512BF16__)
+template <>
+constexpr AttentionKernels kernels<BFloat16>() {
+  return kernels_of<BFloat16Math, BFloat16>();
+}
+#endif
+
+}  // namespace attention
+}  // namespace
+}  // namespace specextend::cpu
