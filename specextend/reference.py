@@ -37,6 +37,82 @@ def verify_tree(
     return path, num_accepted, emitted, next_root
 
 
+def sample_nodes(logits: Tensor, uniforms: Tensor | None = None) -> Tensor:
+    """The largest logit, or the first token whose cumulative probability exceeds the uniform."""
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    undefined = logits.isnan().any(-1) | (logits == -torch.inf).all(-1)
+    if uniforms is None:
+        is_largest = logits == logits.amax(-1, keepdim=True)
+        tokens = torch.where(is_largest, ids, ids[-1]).amin(-1)
+    else:
+        undefined |= (logits == torch.inf).any(-1) | uniforms.isnan()
+        probs = logits.softmax(-1)
+        cumulative = probs.cumsum(-1)
+        threshold = uniforms[..., None].clamp(min=0) * cumulative[..., -1:]
+        last = torch.where(probs > 0, ids, 0).amax(-1, keepdim=True)
+        above = (cumulative > threshold) & (probs > 0)
+        tokens = torch.where(above, ids, last).amin(-1)
+    return torch.where(undefined, -1, tokens)
+
+
+def expand_tree(
+    logits: Tensor, beam_logp: Tensor, *, top_k: int, width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``log_softmax`` plus the node's own log probability; top-k per node, then over all nodes."""
+    logits = torch.where(logits.isnan(), -torch.inf, logits)
+    infinite = logits == torch.inf
+    share = torch.where(infinite, -infinite.sum(-1, keepdim=True).to(logits).log(), -torch.inf)
+    logp = torch.where(infinite.any(-1, keepdim=True), share, logits.log_softmax(-1))
+    logp = logp + beam_logp[..., None]
+    logp = torch.where(logp.isnan(), -torch.inf, logp)
+    tokens = logits.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+    cand_logp = logp.gather(-1, tokens)
+    ranked = cand_logp.flatten(1).sort(dim=-1, descending=True, stable=True)
+    return tokens, cand_logp, ranked.indices[:, :width].int(), ranked.values[:, :width]
+
+
+def finalize_tree(
+    logp: Tensor, parents: Tensor, *, num_nodes: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rank candidates by the least log probability on their path, then depth, then index."""
+    all_nodes, all_parents, all_depths, all_masks = [], [], [], []
+    words = (1 + num_nodes + 63) // 64
+    for logp_b, parents_b in zip(logp.tolist(), parents.tolist(), strict=True):
+        bounds: list[float] = []
+        depths: list[int] = []
+        for i, (value, parent) in enumerate(zip(logp_b, parents_b, strict=True)):
+            inner = 0 <= parent < i
+            value = -float("inf") if value != value else value
+            bounds.append(min(value, bounds[parent]) if inner else value)
+            depths.append(1 + depths[parent] if inner else 1)
+        ranked = sorted(range(len(bounds)), key=lambda i: (-bounds[i], depths[i], i))
+        nodes = sorted(ranked[:num_nodes])
+        slots = {node: 1 + i for i, node in enumerate(nodes)}
+        tree_parents = [-1] + [
+            slots[parents_b[node]] if 0 <= parents_b[node] < node else 0 for node in nodes
+        ]
+        masks = [1]
+        for slot in range(1, 1 + num_nodes):
+            masks.append(masks[tree_parents[slot]] | 1 << slot)
+        all_nodes.append(nodes)
+        all_parents.append(tree_parents)
+        all_depths.append([0] + [depths[node] for node in nodes])
+        all_masks.append([[_signed(m >> 64 * w) for w in range(words)] for m in masks])
+    batch, device = logp.shape[0], logp.device
+    return (
+        torch.tensor(all_nodes, dtype=torch.int32, device=device).view(batch, num_nodes),
+        torch.tensor(all_parents, dtype=torch.int32, device=device).view(batch, 1 + num_nodes),
+        torch.tensor(all_depths, dtype=torch.int32, device=device).view(batch, 1 + num_nodes),
+        torch.tensor(all_masks, device=device).view(batch, 1 + num_nodes, words).long(),
+    )
+
+
+def _signed(word: int) -> int:
+    """The low 64 bits as the int64 that holds them."""
+    word &= (1 << 64) - 1
+    return word - (1 << 64) if word >> 63 else word
+
+
 def _unpack(mask: Tensor, num_keys: int) -> Tensor:
     """[..., words] packed bits as [..., num_keys] bool."""
     bits = torch.arange(64, device=mask.device)

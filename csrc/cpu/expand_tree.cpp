@@ -58,17 +58,19 @@ void expand_row(const VocabKernels& kernels, const void* row, int64_t vocab, flo
   if (count > top_k) std::nth_element(keys, keys + top_k, keys + count);
   std::sort(keys, keys + top_k);
 
-  // Logits of +inf share all the probability.
-  double reference = max, log_total = 0.;
+  // Log of the softmax at the largest logit. Logits of +inf share all the probability.
+  double log_first = -INFINITY;
   if (max == INFINITY) {
-    reference = 0.;
+    log_first =
+        -std::log(double(kernels.collect(row, vocab, lane_max, max, vocab, values, indices)));
   } else if (max != -INFINITY) {
-    log_total = std::log(accumulate_blocks(refs, sums, num_blocks, max));
+    log_first = -std::log(accumulate_blocks(refs, sums, num_blocks, max));
   }
   for (int i = 0; i < top_k; ++i) {
     tokens[i] = rank_index(keys[i]);
-    const double value = rank_value(keys[i]);
-    const double sum = double(logp) + ((value - reference) - log_total);
+    const float value = rank_value(keys[i]);
+    const double below = value == max ? 0. : double(value) - double(max);
+    const double sum = double(logp) + (below + log_first);
     logps[i] = std::isnan(sum) ? -INFINITY : float(sum);
   }
 }

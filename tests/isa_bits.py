@@ -1,0 +1,86 @@
+"""Results of the vectorised ops as digests, to compare the instruction sets bit by bit.
+
+Run as a program with SPECEXTEND_CPU_ISA set, it prints {op: digest}.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from specextend import _C, ops
+
+
+def _logits(dtype: torch.dtype, vocab: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(2, 3, vocab, generator=generator) * 4
+    logits[0, 0, :: max(2, vocab // 5)] = -torch.inf
+    logits[0, 1, vocab // 2 :] += 30  # the running maximum grows
+    logits[1, 0] -= torch.arange(vocab) * 0.05  # far below the largest, down to underflow
+    logits[1, 1] = (logits[1, 1] / 4).round()  # ties
+    logits[1, 2] *= 1e-3
+    return logits.to(dtype)
+
+
+def _sample_nodes():
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for vocab in (1, 5, 16, 100, 512, 1500, 5003):
+            logits = _logits(dtype, vocab)
+            yield ops.sample_nodes(logits)
+            generator = torch.Generator().manual_seed(1)
+            for _ in range(8):
+                yield ops.sample_nodes(logits, torch.rand(2, 3, generator=generator))
+
+
+def _expand_tree():
+    beam_logp = -torch.arange(6).view(2, 3) / 3
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for vocab in (1, 5, 16, 100, 512, 1500, 5003):
+            logits = _logits(dtype, vocab)
+            for top_k in {1, min(vocab, 10), vocab}:
+                yield from ops.expand_tree(logits, beam_logp, top_k=top_k, width=top_k)
+
+
+_OPS = {"sample_nodes": _sample_nodes, "expand_tree": _expand_tree}
+
+
+def digest(op: str) -> str:
+    """Of the op's results under the instruction set of this process."""
+    bits = hashlib.sha256()
+    for tensor in _OPS[op]():
+        bits.update(tensor.contiguous().numpy().tobytes())
+    return bits.hexdigest()
+
+
+@functools.cache
+def digests_by_isa() -> dict[str, dict[str, str]]:
+    """{instruction set: {op: digest}} of those that this build has and this machine runs."""
+    found = {}
+    for isa in _C.cpu_isas():
+        run = subprocess.run(
+            [sys.executable, __file__],
+            env={**os.environ, "SPECEXTEND_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+        )
+        if run.returncode == 0:
+            found[isa] = json.loads(run.stdout)
+        else:
+            assert "SPECEXTEND_CPU_ISA must be one of" in run.stderr, run.stderr
+    return found
+
+
+def assert_same_bits_on_every_isa(op: str) -> None:
+    found = digests_by_isa()
+    assert _C.cpu_isas()[0] in found  # the plainest runs everywhere
+    assert {isa: results[op] for isa, results in found.items()} == dict.fromkeys(found, digest(op))
+
+
+if __name__ == "__main__":
+    print(json.dumps({op: digest(op) for op in _OPS}))
