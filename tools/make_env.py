@@ -23,11 +23,17 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # PyPI's torch for x86-64 br
 
 
 def fail(text):
-    sys.exit("make: " + text)
+    sys.exit(f"make: {text}")
 
 
-def say(text):
-    print(text, flush=True)
+def ask(python, code):
+    """What a line of Python prints in another interpreter; None if it fails there."""
+    command = [str(python), "-c", code]
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, cwd=tempfile.gettempdir())
+    except OSError:
+        return None
+    return None if ran.returncode else ran.stdout.strip()
 
 
 def numbers(version):
@@ -40,37 +46,39 @@ def numbers(version):
 
 def check_machine():
     """Name what is missing before anything is made."""
-    here = "%d.%d" % sys.version_info[:2]
-    if sys.version_info < (3, 10):
-        fail("Python >= 3.10 is wanted, %s is %s; name another: make PYTHON=python3.12"
-             % (sys.executable, here))  # fmt: skip
+    me, here = sys.executable, f"{sys.version_info[0]}.{sys.version_info[1]}"
+    if sys.version_info < (3, 10):  # noqa: UP036  this file alone runs on older ones
+        fail(f"Python >= 3.10 is wanted, {me} is {here}; name another: make PYTHON=python3.12")
     for module in ("venv", "ensurepip"):
-        try:
-            __import__(module)
-        except ImportError:
-            fail("%s has no %s module: install it (Debian and Ubuntu: apt install python%s-venv)"
-                 % (sys.executable, module, here))  # fmt: skip
+        if ask(me, f"import {module}") is None:
+            fail(
+                f"{me} has no module {module}: install it (Debian, Ubuntu: apt install "
+                f"python{here}-venv) or name another Python: make PYTHON=python3.12"
+            )
     header = Path(sysconfig.get_path("include"), "Python.h")
     if not header.exists():
-        fail("%s is missing: install Python's headers (Debian and Ubuntu: apt install python%s-dev;"
-             " Fedora: dnf install python3-devel)" % (header, here))  # fmt: skip
+        fail(
+            f"{header} is missing: install Python's headers (Debian, Ubuntu: apt install "
+            f"python{here}-dev; Fedora: dnf install python3-devel)"
+        )
     check_compiler()
 
 
 def check_compiler():
-    named = os.environ.get("CXX")
-    compilers = [named] if named else ["c++", "g++", "clang++"]
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     found = [c for c in compilers if shutil.which(c.split()[0])]
     if not found:
-        fail("no C++ compiler (%s): install one (Debian and Ubuntu: apt install g++; Fedora: dnf "
-             "install gcc-c++)" % ", ".join(compilers))  # fmt: skip
+        fail(
+            f"there is no C++ compiler ({', '.join(compilers)}): install one (Debian, Ubuntu: apt "
+            "install g++; Fedora: dnf install gcc-c++) or set CXX"
+        )
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "a.cpp")
         source.write_text("#include <optional>\nint main() { return *std::optional<int>(0); }\n")
-        command = found[0].split() + ["-std=c++17", str(source), "-o", str(Path(folder, "a"))]
+        command = [*found[0].split(), "-std=c++17", str(source), "-o", str(Path(folder, "a"))]
         ran = subprocess.run(command, capture_output=True, text=True)
     if ran.returncode:
-        fail("%s does not build a C++17 program:\n%s" % (found[0], ran.stderr.strip()))
+        fail(f"{found[0]} does not build a C++17 program:\n{ran.stderr.strip()}")
 
 
 # ---- packages ------------------------------------------------------------------------------------
@@ -98,120 +106,92 @@ def is_installed(name, minimum):
 
 def own_torch(minimum):
     """Version of the torch that the running Python imports, None if there is none to be kept."""
-    probe = [sys.executable, "-c", "import torch; print(torch.__version__)"]
-    ran = subprocess.run(probe, capture_output=True, text=True, cwd=tempfile.gettempdir())
-    if ran.returncode:
-        return None
-    version = ran.stdout.split()[-1]
-    if numbers(version) < numbers(minimum):
-        say("torch %s of %s is older than %s: not used" % (version, sys.executable, minimum))
+    version = ask(sys.executable, "import torch; print(torch.__version__)")
+    if version and numbers(version) < numbers(minimum):
+        print(f"environment: torch {version} of {sys.executable} is older than {minimum}: not used")
         return None
     return version
 
 
 def torch_options(index):
-    """pip's options for torch: `index`, a URL, "" for none, or "auto"."""
+    """pip's options for torch: ``index``, a URL, "" for none, or "auto"."""
     if index != "auto":
         return ["--extra-index-url", index] if index else []
-    if (
-        shutil.which("nvidia-smi")
-        and not subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode
-    ):
-        return []
+    if shutil.which("nvidia-smi"):
+        gpus = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+        if gpus.startswith("GPU"):
+            return []
     try:
-        urllib.request.urlopen(CPU_INDEX + "/torch/", timeout=5).close()
+        urllib.request.urlopen(f"{CPU_INDEX}/torch/", timeout=5).close()
     except OSError:
         return []
     return ["--extra-index-url", CPU_INDEX]
+
+
+def pip_install(python, *arguments):
+    # Compiling all of torch and transformers to bytecode takes longer than a run of them.
+    options = ["--no-compile", *([] if sys.stdout.isatty() else ["-qq"])]
+    if subprocess.run([str(python), "-m", "pip", "install", *options, *arguments]).returncode:
+        fail(f"pip could not install {' '.join(a for a in arguments if not a.startswith('-'))}")
 
 
 # ---- the environment -----------------------------------------------------------------------------
 
 
 def make_venv(folder, over_own_packages):
-    python = folder / "bin" / "python"
-    works = [
-        str(python),
-        "-c",
-        "import pip, sys; assert sys.version_info[:2] == %r" % (sys.version_info[:2],),
-    ]
-    if python.exists() and not subprocess.run(works, capture_output=True).returncode:
+    """Make ``folder``, unless it is such an environment already, and return its Python."""
+    python, settings = folder / "bin" / "python", folder / "pyvenv.cfg"
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    found = ask(python, "import pip, sys; print('%d.%d' % sys.version_info[:2])")
+    over = f"include-system-site-packages = {str(over_own_packages).lower()}"
+    if found == version and over in settings.read_text():
         return python
-    options = ["--system-site-packages"] if over_own_packages else []
-    ran = subprocess.run(
-        [sys.executable, "-m", "venv", "--clear", *options, str(folder)],
-        capture_output=True,
-        text=True,
-    )
+    options = ["--clear", *(["--system-site-packages"] if over_own_packages else [])]
+    command = [sys.executable, "-m", "venv", *options, str(folder)]
+    ran = subprocess.run(command, capture_output=True, text=True)
     if ran.returncode:
-        fail(
-            "%s -m venv %s failed:\n%s"
-            % (sys.executable, folder, (ran.stdout + ran.stderr).strip())
-        )
+        fail(f"{' '.join(command)} failed:\n{(ran.stdout + ran.stderr).strip()}")
     if over_own_packages and sys.prefix != sys.base_prefix:
-        # The running Python is a virtual environment, which --system-site-packages looks through.
-        packages = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-        lines = ["import site; site.addsitedir(%r)\n" % p for p in sorted(packages)]
-        ours = subprocess.check_output(
-            [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
-        )
-        Path(ours.strip(), "_beneath.pth").write_text("".join(lines))
+        # The running Python is of a virtual environment, which --system-site-packages looks past.
+        theirs = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+        ours = ask(python, "import sysconfig; print(sysconfig.get_path('purelib'))")
+        lines = "".join(f"import site; site.addsitedir({path!r})\n" for path in theirs)
+        Path(ours, "_beneath.pth").write_text(lines)
     return python
-
-
-def pip(python, *arguments):
-    quiet = [] if sys.stdout.isatty() else ["-q"]
-    command = [
-        str(python),
-        "-m",
-        "pip",
-        "install",
-        "--disable-pip-version-check",
-        *quiet,
-        *arguments,
-    ]
-    if subprocess.run(command).returncode:
-        fail("pip could not install %s" % " ".join(a for a in arguments if not a.startswith("-")))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--torch-index", default="auto")
-    parser.add_argument("--stamp", type=Path, required=True)
+    parser.add_argument("folder", type=Path, help="the virtual environment")
+    parser.add_argument("--torch-index", default="auto", help="index to take torch from")
+    parser.add_argument("--stamp", type=Path, required=True, help="file to write when done")
     options = parser.parse_args()
     folder = options.folder.resolve()
     check_machine()
 
     wanted, least = pins(), minima()
-    inside = Path(sys.prefix).resolve() == folder  # `make` from within its own environment
-    stamp = json.loads(options.stamp.read_text()) if options.stamp.exists() else {}
-    torch = stamp.get("kept_torch") if inside else own_torch(least["torch"])
-    python = Path(sys.executable) if inside else make_venv(folder, over_own_packages=bool(torch))
-    if torch:
-        say("environment: %s, over the torch %s of %s" % (options.folder, torch, sys.executable))
-        with tempfile.NamedTemporaryFile("w", suffix=".txt") as keep:
-            keep.write("torch==%s\n" % torch)
-            keep.flush()
-            missing = [
-                line for name, line in wanted.items() if not is_installed(name, least.get(name))
-            ]
-            if missing:
-                pip(python, "-c", keep.name, *missing)
+    if Path(sys.prefix).resolve() == folder:  # run from within the environment itself
+        python = Path(sys.executable)
+        torch = json.loads(options.stamp.read_text())["torch"] if options.stamp.exists() else None
     else:
-        say(
-            "environment: %s, Python %d.%d, packages of constraints.txt"
-            % (options.folder, *sys.version_info[:2])
-        )
-        pip(python, wanted["torch"], *torch_options(options.torch_index))
-        pip(python, "-r", str(ROOT / "constraints.txt"))
+        torch = own_torch(least["torch"])
+        python = make_venv(folder, over_own_packages=bool(torch))
+    if torch:
+        print(f"environment: {options.folder}, over torch {torch} of {sys.executable}", flush=True)
+        missing = [line for name, line in wanted.items() if not is_installed(name, least.get(name))]
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as keep:
+            print(f"torch=={torch}", file=keep, flush=True)
+            if missing:
+                pip_install(python, "-c", keep.name, *missing)
+    else:
+        print(f"environment: {options.folder}, with the packages of constraints.txt", flush=True)
+        pip_install(python, wanted["torch"], *torch_options(options.torch_index))
+        pip_install(python, "-r", str(ROOT / "constraints.txt"))
 
-    found = subprocess.check_output(
-        [str(python), "-c", "import torch; print(torch.__version__)"], text=True
-    ).strip()
-    if torch and found != torch:
-        fail("%s imports torch %s in place of %s" % (python, found, torch))
-    options.stamp.write_text(json.dumps({"python": sys.executable, "kept_torch": torch}) + "\n")
+    found = ask(python, "import torch; print(torch.__version__)")
+    if found is None or torch not in (None, found):
+        fail(f"{python} imports torch {found}, wanted {torch or wanted['torch']}")
+    options.stamp.write_text(json.dumps({"torch": torch}) + "\n")
 
 
 if __name__ == "__main__":
