@@ -15,7 +15,6 @@ import sys
 import sysconfig
 import tempfile
 import urllib.request
-from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,12 +95,9 @@ def minima():
     return dict(re.findall(r'"([\w.-]+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
 
 
-def is_installed(name, minimum):
-    try:
-        version = metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return not minimum or numbers(version) >= numbers(minimum)
+def is_installed(python, name, minimum):
+    version = ask(python, f"from importlib.metadata import version; print(version({name!r}))")
+    return version is not None and (not minimum or numbers(version) >= numbers(minimum))
 
 
 def own_torch(minimum):
@@ -178,7 +174,9 @@ def main():
         python = make_venv(folder, over_own_packages=bool(torch))
     if torch:
         print(f"environment: {options.folder}, over torch {torch} of {sys.executable}", flush=True)
-        missing = [line for name, line in wanted.items() if not is_installed(name, least.get(name))]
+        missing = [
+            line for name, line in wanted.items() if not is_installed(python, name, least.get(name))
+        ]
         with tempfile.NamedTemporaryFile("w", suffix=".txt") as keep:
             print(f"torch=={torch}", file=keep, flush=True)
             if missing:
