@@ -1,0 +1,72 @@
+"""The embedded pair of models, and the document that the demonstration continues."""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+
+# Modules of the standard library that the pair never saw in training. The first that this Python
+# has gives the demonstration's document its name; the ones after it lengthen a short document.
+HELD_OUT = (
+    "ipaddress.py",
+    "tarfile.py",
+    "argparse.py",
+    "_pydatetime.py",
+    "datetime.py",
+    "inspect.py",
+    "_pydecimal.py",
+    "typing.py",
+    "unittest/mock.py",
+    "email/_header_value_parser.py",
+    "smtplib.py",
+    "pickletools.py",
+    "statistics.py",
+)
+MIN_CHARS = 72_000  # about 18,000 tokens of the embedded tokenizer
+
+
+def target_path() -> Path:
+    """Folder of the embedded target model and its tokenizer."""
+    return Path(__file__).parent / "target"
+
+
+def draft_path() -> Path:
+    """Folder of the embedded draft model and its tokenizer."""
+    return Path(__file__).parent / "draft"
+
+
+def held_out_documents() -> list[tuple[str, str]]:
+    """Name and text of every held-out module that the running Python has, in order."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    texts = []
+    for name in HELD_OUT:
+        try:
+            text = (folder / name).read_text(encoding="utf-8")
+        except OSError:
+            continue
+        if len(text) > 2_000:  # a module that moved leaves a stub of a few lines
+            texts.append((name, text))
+    return texts
+
+
+def demo_document(min_chars: int = MIN_CHARS) -> tuple[str, str]:
+    """A long document from the running Python's standard library, held out of training.
+
+    Args:
+        min_chars: modules are joined until the text is at least this long.
+
+    Returns:
+        The names of the modules joined by " + ", and the text.
+    """
+    names: list[str] = []
+    text = ""
+    for name, source in held_out_documents():
+        names.append(name)
+        text += source
+        if len(text) >= min_chars:
+            return " + ".join(names), text
+    if not text:
+        raise FileNotFoundError(
+            f"demo_document: none of {', '.join(HELD_OUT)} is in {sysconfig.get_path('stdlib')}"
+        )
+    return " + ".join(names), text
