@@ -10,7 +10,7 @@ namespace specextend {
 
 enum class DType : int { kFloat32, kFloat16, kBFloat16 };
 
-constexpr int kMaxLayers = 256;  // layers that one launch of compact_kv or gather_chunks serves
+constexpr int kMaxCaches = 256;  // caches that one launch of compact_kv serves
 
 // Attention of M rows against a prefix, which all of them see, and N tree keys behind it.
 struct TreeAttentionParams {
@@ -47,22 +47,31 @@ struct MergeStatesParams {
   int head_dim;
 };
 
-// One tensor [B, S, Hkv, D] per layer, for ops that serve all layers at once.
-struct LayerPointers {
-  void* data[kMaxLayers];
-};
-
 // Rows P + path[i] move to P + i, i <= num_accepted, in every cache (K and V of all layers).
 struct CompactKvParams {
-  LayerPointers caches;         // [B, S, Hkv, D] each, all of one shape and stride
-  const int32_t* prefix_lens;   // [B]
-  const int32_t* path;          // [B, path_len], path[0] = 0, strictly increasing
+  void* caches[kMaxCaches];     // [B, S, Hkv, D] each, all of one shape and one set of strides
+  const int32_t* prefix_lens;   // [B]: P
+  const int32_t* path;          // [B, path_len] contiguous, path[0] = 0, strictly increasing
   const int32_t* num_accepted;  // [B], < path_len
-  int64_t stride_b, stride_s, stride_h;
-  int64_t capacity;
+  int64_t stride_b, stride_s, stride_h, row_bytes;  // bytes; a row is one head's D elements
+  int64_t capacity;                                 // S
   int num_caches, batch, path_len, num_kv_heads;
-  int row_bytes;      // D * element size
-  int element_bytes;  // strides are in elements
+};
+
+// A [B, rows, Hkv, D] tensor whose rows are moved and not looked at. Strides in bytes.
+struct KvRows {
+  void* data;
+  int64_t stride_b, stride_s, stride_h;
+};
+
+// New keys and values to the rows [len, len + M) of their caches. Index 0: keys, 1: values.
+struct AppendKvParams {
+  KvRows cache[2];        // [B, S, Hkv, D]
+  KvRows rows[2];         // [B, M, Hkv, D]
+  int64_t row_bytes[2];   // D * element size
+  const int32_t* lens;    // [B]
+  int64_t capacity;       // S
+  int batch, num_rows, num_kv_heads;
 };
 
 // Longest path of a tree along the target's own choices. All tensors contiguous.
@@ -110,6 +119,28 @@ struct FinalizeTreeParams {
   int32_t* depths;         // [B, 1 + n]
   uint64_t* mask;          // [B, 1 + n, ceil((1 + n) / 64)] ancestor-or-self (tree.h)
   int batch, num_candidates, num_nodes;
+};
+
+// Softmax mass of every chunk of the prefix for one query row per sequence, over the heads.
+struct ChunkScoresParams {
+  const float* chunk_lse;  // [B, M, Hq, C]
+  const float* lse;        // [B, M, Hq]; -inf, +inf or NaN: the head sees nothing and adds nothing
+  int64_t chunk_stride_b, chunk_stride_m, chunk_stride_h;
+  int64_t lse_stride_b, lse_stride_m;
+  const int32_t* rows;         // [B], clamped to [0, M)
+  const int32_t* prefix_lens;  // [B]
+  float* scores;               // [B, C]
+  int batch, num_rows, num_heads, num_chunks, chunk_size;
+  bool largest;  // of the heads; else their mean
+};
+
+// The best chunks within a budget, the first and the newest ones always. All tensors contiguous.
+struct SelectChunksParams {
+  const float* scores;  // [B, C]
+  const int32_t* lens;  // [B] keys; ceil(len / chunk_size) chunks hold some
+  int32_t* ids;         // [B, budget] ascending, tail -1
+  int32_t* counts;      // [B]
+  int batch, num_chunks, chunk_size, budget, num_sinks, num_recent;
 };
 
 }  // namespace specextend

@@ -58,9 +58,6 @@ class CausalLMDraft(Draft):
             # Between two gathers a round adds at most a whole path and the next root.
             room = (config.retrieve_every + 1) * (config.tree_depth + 2)
             self._work = self._cache(config.budget + max(room, config.chunk_size) + self._tree_keys)
-            for work, full in zip(self._work.layers, self._full.layers, strict=True):
-                if full.is_initialized:
-                    work.like(full)
             if self._full.length:
                 self._gather(self._select())
 
@@ -106,6 +103,9 @@ class CausalLMDraft(Draft):
 
     def _gather(self, ids: Tensor) -> None:
         config, full, work = self.config, self._full, self._work
+        for ours, source in zip(work.layers, full.layers, strict=True):
+            if not ours.is_initialized:
+                ours.like(source)
         work.lens = ops.gather_chunks(
             [layer.k for layer in full.layers],
             [layer.v for layer in full.layers],

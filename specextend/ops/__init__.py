@@ -4,16 +4,22 @@ Each calls ``torch.ops.specextend.<name>``, which ``import specextend._C`` alone
 a device-side length on the host, none synchronises, and all work under CUDA graph capture.
 """
 
+from .append_kv import append_kv
+from .compact_kv import compact_kv
 from .expand_tree import expand_tree
 from .finalize_tree import finalize_tree
+from .gather_chunks import gather_chunks
 from .merge_states import merge_states
 from .sample_nodes import sample_nodes
 from .tree_attention import tree_attention
 from .verify_tree import verify_tree
 
 __all__ = [
+    "append_kv",
+    "compact_kv",
     "expand_tree",
     "finalize_tree",
+    "gather_chunks",
     "merge_states",
     "sample_nodes",
     "tree_attention",
