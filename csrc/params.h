@@ -74,6 +74,23 @@ struct AppendKvParams {
   int batch, num_rows, num_kv_heads;
 };
 
+struct RowCopy {
+  const void* from;
+  void* to;
+  int64_t from_stride_b, from_stride_s, from_stride_h, to_stride_b, to_stride_s, to_stride_h;
+  int num_kv_heads, row_bytes;
+};
+
+struct GatherChunksParams {
+  RowCopy k, v;
+  const int32_t *ids, *counts, *lens;
+  const float* inv_freq;
+  int32_t* work_lens;
+  int64_t full_capacity, work_capacity;
+  int batch, budget, chunk_size, num_pairs, element_bytes;
+  bool interleaved, right_aligned;
+};
+
 // Longest path of a tree along the target's own choices. All tensors contiguous.
 struct VerifyTreeParams {
   const int64_t* tokens;         // [B, N], root first

@@ -14,8 +14,6 @@ void verify_tree(const VerifyTreeParams& p);
 void sample_nodes(const SampleNodesParams& p, DType dtype);
 void expand_tree(const ExpandTreeParams& p, DType dtype);
 void finalize_tree(const FinalizeTreeParams& p);
-void compact_kv(const CompactKvParams& p);
-void append_kv(const AppendKvParams& p);
 
 void append_kv(const AppendKvParams& p);
 void compact_kv(const CompactKvParams& p);
