@@ -1,0 +1,220 @@
+"""What the commands show: text as it is written, progress, tables.
+
+Text goes to standard output, progress and remarks to standard error. Escape codes are written to
+terminals only, and none for looks where NO_COLOR is set or the terminal is dumb.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import PreTrainedTokenizerBase
+
+_CODES = {"accepted": "32", "own": "33", "bold": "1", "dim": "2"}
+# Control characters that a model may write, but that are not for a terminal to obey.
+_HARMLESS = {c: "\ufffd" for c in (*range(32), *range(127, 160)) if c not in (9, 10)}
+
+
+class Output:
+    """A stream and what it can show."""
+
+    def __init__(self, stream: TextIO):
+        self.console = Console(file=stream, highlight=False)
+        self.is_terminal = self.console.is_terminal
+        self.is_live = self.is_terminal and not self.console.is_dumb_terminal
+        self.has_style = self.is_live and not self.console.no_color
+        self.width = self.console.width if self.is_terminal else None
+        self._stream = stream
+
+    def write(self, text: str, style: str | None = None) -> None:
+        """Write ``text`` as it is, at once; ``style`` is a key of ``_CODES``."""
+        if self.is_terminal:
+            text = text.translate(_HARMLESS)
+        if style and self.has_style and text:
+            text = f"\x1b[{_CODES[style]}m{text}\x1b[0m"
+        self._stream.write(text)
+        self._stream.flush()
+
+    def line(self, text: str = "", style: str | None = None) -> None:
+        self.write(text, style)
+        self.write("\n")
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Write aligned columns, the first to the left, the others to the right; lying on its side
+        where the terminal is too narrow."""
+        lines, top = _grid(header, rows)
+        if self.width is not None and max(map(len, lines)) > self.width:
+            turned = list(zip(header, *rows, strict=True))
+            lines, top = _grid(turned[0], turned[1:])
+        for i, line in enumerate(lines):
+            self.line(line, "bold" if i < top else None)
+
+
+def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], int]:
+    """Lines of a table, and how many of them are its header: one word of each name per line."""
+    words = [name.split() for name in header]
+    top = max(map(len, words))
+    stacked = zip(*[[""] * (top - len(w)) + w for w in words], strict=True)
+    cells = [*stacked, *rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for first, *others in cells:
+        right = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        lines.append("  ".join([first.ljust(widths[0]), *right]).rstrip())
+    return lines, top
+
+
+class Meter:
+    """How far a long task is: a bar on a terminal, a line every few seconds elsewhere.
+
+    Called as ``meter(phase, done, total)``, the interface of ``SpecExtend(progress=)``.
+
+    Args:
+        output: where to.
+        label: before the name of the phase.
+        least: a phase of fewer steps is not shown.
+    """
+
+    EVERY = 5.0  # seconds between lines
+    REFRESH = 0.1  # seconds between two states of a bar
+
+    def __init__(self, output: Output, label: str = "", least: int = 2048):
+        self.output = output
+        self.label = f"{label}: " if label else ""
+        self.least = least
+        self._bars: Progress | None = None
+        self._tasks: dict[str, int] = {}
+        self._shown = time.monotonic()
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if total < self.least:
+            return
+        now, name = time.monotonic(), phase.replace("_", " ")
+        if self.output.is_live:
+            if phase not in self._tasks:
+                self._add(phase, f"{self.label}{name}", total)
+            elif now - self._shown < self.REFRESH and done < total:
+                return
+            self._bars.update(self._tasks[phase], completed=done, refresh=True)
+        elif now - self._shown < self.EVERY:
+            return
+        else:
+            self.output.line(f"{self.label}{name}: {done:,} of {total:,} tokens")
+        self._shown = now
+
+    def _add(self, phase: str, text: str, total: int) -> None:
+        if self._bars is None:
+            self._bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed:,} of {task.total:,} tokens"),
+                TimeElapsedColumn(),
+                console=self.output.console,
+                auto_refresh=False,  # a thread that draws would take time from what is measured
+                transient=True,
+            )
+            self._bars.start()
+        self._tasks[phase] = self._bars.add_task(text, total=total)
+
+    def close(self) -> None:
+        """Remove the bars. Calling again shows new ones."""
+        if self._bars is not None:
+            self._bars.stop()
+        self._bars, self._tasks = None, {}
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+class Detokenizer:
+    """Text of tokens as they come, with nothing of a character before all of its bytes are there.
+
+    Args:
+        tokenizer: of the tokens.
+        before: tokens before the first; a few are enough.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = ()):
+        self._tokenizer = tokenizer
+        self._ids = list(before[-8:])
+        self._start, self._end = 0, len(self._ids)  # tokens before `end` have been written
+
+    def _decode(self, first: int, last: int | None = None) -> str:
+        return self._tokenizer.decode(
+            self._ids[first:last], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def add(self, token: int) -> str:
+        """What ``token`` adds to the text."""
+        self._ids.append(token)
+        # Decoded together with the tokens of the last addition, on which its spaces may depend.
+        text = self._decode(self._start)
+        if text.endswith("\ufffd"):
+            return ""
+        return self._advance(text)
+
+    def end(self) -> str:
+        """What is left: bytes that no token completed."""
+        return self._advance(self._decode(self._start))
+
+    def _advance(self, text: str) -> str:
+        new = text[len(self._decode(self._start, self._end)) :]
+        self._start, self._end = self._end, len(self._ids)
+        return new
+
+
+class LiveText:
+    """Writes the tokens of :class:`specextend.Step` as text.
+
+    Args:
+        output: where to; None: nowhere.
+        tokenizer: of the tokens.
+        prompt: tokens before the first.
+        highlight: tell accepted tokens from the target's own, where ``output`` has colours.
+
+    Attributes:
+        text: everything so far.
+    """
+
+    def __init__(
+        self,
+        output: Output | None,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: Sequence[int] = (),
+        highlight: bool = False,
+    ):
+        self.text = ""
+        self._output = output
+        self._detokenizer = Detokenizer(tokenizer, prompt)
+        self._styles = ("accepted", "own") if highlight else (None, None)
+
+    def add(self, tokens: Sequence[int], num_accepted: int = 0) -> None:
+        """Write the tokens of a round, the first ``num_accepted`` of them from the draft."""
+        for i, token in enumerate(tokens):
+            self._write(self._detokenizer.add(token), self._styles[i >= num_accepted])
+
+    def end(self) -> None:
+        self._write(self._detokenizer.end(), None)
+        if self._output is not None and not self.text.endswith("\n"):
+            self._output.write("\n")
+
+    def _write(self, text: str, style: str | None) -> None:
+        self.text += text
+        if self._output is not None:
+            self._output.write(text, style)
+
+
+def standard_output() -> Output:
+    return Output(sys.stdout)
+
+
+def standard_error() -> Output:
+    return Output(sys.stderr)
