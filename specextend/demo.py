@@ -235,11 +235,11 @@ def _table(out: Output, runs: dict[str, Run]) -> None:
 
 
 def _footnotes(out: Output, args: argparse.Namespace, target, tokens: int, new: int) -> None:
-    out.line()
-    out.line("tokens /s: decoding alone, after the first token; accept. length: tokens per forward of")
-    out.line("the target; prefill to draft: seconds. Each way ran once, with its own prefill. The gate,")
     gate = getattr(args, "config_gate", "off")
-    out.line(f"which stops speculation where it loses, is {gate}: each row is its method alone.")
+    out.line()
+    out.line("tokens /s: decoding alone, from the first token on. accept. length: tokens per forward")
+    out.line("of the target. prefill ... draft: seconds. Every way ran once, with its own prefill, and")
+    out.line(f"with the gate {gate}, which would stop speculation where it does not pay.")
     machine = f"{_processor()}, {torch.get_num_threads()} threads, {_C.cpu_isa()}"
     versions = (
         f"specextend {__version__}, torch {torch.__version__}, transformers "
