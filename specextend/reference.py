@@ -107,6 +107,60 @@ def finalize_tree(
     )
 
 
+def chunk_scores(
+    chunk_lse: Tensor,
+    lse: Tensor,
+    rows: Tensor,
+    prefix_lens: Tensor,
+    *,
+    chunk_size: int,
+    reduce: str = "mean",
+) -> Tensor:
+    """Softmax mass per chunk; what is left of it goes to the chunk of the first tree key."""
+    batch, num_rows, _, num_chunks = chunk_lse.shape
+    scores = []
+    for b in range(batch):
+        row = min(max(int(rows[b]), 0), num_rows - 1)
+        sees = lse[b, row].isfinite()
+        mass = (chunk_lse[b, row] - lse[b, row, :, None]).exp()
+        mass = torch.where(chunk_lse[b, row].isfinite() & sees[:, None], mass, 0.0)
+        first_tree_chunk = max(int(prefix_lens[b]), 0) // chunk_size
+        mass[:, first_tree_chunk + 1 :] = 0.0
+        if first_tree_chunk < num_chunks:
+            rest = (1.0 - mass.sum(-1)).clamp(min=0.0)
+            mass[:, first_tree_chunk] += torch.where(sees, rest, 0.0)
+        scores.append(mass.mean(0) if reduce == "mean" else mass.amax(0))
+    return torch.stack(scores)
+
+
+def select_chunks(
+    scores: Tensor,
+    lens: Tensor,
+    *,
+    chunk_size: int,
+    budget: int,
+    num_sinks: int = 0,
+    num_recent: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The newest chunks, the first ones, then the highest scores, while the budget lasts."""
+    batch, num_chunks = scores.shape
+    ids = torch.full((batch, budget), -1, dtype=torch.int32, device=scores.device)
+    counts = torch.zeros(batch, dtype=torch.int32, device=scores.device)
+    for b in range(batch):
+        valid = min(-(-max(int(lens[b]), 0) // chunk_size), num_chunks)
+        forced = [*range(valid - 1, -1, -1)][:num_recent] + [*range(valid)][:num_sinks]
+
+        def rank(c: int, b: int = b) -> tuple[bool, float, int]:
+            score = float(scores[b, c])
+            return (score != score, -score if score == score else 0.0, c)
+
+        order = list(dict.fromkeys(forced + sorted(range(valid), key=rank)))
+        chosen = sorted(order[:budget])
+        ids[b, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+        counts[b] = len(chosen)
+    return ids, counts
+
+
 def _signed(word: int) -> int:
     """The low 64 bits as the int64 that holds them."""
     word &= (1 << 64) - 1

@@ -46,7 +46,22 @@ def _expand_tree():
                 yield from ops.expand_tree(logits, beam_logp, top_k=top_k, width=top_k)
 
 
-_OPS = {"sample_nodes": _sample_nodes, "expand_tree": _expand_tree}
+def _chunk_scores():
+    for chunks in (1, 15, 16, 17, 600):
+        chunk_lse = _logits(torch.float32, chunks)[:, :, None, :].expand(-1, -1, 2, -1)
+        lse = chunk_lse.logsumexp(-1) + 0.5
+        for reduce in ("mean", "max"):
+            yield ops.chunk_scores(
+                chunk_lse,
+                lse,
+                torch.tensor([1, 2], dtype=torch.int32),
+                torch.tensor([4 * chunks - 1, 2 * chunks], dtype=torch.int32),
+                chunk_size=4,
+                reduce=reduce,
+            )
+
+
+_OPS = {"sample_nodes": _sample_nodes, "expand_tree": _expand_tree, "chunk_scores": _chunk_scores}
 
 
 def digest(op: str) -> str:

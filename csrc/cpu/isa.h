@@ -32,6 +32,10 @@ struct VocabKernels {
                      int64_t max_equal, float* values, int32_t* indices);
 };
 
+// mass[c] += exp(chunk_lse[c] - lse), or the larger of both, for c < n; returns the sum of these
+// exponentials. NaN and +inf count as -inf. `mass` has room for a multiple of kVocabLanes.
+using ChunkMassKernel = double (*)(const float* chunk_lse, int64_t n, float lse, double* mass);
+
 constexpr int kAttentionBlock = 128;     // keys between two updates of the running maximum
 constexpr int kAttentionSegment = 1024;  // keys that are summed apart
 
@@ -61,6 +65,7 @@ struct Isa {
   const char* name;
   VocabKernels vocab[3];          // by DType
   AttentionKernels attention[3];  // by DType
+  ChunkMassKernel chunk_mass[2];  // sum, largest
 };
 
 // The instruction sets in this binary, the plainest first.

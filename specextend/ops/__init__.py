@@ -5,23 +5,27 @@ a device-side length on the host, none synchronises, and all work under CUDA gra
 """
 
 from .append_kv import append_kv
+from .chunk_scores import chunk_scores
 from .compact_kv import compact_kv
 from .expand_tree import expand_tree
 from .finalize_tree import finalize_tree
 from .gather_chunks import gather_chunks
 from .merge_states import merge_states
 from .sample_nodes import sample_nodes
+from .select_chunks import select_chunks
 from .tree_attention import tree_attention
 from .verify_tree import verify_tree
 
 __all__ = [
     "append_kv",
+    "chunk_scores",
     "compact_kv",
     "expand_tree",
     "finalize_tree",
     "gather_chunks",
     "merge_states",
     "sample_nodes",
+    "select_chunks",
     "tree_attention",
     "verify_tree",
 ]

@@ -2,6 +2,7 @@
 // that no inline function built with one set's flags can serve another.
 
 #include "cpu/isa.h"
+#include "cpu/isa/chunk_mass.h"
 #include "cpu/isa/tree_attention.h"
 #include "cpu/isa/vocab.h"
 
@@ -17,6 +18,7 @@ const Isa SPECEXTEND_CONCAT(isa_, SPECEXTEND_ISA) = {
     SPECEXTEND_STRING(SPECEXTEND_ISA),
     {vocab::kernels<float>(), vocab::kernels<vocab::Half>(), vocab::kernels<vocab::BFloat16>()},
     {attention::kernels<float>(), attention::kernels<simd::Half>(), attention::kernels<simd::BFloat16>()},
+    {vocab::chunk_mass<false>, vocab::chunk_mass<true>},
 };
 
 }  // namespace specextend::cpu

@@ -6,12 +6,12 @@
 // wide the registers are; element j belongs to lane j % kVocabLanes. Nothing is fused or reordered,
 // so a row gives the same bits on every instruction set.
 
-#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #include "cpu/isa.h"
+#include "cpu/isa/simd.h"
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -20,48 +20,24 @@ namespace specextend::cpu {
 namespace {  // one copy per instruction set
 namespace vocab {
 
-#if defined(__AVX512F__)
-constexpr int kWidth = 16;
-#elif defined(__AVX2__)
-constexpr int kWidth = 8;
-#else
-constexpr int kWidth = 4;
-#endif
+using simd::as_floats;
+using simd::as_ints;
+using simd::BFloat16;
+using simd::broadcast;
+using simd::Floats;
+using simd::Half;
+using simd::Ints;
+using simd::load;
+using simd::max;
+
+constexpr int kWidth = simd::kLanes;
 constexpr int kParts = kVocabLanes / kWidth;
 
-typedef float Floats __attribute__((vector_size(4 * kWidth)));
-typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * kWidth)));
 typedef double Doubles __attribute__((vector_size(4 * kWidth)));
 
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
-
-#define SPECEXTEND_INLINE inline __attribute__((always_inline))
-
-SPECEXTEND_INLINE Floats broadcast(float x) { return Floats{} + x; }
-SPECEXTEND_INLINE Ints as_ints(Floats x) { return reinterpret_cast<Ints>(x); }
-SPECEXTEND_INLINE Floats as_floats(Ints x) { return reinterpret_cast<Floats>(x); }
-
-// a > b ? a : b; so b where either is NaN.
-SPECEXTEND_INLINE Floats max(Floats a, Floats b) {
-#if defined(__AVX512F__)
-  return _mm512_max_ps(a, b);
-#elif defined(__AVX2__)
-  return _mm256_max_ps(a, b);
-#elif defined(__SSE2__)
-  return _mm_max_ps(a, b);
-#else
-  return a > b ? a : b;
-#endif
-}
-
 // Bit i: a[i] >= b[i].
-SPECEXTEND_INLINE unsigned at_least(Floats a, Floats b) {
+SPECEXTEND_ALWAYS_INLINE unsigned at_least(Floats a, Floats b) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ);
 #elif defined(__AVX2__)
@@ -75,14 +51,14 @@ SPECEXTEND_INLINE unsigned at_least(Floats a, Floats b) {
 #endif
 }
 
-SPECEXTEND_INLINE bool any(Ints mask) {
+SPECEXTEND_ALWAYS_INLINE bool any(Ints mask) {
   int32_t lanes[kWidth], all = 0;
   std::memcpy(lanes, &mask, sizeof(mask));
   for (int i = 0; i < kWidth; ++i) all |= lanes[i];
   return all != 0;
 }
 
-SPECEXTEND_INLINE void widen(Floats x, Doubles& low, Doubles& high) {
+SPECEXTEND_ALWAYS_INLINE void widen(Floats x, Doubles& low, Doubles& high) {
 #if defined(__AVX512F__)
   low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
   high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
@@ -97,27 +73,25 @@ SPECEXTEND_INLINE void widen(Floats x, Doubles& low, Doubles& high) {
 #endif
 }
 
-SPECEXTEND_INLINE Floats load(const float* x) {
-  Floats v;
-  std::memcpy(&v, x, sizeof(v));
-  return v;
-}
+SPECEXTEND_ALWAYS_INLINE Floats load_row(const float* x) { return load(x); }
 
-SPECEXTEND_INLINE Ints load_bits(const void* x) {
+SPECEXTEND_ALWAYS_INLINE Ints load_bits(const void* x) {
   Shorts bits;
   std::memcpy(&bits, x, sizeof(bits));
   return __builtin_convertvector(bits, Ints);
 }
 
-SPECEXTEND_INLINE Floats load(const BFloat16* x) { return as_floats(load_bits(x) << 16); }
+SPECEXTEND_ALWAYS_INLINE Floats load_row(const BFloat16* x) {
+  return as_floats(load_bits(x) << 16);
+}
 
-SPECEXTEND_INLINE Floats load(const Half* x) {
+SPECEXTEND_ALWAYS_INLINE Floats load_row(const Half* x) {
 #if defined(__AVX512F__)
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 #elif defined(__AVX2__)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
 #else
-  // The exponent is rebased by a multiplication, exact also for subnormals; infinity and NaN, whose
+  // The exponent is re-biased by a product, exact also for subnormals; infinity and NaN, whose
   // exponent stays all ones, apart.
   const Ints bits = load_bits(x);
   const Floats magnitude = as_floats((bits & 0x7fff) << 13) * 0x1p112f;
@@ -131,19 +105,19 @@ struct Lanes {
 };
 
 template <typename T>
-SPECEXTEND_INLINE Lanes load_lanes(const T* x) {
+SPECEXTEND_ALWAYS_INLINE Lanes load_lanes(const T* x) {
   Lanes v;
-  for (int i = 0; i < kParts; ++i) v.part[i] = load(x + i * kWidth);
+  for (int i = 0; i < kParts; ++i) v.part[i] = load_row(x + i * kWidth);
   return v;
 }
 
-SPECEXTEND_INLINE float minus_infinity(const float*) { return -INFINITY; }
-SPECEXTEND_INLINE Half minus_infinity(const Half*) { return {0xfc00}; }
-SPECEXTEND_INLINE BFloat16 minus_infinity(const BFloat16*) { return {0xff80}; }
+SPECEXTEND_ALWAYS_INLINE float minus_infinity(const float*) { return -INFINITY; }
+SPECEXTEND_ALWAYS_INLINE Half minus_infinity(const Half*) { return {0xfc00}; }
+SPECEXTEND_ALWAYS_INLINE BFloat16 minus_infinity(const BFloat16*) { return {0xff80}; }
 
 // Calls f(lanes, j) for x[j .. j + kVocabLanes); what is missing behind x[n) is -infinity.
 template <typename T, typename F>
-SPECEXTEND_INLINE void for_lanes(const T* x, int n, const F& f) {
+SPECEXTEND_ALWAYS_INLINE void for_lanes(const T* x, int n, const F& f) {
   int j = 0;
   for (; j + kVocabLanes <= n; j += kVocabLanes) f(load_lanes(x + j), j);
   if (j == n) return;
@@ -153,14 +127,14 @@ SPECEXTEND_INLINE void for_lanes(const T* x, int n, const F& f) {
 }
 
 // Bit i: v[i] >= x.
-SPECEXTEND_INLINE unsigned at_least(const Lanes& v, float x) {
+SPECEXTEND_ALWAYS_INLINE unsigned at_least(const Lanes& v, float x) {
   unsigned bits = 0;
   const Floats bound = broadcast(x);
   for (int i = 0; i < kParts; ++i) bits |= at_least(v.part[i], bound) << (i * kWidth);
   return bits;
 }
 
-SPECEXTEND_INLINE float highest(const Lanes& v) {
+SPECEXTEND_ALWAYS_INLINE float highest(const Lanes& v) {
   float lanes[kVocabLanes];
   std::memcpy(lanes, v.part, sizeof(lanes));
   float best = lanes[0];
@@ -168,7 +142,21 @@ SPECEXTEND_INLINE float highest(const Lanes& v) {
   return best;
 }
 
-SPECEXTEND_INLINE bool any_above(const Lanes& v, float x) {
+// The sum of all lanes: halves onto each other, down to one.
+SPECEXTEND_ALWAYS_INLINE double add_lanes(const Doubles (&low)[kParts],
+                                          const Doubles (&high)[kParts]) {
+  double lanes[kVocabLanes];
+  for (int i = 0; i < kParts; ++i) {
+    std::memcpy(lanes + i * kWidth, &low[i], sizeof(low[i]));
+    std::memcpy(lanes + i * kWidth + kWidth / 2, &high[i], sizeof(high[i]));
+  }
+  for (int w = kVocabLanes / 2; w > 0; w /= 2) {
+    for (int i = 0; i < w; ++i) lanes[i] += lanes[i + w];
+  }
+  return lanes[0];
+}
+
+SPECEXTEND_ALWAYS_INLINE bool any_above(const Lanes& v, float x) {
   unsigned bits = 0;
   const Floats bound = broadcast(x);
   for (int i = 0; i < kParts; ++i) bits |= at_least(bound, v.part[i]) ^ ((1u << kWidth) - 1);
@@ -178,7 +166,7 @@ SPECEXTEND_INLINE bool any_above(const Lanes& v, float x) {
 // exp(x) for x <= 0 within 1 ulp or so; 0 below -87 and for NaN. Cody-Waite reduction by multiples
 // of log 2 (its high part has 9 bits, so the product is exact) and a minimax polynomial for
 // (exp(r) - 1 - r) / r^2 on |r| <= log(2) / 2, of relative error 3e-9.
-SPECEXTEND_INLINE Floats exp(Floats x) {
+SPECEXTEND_ALWAYS_INLINE Floats exp(Floats x) {
   constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
   const Floats shifted = x * 0x1.715476p+0f + kRound;
   const Floats n = shifted - kRound;
@@ -252,16 +240,8 @@ RowStats row_stats(const void* row, int64_t n, float* block_refs, double* block_
         high[i] += h;
       }
     });
-    double lanes[kVocabLanes];
-    for (int i = 0; i < kParts; ++i) {
-      std::memcpy(lanes + i * kWidth, &low[i], sizeof(low[i]));
-      std::memcpy(lanes + i * kWidth + kWidth / 2, &high[i], sizeof(high[i]));
-    }
-    for (int w = kVocabLanes / 2; w > 0; w /= 2) {
-      for (int i = 0; i < w; ++i) lanes[i] += lanes[i + w];
-    }
     block_refs[b] = ref;
-    block_sums[b] = lanes[0];
+    block_sums[b] = add_lanes(low, high);
   }
   return {ref, any(nan)};
 }
@@ -312,8 +292,6 @@ template <typename T>
 constexpr VocabKernels kernels() {
   return {argmax<T>, row_stats<T>, exp_block<T>, collect<T>};
 }
-
-#undef SPECEXTEND_INLINE
 
 }  // namespace vocab
 }  // namespace

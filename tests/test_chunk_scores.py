@@ -1,0 +1,246 @@
+import math
+
+import pytest
+import torch
+from isa_bits import assert_same_bits_on_every_isa
+
+from specextend import ops, reference
+
+INF, NAN = torch.inf, torch.nan
+
+
+def lse_of(logits: torch.Tensor, prefix: int, chunk_size: int, num_chunks: int):
+    """Of [..., keys] logits, the first `prefix` in chunks: (chunk_lse [..., C], lse [...])."""
+    chunk_lse = torch.full((*logits.shape[:-1], num_chunks), -INF, dtype=logits.dtype)
+    for c in range(num_chunks):
+        chunk = logits[..., c * chunk_size : min((c + 1) * chunk_size, prefix)]
+        if chunk.shape[-1]:
+            chunk_lse[..., c] = chunk.logsumexp(-1)
+    return chunk_lse, logits.logsumexp(-1)
+
+
+def random_case(seed=0, batch=2, rows=3, heads=4, chunk_size=8, capacity=100, tree=3, scale=3.0):
+    generator = torch.Generator().manual_seed(seed)
+    prefix_lens = torch.randint(0, capacity - tree + 1, (batch,), generator=generator)
+    num_chunks = -(-capacity // chunk_size)
+    chunk_lse, lse = [], []
+    for prefix in prefix_lens.tolist():
+        logits = torch.randn(rows, heads, prefix + tree, generator=generator).double() * scale
+        c, l = lse_of(logits, prefix, chunk_size, num_chunks)  # noqa: E741
+        chunk_lse.append(c)
+        lse.append(l)
+    picked = torch.randint(0, rows, (batch,), generator=generator)
+    return torch.stack(chunk_lse), torch.stack(lse), picked.int(), prefix_lens.int()
+
+
+def score(chunk_lse, lse, rows, prefix_lens, device="cpu", **options):
+    arguments = (chunk_lse.float(), lse.float(), rows, prefix_lens)
+    return ops.chunk_scores(*(t.to(device) for t in arguments), **options).cpu()
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+@pytest.mark.parametrize("capacity", [3, 64, 100, 1000])
+@pytest.mark.parametrize("chunk_size", [1, 7, 8, 64, 5000])
+def test_random(capacity, chunk_size, reduce, device):
+    for seed in range(6):
+        case = random_case(seed, chunk_size=chunk_size, capacity=capacity, heads=1 + 5 * (seed % 2))
+        got = score(*case, device=device, chunk_size=chunk_size, reduce=reduce)
+        want = reference.chunk_scores(*case, chunk_size=chunk_size, reduce=reduce)
+        plain = [t.float() if t.is_floating_point() else t for t in case]
+        plain = reference.chunk_scores(*plain, chunk_size=chunk_size, reduce=reduce)
+        error, allowed = (got - want).abs().max(), (plain - want).abs().max()
+        assert error <= 2 * allowed + 1e-7
+        if reduce == "mean":
+            torch.testing.assert_close(got.sum(-1), torch.ones(2), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_against_the_dense_softmax(reduce, device):
+    """O5: the softmax of the row over all keys; the tree's own keys count where they will lie."""
+    generator = torch.Generator().manual_seed(1)
+    for chunk_size, prefix, tree in [(1, 20, 1), (8, 61, 2), (8, 64, 5), (32, 70, 1), (16, 0, 4)]:
+        logits = torch.randn(1, 2, 6, prefix + tree, generator=generator).double() * 2
+        num_chunks = -(-(prefix + tree) // chunk_size) + 2
+        chunk_lse, lse = lse_of(logits, prefix, chunk_size, num_chunks)
+        rows = torch.tensor([1], dtype=torch.int32)
+        prefix_lens = torch.tensor([prefix], dtype=torch.int32)
+        got = score(
+            chunk_lse, lse, rows, prefix_lens, device, chunk_size=chunk_size, reduce=reduce
+        )
+        probs = logits[0, 1].softmax(-1)
+        mass = torch.zeros(6, num_chunks, dtype=torch.float64)
+        for key in range(prefix + tree):
+            mass[:, min(key, prefix) // chunk_size] += probs[:, key]
+        want = mass.mean(0) if reduce == "mean" else mass.amax(0)
+        torch.testing.assert_close(got[0].double(), want, rtol=0, atol=1e-6)
+
+
+def test_selection_is_that_of_the_paper(device):
+    """O6: last accepted row, mean over heads, mean per chunk; the same best chunks.
+
+    The mean over a chunk's keys orders whole chunks as their mass does.
+    """
+    generator = torch.Generator().manual_seed(2)
+    chunk_size, num_chunks, heads = 32, 64, 8
+    logits = torch.randn(1, 4, heads, chunk_size * num_chunks, generator=generator).double() * 2
+    chunk_lse, lse = lse_of(logits, logits.shape[-1], chunk_size, num_chunks)
+    rows = torch.tensor([2], dtype=torch.int32)
+    lens = torch.tensor([logits.shape[-1]], dtype=torch.int32)
+    scores = score(chunk_lse, lse, rows, lens, device, chunk_size=chunk_size)
+    papers = logits[0, 2].softmax(-1).mean(0).view(num_chunks, chunk_size).mean(-1)
+    torch.testing.assert_close(scores[0].double() / chunk_size, papers, rtol=0, atol=1e-8)
+    ids, _ = ops.select_chunks(scores.to(device), lens.to(device), chunk_size=32, budget=16)
+    assert ids[0].tolist() == sorted(papers.topk(16).indices.tolist())
+
+
+def test_from_tree_attention():
+    generator = torch.Generator().manual_seed(3)
+    batch, rows, heads, kv_heads, dim, capacity, chunk_size = 2, 3, 4, 2, 64, 90, 16
+    q = torch.randn(batch, rows, heads, dim, generator=generator)
+    k = torch.randn(batch, capacity, kv_heads, dim, generator=generator)
+    prefix_lens = torch.tensor([70, 33], dtype=torch.int32)
+    _, lse, chunk_lse = ops.tree_attention(q, k, k, prefix_lens, chunk_size=chunk_size)
+    picked = torch.tensor([2, 1], dtype=torch.int32)
+    got = ops.chunk_scores(chunk_lse, lse, picked, prefix_lens, chunk_size=chunk_size)
+    for b, (prefix, row) in enumerate([(70, 2), (33, 1)]):
+        keys = k[b, : prefix + row + 1].repeat_interleave(heads // kv_heads, 1).double()
+        probs = torch.einsum("hd,khd->hk", q[b, row].double(), keys).div(math.sqrt(dim)).softmax(-1)
+        want = torch.zeros(got.shape[1], dtype=torch.float64)
+        for key, p in enumerate(probs.mean(0)):
+            want[min(key, prefix) // chunk_size] += p
+        torch.testing.assert_close(got[b].double(), want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_what_is_behind_the_tree_is_not_read(reduce, device):
+    chunk_lse, lse, rows, prefix_lens = random_case(4, capacity=200)
+    clean = score(chunk_lse, lse, rows, prefix_lens, device, chunk_size=8, reduce=reduce)
+    for b in range(2):
+        chunk_lse[b, :, :, prefix_lens[b] // 8 + 1 :] = NAN
+        for row in range(3):
+            if row != rows[b]:
+                chunk_lse[b, row] = NAN
+                lse[b, row] = NAN
+    poisoned = score(chunk_lse, lse, rows, prefix_lens, device, chunk_size=8, reduce=reduce)
+    assert torch.equal(clean, poisoned)
+
+
+def test_heads_and_chunks_that_see_nothing(device):
+    log = math.log
+    # Four heads over three chunks, prefix of 5 in chunks of 2: the third holds the first tree key.
+    chunk_lse = torch.tensor(
+        [[[[log(0.5), -INF, log(0.25)], [NAN, INF, -INF], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]]]
+    )
+    lse = torch.tensor([[[0.0, 0.0, -INF, INF]]])
+    arguments = (chunk_lse, lse, torch.zeros(1).int(), torch.tensor([5]).int())
+    got = score(*arguments, device=device, chunk_size=2)
+    torch.testing.assert_close(got, torch.tensor([[0.125, 0.0, 0.375]]))
+    got = score(*arguments, device=device, chunk_size=2, reduce="max")
+    torch.testing.assert_close(got, torch.tensor([[0.5, 0.0, 1.0]]))
+
+
+def test_a_mass_above_one_by_rounding_leaves_nothing(device):
+    chunk_lse = torch.tensor([[[[0.0, 1e-6, -INF]]]])
+    lse = torch.tensor([[[math.log(2.0)]]])
+    got = score(chunk_lse, lse, torch.zeros(1).int(), torch.tensor([4]).int(), device, chunk_size=2)
+    assert got[0, 2] == 0 and got[0, 0] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("prefix", [-3, 0, 1, 15, 16, 17, 100, 2**31 - 1])
+def test_the_chunk_of_the_first_tree_key(prefix, device):
+    chunk_lse, lse = torch.full((1, 1, 2, 4), -INF), torch.zeros(1, 1, 2)
+    prefix_lens = torch.tensor([prefix], dtype=torch.int32)
+    got = score(chunk_lse, lse, torch.zeros(1).int(), prefix_lens, device, chunk_size=8)
+    want = [0.0] * 4
+    if max(prefix, 0) // 8 < 4:
+        want[max(prefix, 0) // 8] = 1.0
+    assert got[0].tolist() == want
+
+
+@pytest.mark.parametrize(("row", "read"), [(-(2**31), 0), (-1, 0), (2, 2), (3, 2), (2**31 - 1, 2)])
+def test_rows_are_clamped(row, read, device):
+    chunk_lse, lse, _, prefix_lens = random_case(5)
+    got = score(chunk_lse, lse, torch.full((2,), row).int(), prefix_lens, device, chunk_size=8)
+    want = score(chunk_lse, lse, torch.full((2,), read).int(), prefix_lens, device, chunk_size=8)
+    assert torch.equal(got, want)
+
+
+def test_strides(device):
+    chunk_lse, lse, rows, prefix_lens = random_case(6, heads=3, capacity=300)
+    wide = torch.full((3, 5, 2, chunk_lse.shape[-1] + 3), NAN)
+    view = wide.permute(2, 0, 1, 3)[:, :, 1:4, 2:-1]
+    view.copy_(chunk_lse)
+    wide_lse = torch.full((3, 2, 7), NAN)
+    lse_view = wide_lse.transpose(0, 1)[:, :, 3:6]
+    lse_view.copy_(lse)
+    got = ops.chunk_scores(
+        view.to(device), lse_view.to(device), rows.to(device), prefix_lens.to(device), chunk_size=8
+    )
+    assert torch.equal(got.cpu(), score(chunk_lse, lse, rows, prefix_lens, chunk_size=8))
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_a_sequence_alone_is_the_same_on_any_number_of_threads(reduce):
+    case = random_case(7, batch=8, heads=8, chunk_size=1, capacity=5000, tree=1)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        together = score(*case, chunk_size=1, reduce=reduce)
+        torch.set_num_threads(1)
+        for b in range(8):
+            alone = score(*(t[b : b + 1] for t in case), chunk_size=1, reduce=reduce)
+            assert torch.equal(alone[0], together[b])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_every_instruction_set_gives_the_same_bits():
+    assert_same_bits_on_every_isa("chunk_scores")
+
+
+def test_empty(device):
+    got = score(
+        torch.zeros(2, 1, 1, 0),
+        torch.zeros(2, 1, 1),
+        torch.zeros(2).int(),
+        torch.zeros(2).int(),
+        device,
+        chunk_size=4,
+    )
+    assert got.shape == (2, 0)
+
+
+def test_opcheck(device):
+    chunk_lse, lse, rows, prefix_lens = random_case(8)
+    arguments = (chunk_lse.float(), lse.float(), rows, prefix_lens)
+    torch.library.opcheck(
+        torch.ops.specextend.chunk_scores.default,
+        tuple(t.to(device) for t in arguments),
+        {"chunk_size": 8, "reduce": "max"},
+    )
+
+
+CHUNK_LSE = torch.zeros(2, 3, 4, 5)
+LSE = torch.zeros(2, 3, 4)
+INTS = torch.zeros(2, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("chunk_lse", "lse", "rows", "prefix_lens", "options", "message"),
+    [
+        (CHUNK_LSE[0], LSE, INTS, INTS, {}, r"chunk_lse must be \[B, M, Hq, C\], got \[3, 4, 5\]"),
+        (CHUNK_LSE.half(), LSE, INTS, INTS, {}, "chunk_lse must be float32, got float16"),
+        (CHUNK_LSE.mT, LSE, INTS, INTS, {}, "chunk_lse must have a last stride of 1, got 5"),
+        (CHUNK_LSE[:, :0], LSE, INTS, INTS, {}, "the number of rows M must be in .*, got 0"),
+        (CHUNK_LSE, LSE[:, :2], INTS, INTS, {}, r"lse must have shape \[2, 3, 4\], got \[2, 2, 4\]"),
+        (CHUNK_LSE, LSE.double(), INTS, INTS, {}, "lse must be float32, got float64"),
+        (CHUNK_LSE, LSE, INTS[:1], INTS, {}, r"rows must have shape \[2\], got \[1\]"),
+        (CHUNK_LSE, LSE, INTS.long(), INTS, {}, "rows must be int32, got int64"),
+        (CHUNK_LSE, LSE, INTS, INTS.long(), {}, "prefix_lens must be int32, got int64"),
+        (CHUNK_LSE, LSE, INTS, INTS, {"chunk_size": 0}, r"chunk_size must be in \[1, .*\], got 0"),
+        (CHUNK_LSE, LSE, INTS, INTS, {"reduce": "sum"}, "reduce must be mean or max, got sum"),
+    ],
+)
+def test_errors(chunk_lse, lse, rows, prefix_lens, options, message):
+    with pytest.raises(RuntimeError, match=f"chunk_scores: {message}"):
+        ops.chunk_scores(chunk_lse, lse, rows, prefix_lens, **{"chunk_size": 8, **options})
