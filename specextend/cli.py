@@ -68,12 +68,14 @@ def _integer_or_none(text: str) -> int | None:
 _integers.__name__, _integer_or_none.__name__ = "comma-separated integers", "integer or none"
 
 
-def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """An option for every field of :class:`SpecConfig`."""
+def add_config_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
+    """An option for every field of :class:`SpecConfig` but some."""
     sections, texts = config_docs()
     hints = typing.get_type_hints(SpecConfig)
     groups = {}
     for field in dataclasses.fields(SpecConfig):
+        if field.name in without:
+            continue
         section = sections.get(field.name, "options")
         group = groups.setdefault(section, None) or parser.add_argument_group(section)
         groups[section] = group
@@ -138,9 +140,7 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
         "--min-p", type=float, metavar="X",
         help="sample from the tokens at least X times as likely as the likeliest",
     )  # fmt: skip
-    group.add_argument(
-        "--repetition-penalty", type=float, metavar="X", help="above 1: repeat less"
-    )
+    group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: repeat less")
     group.add_argument(
         "--stop", action="append", metavar="TEXT", help="end after this text; may be repeated"
     )
@@ -195,7 +195,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--short", action="store_true", help="2000 tokens and 48 new ones")
     sub.add_argument("--document", metavar="FILE", help="[modules of Python's standard library]")
     _add_models(sub, "float32")
-    add_config_options(sub)
+    add_config_options(sub, without=("draft_cache", "gate", "seed"))
 
     sub = command("info", info, "say what was built, and what it runs on")
     sub.add_argument("--json", action="store_true", help="print one JSON object")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from . import _C, __version__, assets
 from .cli import UsageError, config_from, difference, load_pair
+from .config import SpecConfig
 from .decode import SpecExtend, Step
 from .stats import PHASES, SpecStats
 from .terminal import LiveText, Meter, Output, standard_error, standard_output
@@ -71,15 +72,6 @@ class _Clock(BaseStreamer):
         pass
 
 
-def _hugging_face(model, ids: Tensor, max_new_tokens: int, meter: Meter) -> Run:
-    clock = _Clock(meter, max_new_tokens)
-    meter("decoding", 0, max_new_tokens)
-    start = time.perf_counter()
-    out = model.generate(ids, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock)
-    first, last = clock.times[0], clock.times[-1]
-    return Run(out[0, ids.shape[1] :].tolist(), 1, first - start, last - first)
-
-
 def _timed(steps: Iterator[Step]) -> Iterator[tuple[Step, float]]:
     """Steps and the seconds that each took, without those that its reader takes."""
     while True:
@@ -90,15 +82,80 @@ def _timed(steps: Iterator[Step]) -> Iterator[tuple[Step, float]]:
         yield step, time.perf_counter() - start
 
 
-def _ours(spec: SpecExtend, ids: Tensor, max_new_tokens: int, show) -> Run:
-    tokens, seconds, first = [], [], 0
-    for step, took in _timed(spec.stream(ids, max_new_tokens=max_new_tokens, do_sample=False)):
-        first = first or len(step.tokens)
-        tokens += step.tokens
-        seconds.append(took)
-        show(step, len(tokens))
-    prefill = seconds[0] - spec.stats.seconds.get("draft_prefill", 0.0)
-    return Run(tokens, first, prefill, sum(seconds[1:]), spec.stats)
+@dataclass
+class Demonstration:
+    """The pair, the document, and where to show what happens.
+
+    Attributes:
+        pair: target, draft, and the tokenizers of both.
+        ids: [1, L] int64, the document.
+        new: tokens to write.
+    """
+
+    pair: tuple
+    config: SpecConfig
+    ids: Tensor
+    new: int
+    out: Output
+    notes: Output
+
+    def hugging_face(self) -> Run:
+        """``generate`` of the target itself."""
+        model, prompt = self.pair[0], self.ids.shape[1]
+        with Meter(self.notes, HUGGING_FACE, least=1) as meter:
+            clock = _Clock(meter, self.new)
+            meter("decoding", 0, self.new)
+            start = time.perf_counter()
+            out = model.generate(self.ids, max_new_tokens=self.new, do_sample=False, streamer=clock)
+        first, last = clock.times[0], clock.times[-1]
+        return Run(out[0, prompt:].tolist(), 1, first - start, last - first)
+
+    def live(self, title: str, draft_cache: str | None) -> Run:
+        """Write the text as it comes; plain decoding without a ``draft_cache``."""
+        out, tokenizer, prompt = self.out, self.pair[2], self.ids[0].tolist()
+        out.line()
+        out.line(f"-- {title} ".ljust(72, "-"), "bold")
+        text = LiveText(out, tokenizer, prompt, highlight=draft_cache is not None)
+        with Meter(self.notes) as meter:
+
+            def show(step: Step, count: int) -> None:
+                if count == len(step.tokens):  # the first
+                    meter.close()
+                    out.write(_last_lines(tokenizer, prompt), "dim")
+                text.add(step.tokens, step.num_accepted)
+
+            run = self._generate(draft_cache, meter, show)
+        text.end()
+        out.line(_summary(run), "dim")
+        return run
+
+    def silent(self, title: str, draft_cache: str) -> Run:
+        """Show how far it is."""
+        with Meter(self.notes, title, least=1) as meter:
+            return self._generate(
+                draft_cache, meter, lambda _, count: meter("decoding", count, self.new)
+            )
+
+    def _generate(
+        self, draft_cache: str | None, meter: Meter, show: Callable[[Step, int], None]
+    ) -> Run:
+        target, draft, tokenizer, draft_tokenizer = self.pair
+        config = self.config.replace(draft_cache=draft_cache or "full")
+        spec = SpecExtend(
+            target, draft if draft_cache else None, config,
+            tokenizer=tokenizer, draft_tokenizer=draft_tokenizer, progress=meter,
+        )  # fmt: skip
+        tokens: list[int] = []
+        seconds: list[float] = []
+        steps = spec.stream(self.ids, max_new_tokens=self.new, do_sample=False)
+        for step, took in _timed(steps):
+            tokens += step.tokens
+            seconds.append(took)
+            if len(seconds) == 1:
+                first = len(tokens)
+            show(step, len(tokens))
+        prefill = seconds[0] - spec.stats.seconds.get("draft_prefill", 0.0)
+        return Run(tokens, first, prefill, sum(seconds[1:]), spec.stats)
 
 
 def run_demo(args: argparse.Namespace) -> int:
@@ -108,73 +165,37 @@ def run_demo(args: argparse.Namespace) -> int:
         ValueError: two ways wrote different tokens.
     """
     tokens, new = LENGTHS[args.short]
-    tokens, new = args.tokens or tokens, args.max_new_tokens or new
+    tokens = tokens if args.tokens is None else args.tokens
+    new = new if args.max_new_tokens is None else args.max_new_tokens
     if tokens < 2 or new < 2:
         raise UsageError("--tokens and --max-new-tokens must be at least 2")
-    config = config_from(args, gate="off")
-    out, notes = standard_output(), standard_error()
-    target, draft, tokenizer, draft_tokenizer = load_pair(args)
-    if draft is None:
+    config = config_from(args, gate="off")  # each row of the table is its method alone
+    pair = load_pair(args)
+    if pair[1] is None:
         raise UsageError("the demonstration needs a draft")
-    name, ids = _document(args.document, tokenizer, tokens)
-    prompt = ids[0].tolist()
-
+    name, ids = _document(args.document, pair[2], tokens)
+    out = standard_output()
     out.line(f"{name}: {tokens:,} tokens, then {new} new ones", "bold")
-    out.line(f"target {_size(target)}, draft {_size(draft)}, {_dtype(target)}, on the CPU")
-
-    def speculator(kind: str | None, meter: Meter) -> SpecExtend:
-        changed = config.replace(draft_cache=kind) if kind else config
-        return SpecExtend(
-            target, draft if kind else None, changed,
-            tokenizer=tokenizer, draft_tokenizer=draft_tokenizer, progress=meter,
-        )  # fmt: skip
-
-    def live(title: str, kind: str | None) -> Run:
-        out.line()
-        out.line(f"-- {title} ".ljust(72, "-"), "bold")
-        with Meter(notes) as meter:
-            text = LiveText(out, tokenizer, prompt, highlight=kind is not None)
-            beginning = _tail(tokenizer, prompt)
-
-            def show(step: Step, count: int) -> None:
-                nonlocal beginning
-                if beginning:
-                    meter.close()
-                    out.write(beginning, "dim")
-                    beginning = ""
-                text.add(step.tokens, step.num_accepted)
-
-            run = _ours(speculator(kind, meter), ids, new, show)
-        text.end()
-        out.line(_line(run), "dim")
-        return run
-
-    def silent(title: str, kind: str) -> Run:
-        with Meter(notes, title, least=1) as meter:
-            return _ours(
-                speculator(kind, meter), ids, new, lambda _, count: meter("decoding", count, new)
-            )
+    out.line(f"target {_size(pair[0])}, draft {_size(pair[1])}, {_dtype(pair[0])}, on the CPU")
+    show = Demonstration(pair, config, ids, new, out, standard_error())
 
     runs: dict[str, Run] = {}
-    runs[PLAIN] = live("plain decoding, our kernels", None)
-    runs[RETRIEVAL] = live("SpecExtend: tree speculation, cross-model retrieval", "retrieval")
+    runs[PLAIN] = show.live("plain decoding, our kernels", None)
+    runs[RETRIEVAL] = show.live("SpecExtend: tree speculation, cross-model retrieval", "retrieval")
     if out.has_style:
         out.write("accepted from the draft", "accepted")
-        out.write(", ")
-        out.write("the target's own", "own")
-        out.line()
+        out.write(", the target's own\n", "own")
     out.line()
-    with Meter(notes, HUGGING_FACE, least=1) as meter:
-        runs[HUGGING_FACE] = _hugging_face(target, ids, new, meter)
+    runs[HUGGING_FACE] = show.hugging_face()
     for title, kind in TREES.items():
         if title not in runs:
-            runs[title] = silent(title, kind)
+            runs[title] = show.silent(title, kind)
 
     rows = [HUGGING_FACE, PLAIN, *TREES]
-    _table(out, {row: runs[row] for row in rows})
-    _footnotes(out, args, target, tokens, new)
+    _write_table(out, {row: runs[row] for row in rows})
+    _write_notes(out, pair[0], tokens, new)
     for row in rows[1:]:
-        text = difference(tokenizer, runs[row].tokens, runs[HUGGING_FACE].tokens, HUGGING_FACE)
+        text = difference(pair[2], runs[row].tokens, runs[HUGGING_FACE].tokens, HUGGING_FACE)
         if text:
             raise ValueError(f"{row}: {text}")
     return 0
@@ -192,10 +213,9 @@ def _document(file: str | None, tokenizer, tokens: int) -> tuple[str, Tensor]:
     return name, torch.tensor([ids])
 
 
-def _tail(tokenizer, prompt: list[int], lines: int = 4) -> str:
-    """The last lines of the prompt."""
+def _last_lines(tokenizer, prompt: list[int], count: int = 4) -> str:
     text = tokenizer.decode(prompt[-200:], skip_special_tokens=True)
-    return "\n".join(text.split("\n")[-lines:])
+    return "\n".join(text.split("\n")[-count:])
 
 
 def _size(model) -> str:
@@ -206,14 +226,14 @@ def _dtype(model) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
-def _line(run: Run) -> str:
-    text = f"{len(run.tokens)} tokens | {run.rate:.1f} tokens/s"
+def _summary(run: Run) -> str:
+    parts = [f"{len(run.tokens)} tokens", f"{run.rate:.1f} tokens/s"]
     if run.stats.num_draft_tokens:
-        text += f" | mean acceptance length {run.stats.mean_acceptance_length:.2f}"
-    return f"{text} | prefill {run.prefill:.1f} s"
+        parts.append(f"mean acceptance length {run.stats.mean_acceptance_length:.2f}")
+    return " | ".join([*parts, f"prefill {run.prefill:.1f} s"])
 
 
-def _table(out: Output, runs: dict[str, Run]) -> None:
+def _write_table(out: Output, runs: dict[str, Run]) -> None:
     header = [
         "", "tokens /s", "times plain", "times HF", "accept. length", "target prefill",
         "draft prefill", "verify", "accept", "retrieve", "draft", "identical",
@@ -234,19 +254,18 @@ def _table(out: Output, runs: dict[str, Run]) -> None:
     out.table(header, rows)
 
 
-def _footnotes(out: Output, args: argparse.Namespace, target, tokens: int, new: int) -> None:
-    gate = getattr(args, "config_gate", "off")
+def _write_notes(out: Output, target, tokens: int, new: int) -> None:
+    threads = torch.get_num_threads()
     out.line()
-    out.line("tokens /s: decoding alone, from the first token on. accept. length: tokens per forward")
-    out.line("of the target. prefill ... draft: seconds. Every way ran once, with its own prefill, and")
-    out.line(f"with the gate {gate}, which would stop speculation where it does not pay.")
-    machine = f"{_processor()}, {torch.get_num_threads()} threads, {_C.cpu_isa()}"
-    versions = (
-        f"specextend {__version__}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, Python {platform.python_version()}"
+    out.line("tokens /s: decoding alone, from the first token on; accept. length: tokens per")
+    out.line("forward of the target; target prefill to draft: seconds. Every way ran once, with")
+    out.line("its own prefill; no gate stopped speculation where it did not pay.")
+    out.line(
+        f"{_processor()}, {threads} thread{'s' * (threads != 1)}, {_C.cpu_isa()}, {_dtype(target)}"
+        f" | specextend {__version__}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, Python {platform.python_version()}"
+        f" | specextend demo --tokens {tokens} --max-new-tokens {new} --dtype {_dtype(target)}"
     )
-    command = f"specextend demo --tokens {tokens} --max-new-tokens {new} --dtype {_dtype(target)}"
-    out.line(f"{machine}, {_dtype(target)} | {versions} | {command}")
 
 
 def _processor() -> str:
