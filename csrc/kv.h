@@ -1,6 +1,7 @@
 #pragma once
 
-// Which row of a KV cache goes where. Shared by the CPU kernels and the CUDA kernels.
+// Which row of a KV cache goes where, and how its key is rotated on the way. Shared by host and
+// device code.
 
 #include <cstdint>
 
@@ -9,24 +10,76 @@
 
 namespace specextend {
 
-// Rows of a path that compact_kv moves: those up to the last accepted node.
+// compact_kv: how many nodes of the path count, the root among them.
 SPECEXTEND_HOST_DEVICE int compact_count(const CompactKvParams& p, int b) {
-  const int count = p.num_accepted[b] < p.path_len ? p.num_accepted[b] + 1 : p.path_len;
-  return count > 0 ? count : 0;
+  const int accepted = p.num_accepted[b];
+  return accepted < 0 ? 0 : accepted < p.path_len ? accepted + 1 : p.path_len;
 }
 
-// The row that node i of the path comes from; -1 where nothing is to be moved. A row outside the
-// cache is neither read nor written.
+// compact_kv: the row that goes to row P + i, or -1 where none does: node i is in its place already,
+// or is no node of this cache.
 SPECEXTEND_HOST_DEVICE int64_t compact_source(const CompactKvParams& p, int b, int i) {
-  const int32_t node = p.path[int64_t(b) * p.path_len + i];
-  const int64_t row = int64_t(p.prefix_lens[b]) + node;
-  return node > i && p.prefix_lens[b] >= 0 && row < p.capacity ? row : -1;
+  const int32_t prefix = p.prefix_lens[b], node = p.path[int64_t(b) * p.path_len + i];
+  const int64_t row = int64_t(prefix) + node;
+  return prefix >= 0 && node > i && row < p.capacity ? row : -1;
 }
 
-// How many of the new rows fit behind the first lens[b] ones.
+// append_kv: how many of the new rows have room behind the first lens[b].
 SPECEXTEND_HOST_DEVICE int append_count(const AppendKvParams& p, int b) {
   const int64_t room = p.lens[b] < 0 ? 0 : p.capacity - p.lens[b];
   return room < 0 ? 0 : room < p.num_rows ? int(room) : p.num_rows;
+}
+
+// gather_chunks: how many slots of the working cache are filled.
+SPECEXTEND_HOST_DEVICE int gather_count(const GatherChunksParams& p, int b) {
+  const int count = p.counts[b];
+  return count < 0 ? 0 : count < p.budget ? count : p.budget;
+}
+
+// gather_chunks: tokens of the chunk in this slot; 0 if there is no such chunk.
+SPECEXTEND_HOST_DEVICE int64_t gather_chunk_length(const GatherChunksParams& p, int b, int slot) {
+  const int32_t id = p.ids[int64_t(b) * p.budget + slot];
+  const int64_t len = p.lens[b] < p.capacity ? p.lens[b] : p.capacity;
+  const int64_t rest = len - int64_t(id) * p.chunk_size;
+  return id < 0 || rest < 0 ? 0 : rest < p.chunk_size ? rest : p.chunk_size;
+}
+
+// gather_chunks: rows of this slot that fit the working cache.
+SPECEXTEND_HOST_DEVICE int64_t gather_rows(const GatherChunksParams& p, int b, int slot) {
+  const int64_t room = p.work_capacity - int64_t(slot) * p.chunk_size;
+  const int64_t rows = gather_chunk_length(p, b, slot);
+  return room < 0 ? 0 : rows < room ? rows : room;
+}
+
+// gather_chunks: rows of the working cache in use. Only the last chunk may be partial.
+SPECEXTEND_HOST_DEVICE int64_t gather_length(const GatherChunksParams& p, int b) {
+  const int count = gather_count(p, b);
+  if (count == 0) return 0;
+  const int64_t rows = int64_t(count - 1) * p.chunk_size + gather_chunk_length(p, b, count - 1);
+  return rows < p.work_capacity ? rows : p.work_capacity;
+}
+
+// gather_chunks: new position minus old position, the same for all keys of a slot. Positions are
+// compact; they begin at 0, or, right-aligned, end where the last selected chunk ends.
+SPECEXTEND_HOST_DEVICE int64_t gather_shift(const GatherChunksParams& p, int b, int slot) {
+  const int32_t* ids = p.ids + int64_t(b) * p.budget;
+  int64_t chunks = int64_t(slot) - ids[slot];
+  if (p.right_aligned) {
+    const int last = gather_count(p, b) - 1;
+    chunks += int64_t(ids[last]) - last;
+  }
+  return chunks * p.chunk_size;
+}
+
+struct Rotation {
+  float cos, sin;
+};
+
+// Rotation of one pair of dimensions by `shift` positions. In double: shift * inv_freq reaches 1e6
+// radians, where neighbouring fp32 numbers are 0.06 apart.
+SPECEXTEND_HOST_DEVICE Rotation rotation(int64_t shift, float inv_freq) {
+  const double angle = double(shift) * double(inv_freq);
+  return {float(cos(angle)), float(sin(angle))};
 }
 
 }  // namespace specextend

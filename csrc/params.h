@@ -49,46 +49,54 @@ struct MergeStatesParams {
 
 // Rows P + path[i] move to P + i, i <= num_accepted, in every cache (K and V of all layers).
 struct CompactKvParams {
-  void* caches[kMaxCaches];     // [B, S, Hkv, D] each, all of one shape and one set of strides
+  void* caches[kMaxCaches];     // [B, S, Hkv, D] each, all of one shape and with the same strides
   const int32_t* prefix_lens;   // [B]: P
-  const int32_t* path;          // [B, path_len] contiguous, path[0] = 0, strictly increasing
+  const int32_t* path;          // [B, path_len], path[0] = 0, strictly increasing
   const int32_t* num_accepted;  // [B], < path_len
-  int64_t stride_b, stride_s, stride_h, row_bytes;  // bytes; a row is one head's D elements
-  int64_t capacity;                                 // S
+  int64_t stride_b, stride_s, stride_h;  // bytes
+  int64_t row_bytes;                     // of one head
+  int64_t capacity;                      // S
   int num_caches, batch, path_len, num_kv_heads;
 };
 
-// A [B, rows, Hkv, D] tensor whose rows are moved and not looked at. Strides in bytes.
+// A tensor [B, S, Hkv, D] whose rows are moved.
 struct KvRows {
   void* data;
-  int64_t stride_b, stride_s, stride_h;
+  int64_t stride_b, stride_s, stride_h;  // bytes
 };
 
-// New keys and values to the rows [len, len + M) of their caches. Index 0: keys, 1: values.
+// New keys and values to rows [len, len + M) of their caches. Of each pair: keys, values.
 struct AppendKvParams {
-  KvRows cache[2];        // [B, S, Hkv, D]
-  KvRows rows[2];         // [B, M, Hkv, D]
-  int64_t row_bytes[2];   // D * element size
-  const int32_t* lens;    // [B]
-  int64_t capacity;       // S
+  KvRows caches[2];      // [B, S, Hkv, D]
+  KvRows rows[2];        // [B, M, Hkv, D]
+  int64_t row_bytes[2];  // of one head
+  const int32_t* lens;   // [B]
+  int64_t capacity;      // S
   int batch, num_rows, num_kv_heads;
 };
 
-struct RowCopy {
-  const void* from;
-  void* to;
-  int64_t from_stride_b, from_stride_s, from_stride_h, to_stride_b, to_stride_s, to_stride_h;
-  int num_kv_heads, row_bytes;
+// The caches of one layer of gather_chunks. Of each pair: keys, values.
+struct GatherLayer {
+  KvRows full[2];        // [B, S, Hkv, D]
+  KvRows work[2];        // [B, Sw, Hkv, D]
+  int64_t row_bytes[2];  // of one head
+  int num_kv_heads[2];
+  const float* inv_freq;  // [R / 2]
 };
 
+// Chunk ids[i] of the full caches to rows [i * chunk_size, ...) of the working caches.
 struct GatherChunksParams {
-  RowCopy k, v;
-  const int32_t *ids, *counts, *lens;
-  const float* inv_freq;
-  int32_t* work_lens;
-  int64_t full_capacity, work_capacity;
-  int batch, budget, chunk_size, num_pairs, element_bytes;
-  bool interleaved, right_aligned;
+  const GatherLayer* layers;  // on the host
+  const int32_t* ids;         // [B, budget], ascending
+  const int32_t* counts;      // [B], <= budget
+  const int32_t* lens;        // [B]: tokens in the full caches
+  int32_t* work_lens;         // [B]
+  int64_t capacity;           // S
+  int64_t work_capacity;      // Sw
+  int num_layers, batch, budget, chunk_size;
+  int rotary_dim;      // R; 0: keys are copied as they are
+  bool interleaved;    // pairs are neighbours, else halves of the first R dimensions
+  bool right_aligned;  // positions end where the last chunk ends, else begin at 0
 };
 
 // Longest path of a tree along the target's own choices. All tensors contiguous.
@@ -101,6 +109,18 @@ struct VerifyTreeParams {
   int64_t* emitted;              // [B, N]: accepted tokens, then the target's own, tail -1
   int64_t* next_root;            // [B]: the last token emitted
   int batch, num_nodes;
+};
+
+// The same with a draft that drew siblings independently from its own probabilities.
+struct VerifyTreeRejectionParams {
+  VerifyTreeParams tree;      // without target_tokens
+  const float* target_probs;  // [B, N, V] after each node
+  const float* draft_probs;   // [B, N, V] from which each node's children were drawn
+  int64_t target_stride_b, target_stride_n, draft_stride_b, draft_stride_n;
+  const void* uniforms;        // [B, N] contiguous: of each node's acceptance
+  const void* final_uniforms;  // [B, N] contiguous: of the last token, at the node the walk ends at
+  bool uniforms_are_double;
+  int64_t vocab;
 };
 
 // One token per row of logits: the largest, or drawn with a uniform number.
@@ -149,6 +169,16 @@ struct ChunkScoresParams {
   float* scores;               // [B, C]
   int batch, num_rows, num_heads, num_chunks, chunk_size;
   bool largest;  // of the heads; else their mean
+  bool tree;     // a head's mass that no chunk has is that of tree keys behind the prefix
+};
+
+// Likewise from the keys alone, of which the row sees all: `attention` without values, outputs, tree
+// or sinks, its prefix being all keys.
+struct ChunkScoresKeysParams {
+  TreeAttentionParams attention;
+  const int32_t* rows;  // [B], clamped to [0, M)
+  float* scores;        // [B, C]
+  bool largest;
 };
 
 // The best chunks within a budget, the first and the newest ones always. All tensors contiguous.

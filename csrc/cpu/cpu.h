@@ -11,6 +11,7 @@ void tree_attention(const TreeAttentionParams& p, DType dtype);
 void merge_states(const MergeStatesParams& p, DType dtype);
 
 void verify_tree(const VerifyTreeParams& p);
+void verify_tree_rejection(const VerifyTreeRejectionParams& p);
 void sample_nodes(const SampleNodesParams& p, DType dtype);
 void expand_tree(const ExpandTreeParams& p, DType dtype);
 void finalize_tree(const FinalizeTreeParams& p);
@@ -20,6 +21,7 @@ void compact_kv(const CompactKvParams& p);
 void gather_chunks(const GatherChunksParams& p, DType dtype);
 
 void chunk_scores(const ChunkScoresParams& p);
+void chunk_scores_keys(const ChunkScoresKeysParams& p, DType dtype);
 void select_chunks(const SelectChunksParams& p);
 
 }  // namespace specextend::cpu

@@ -1,103 +1,107 @@
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
-#include <cmath>
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
 #include "cpu/cpu.h"
-#include "gather.h"
+#include "cpu/isa.h"
+#include "cpu/kv_copy.h"
+#include "kv.h"
 
 namespace specextend::cpu {
 namespace {
 
-const char* source(const RowCopy& c, const GatherChunksParams& p, int64_t b, int64_t row, int h) {
-  return static_cast<const char*>(c.from) +
-         (b * c.from_stride_b + row * c.from_stride_s + h * c.from_stride_h) * p.element_bytes;
-}
+// Cosines and sines for one distance and one set of frequencies. A chunk needs one table for all its
+// rows and heads; neighbouring chunks, and layers of the same frequencies, need the same again.
+class RotationTable {
+ public:
+  explicit RotationTable(int pairs) : cos_(size_t(pairs)), sin_(size_t(pairs)) {}
 
-char* target(const RowCopy& c, const GatherChunksParams& p, int64_t b, int64_t row, int h) {
-  return static_cast<char*>(c.to) +
-         (b * c.to_stride_b + row * c.to_stride_s + h * c.to_stride_h) * p.element_bytes;
-}
-
-// Rotates the first 2 * num_pairs dimensions of a key by the angles of `cos_sin`, copies the rest.
-template <typename T>
-void rotate_row(const T* from, T* to, const float* cos_sin, const GatherChunksParams& p, int head_dim) {
-  const int pairs = p.num_pairs;
-  for (int i = 0; i < pairs; ++i) {
-    const int x = p.interleaved ? 2 * i : i, y = p.interleaved ? 2 * i + 1 : i + pairs;
-    const float a = float(from[x]), b = float(from[y]), cos = cos_sin[2 * i], sin = cos_sin[2 * i + 1];
-    to[x] = T(a * cos - b * sin);
-    to[y] = T(b * cos + a * sin);
+  void prepare(int64_t shift, const float* inv_freq) {
+    if (inv_freq_ != nullptr && shift == shift_ &&
+        (inv_freq == inv_freq_ ||
+         std::memcmp(inv_freq, inv_freq_, cos_.size() * sizeof(float)) == 0)) {
+      return;
+    }
+    for (size_t i = 0; i < cos_.size(); ++i) {
+      const Rotation r = rotation(shift, inv_freq[i]);
+      cos_[i] = r.cos;
+      sin_[i] = r.sin;
+    }
+    shift_ = shift;
+    inv_freq_ = inv_freq;
   }
-  std::memcpy(to + 2 * pairs, from + 2 * pairs, (head_dim - 2 * pairs) * sizeof(T));
-}
 
-// Chunk `slot` of sequence b: its values are copied, its keys copied or rotated. All keys of a chunk
-// move by the same distance, so the angles are computed once for it.
-template <typename T>
-void gather_chunk(const GatherChunksParams& p, int64_t b, int slot, std::vector<float>& cos_sin) {
-  const int32_t* ids = p.ids + b * p.budget;
-  const int64_t from = int64_t(ids[slot]) * p.chunk_size, to = int64_t(slot) * p.chunk_size;
-  int64_t rows = chunk_rows(ids[slot], p.chunk_size, p.lens[b], p.full_capacity);
-  if (to + rows > p.work_capacity) rows = p.work_capacity > to ? p.work_capacity - to : 0;
-  const int64_t shift = chunk_shift(ids, slot, p.counts[b], p.chunk_size, p.right_aligned);
-  const bool rotates = p.num_pairs > 0 && shift != 0;
-  if (rotates) {
-    cos_sin.resize(2 * p.num_pairs);
-    for (int i = 0; i < p.num_pairs; ++i) {
-      const double angle = double(shift) * double(p.inv_freq[i]);
-      cos_sin[2 * i] = float(std::cos(angle)), cos_sin[2 * i + 1] = float(std::sin(angle));
+  const float* cos() const { return cos_.data(); }
+  const float* sin() const { return sin_.data(); }
+
+ private:
+  std::vector<float> cos_, sin_;
+  int64_t shift_ = 0;
+  const float* inv_freq_ = nullptr;
+};
+
+class Gather {
+ public:
+  Gather(const GatherChunksParams& p, DType dtype) : p_(p) {
+    const RotateKernels& kernels = isa().rotate[int(dtype)];
+    rotate_ = p.interleaved ? kernels.neighbours : kernels.halves;
+    rotary_bytes_ = int64_t(p.rotary_dim) * (dtype == DType::kFloat32 ? 4 : 2);
+  }
+
+  // One slot of one layer of one sequence.
+  void run(int b, int slot, const GatherLayer& layer, RotationTable& table) const {
+    const int64_t rows = gather_rows(p_, b, slot);
+    if (rows == 0) return;
+    const int64_t from = int64_t(p_.ids[int64_t(b) * p_.budget + slot]) * p_.chunk_size;
+    const int64_t to = int64_t(slot) * p_.chunk_size, shift = gather_shift(p_, b, slot);
+    copy_rows(layer.work[1], to, layer.full[1], from, b, rows, layer.num_kv_heads[1],
+              layer.row_bytes[1]);
+    if (p_.rotary_dim == 0 || shift == 0) {
+      copy_rows(layer.work[0], to, layer.full[0], from, b, rows, layer.num_kv_heads[0],
+                layer.row_bytes[0]);
+      return;
+    }
+    table.prepare(shift, layer.inv_freq);
+    const int64_t rest = layer.row_bytes[0] - rotary_bytes_;
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int h = 0; h < layer.num_kv_heads[0]; ++h) {
+        const char* source = kv_row(layer.full[0], b, from + row, h);
+        char* target = kv_row(layer.work[0], b, to + row, h);
+        rotate_(source, target, table.cos(), table.sin(), p_.rotary_dim / 2);
+        if (rest > 0) std::memcpy(target + rotary_bytes_, source + rotary_bytes_, size_t(rest));
+      }
     }
   }
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int h = 0; h < p.k.num_kv_heads; ++h) {
-      const char* key = source(p.k, p, b, from + row, h);
-      char* moved = target(p.k, p, b, to + row, h);
-      if (rotates)
-        rotate_row(reinterpret_cast<const T*>(key), reinterpret_cast<T*>(moved), cos_sin.data(), p,
-                   int(p.k.row_bytes / sizeof(T)));
-      else
-        std::memcpy(moved, key, p.k.row_bytes);
-    }
-    for (int h = 0; h < p.v.num_kv_heads; ++h)
-      std::memcpy(target(p.v, p, b, to + row, h), source(p.v, p, b, from + row, h), p.v.row_bytes);
-  }
-}
 
-template <typename T>
-void run(const GatherChunksParams& p) {
-  constexpr int64_t kChunksPerTask = 8;
-  torch::stable::parallel_for(
-      0, int64_t(p.batch) * p.budget, kChunksPerTask, [&](int64_t begin, int64_t end) {
-        std::vector<float> cos_sin;
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t b = i / p.budget;
-          const int slot = int(i % p.budget);
-          if (slot < p.counts[b] && p.ids[i] >= 0) gather_chunk<T>(p, b, slot, cos_sin);
-        }
-      });
-}
+ private:
+  const GatherChunksParams& p_;
+  RotateKernel rotate_;
+  int64_t rotary_bytes_;
+};
 
 }  // namespace
 
 void gather_chunks(const GatherChunksParams& p, DType dtype) {
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const int32_t* ids = p.ids + b * p.budget;
-    const int count = p.counts[b];
-    // Only the newest chunk may be partial, and it can only be the last.
-    int64_t rows = count < 1 ? 0
-                             : int64_t(count - 1) * p.chunk_size +
-                                   chunk_rows(ids[count - 1], p.chunk_size, p.lens[b], p.full_capacity);
-    p.work_lens[b] = int32_t(rows < p.work_capacity ? rows : p.work_capacity);
+  for (int b = 0; b < p.batch; ++b) p.work_lens[b] = int32_t(gather_length(p, b));
+  const Gather gather(p, dtype);
+  int64_t bytes = 0;  // of a row of all layers
+  for (int i = 0; i < p.num_layers; ++i) {
+    const GatherLayer& layer = p.layers[i];
+    bytes += layer.num_kv_heads[0] * layer.row_bytes[0] + layer.num_kv_heads[1] * layer.row_bytes[1];
   }
-  switch (dtype) {
-    case DType::kFloat32: return run<float>(p);
-    case DType::kFloat16: return run<c10::Half>(p);
-    case DType::kBFloat16: return run<c10::BFloat16>(p);
-  }
+  const int64_t chunk_bytes = std::min(int64_t(p.chunk_size), p.capacity) * bytes / p.num_layers;
+  const int64_t grain = 1 + kCopyGrainBytes / std::max<int64_t>(1, chunk_bytes);
+  const int64_t items = int64_t(p.batch) * p.budget * p.num_layers;
+  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
+    RotationTable table(p.rotary_dim / 2);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t chunk = i / p.num_layers;
+      const int b = int(chunk / p.budget), slot = int(chunk % p.budget);
+      if (slot < gather_count(p, b)) gather.run(b, slot, p.layers[i % p.num_layers], table);
+    }
+  });
 }
 
 }  // namespace specextend::cpu

@@ -36,6 +36,15 @@ struct VocabKernels {
 // exponentials. NaN and +inf count as -inf. `mass` has room for a multiple of kVocabLanes.
 using ChunkMassKernel = double (*)(const float* chunk_lse, int64_t n, float lse, double* mass);
 
+// Rotates the first 2 * pairs elements of a key: each pair (a, b) becomes (a cos - b sin,
+// b cos + a sin). `to` and `from` do not overlap.
+using RotateKernel = void (*)(const void* from, void* to, const float* cos, const float* sin,
+                              int pairs);
+struct RotateKernels {
+  RotateKernel halves;      // pair i: elements i and pairs + i
+  RotateKernel neighbours;  // pair i: elements 2 i and 2 i + 1
+};
+
 constexpr int kAttentionBlock = 128;     // keys between two updates of the running maximum
 constexpr int kAttentionSegment = 1024;  // keys that are summed apart
 
@@ -66,6 +75,7 @@ struct Isa {
   VocabKernels vocab[3];          // by DType
   AttentionKernels attention[3];  // by DType
   ChunkMassKernel chunk_mass[2];  // sum, largest
+  RotateKernels rotate[3];        // by DType
 };
 
 // The instruction sets in this binary, the plainest first.

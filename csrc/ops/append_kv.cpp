@@ -11,26 +11,24 @@ constexpr const char* kOp = "append_kv";
 
 AppendKvParams prepare(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
                        const Tensor& v, const Tensor& lens) {
-  check_kv(kOp, "k_cache", k_cache);
+  check_kv(kOp, "k_cache", k_cache, "[B, S, Hkv, D]");
+  check_kv(kOp, "v_cache", v_cache, "[B, S, Hkv, D]");
+  check_kv(kOp, "k", k, "[B, M, Hkv, D]");
+  check_kv(kOp, "v", v, "[B, M, Hkv, D]");
   const int64_t batch = k_cache.size(0), capacity = k_cache.size(1), heads = k_cache.size(2);
-  check_kv(kOp, "v_cache", v_cache);
-  check_shape(kOp, "v_cache", v_cache, {batch, capacity, heads, v_cache.size(3)});
-  check_dim(kOp, "k", k, 4, "[B, M, Hkv, D]");
   const int64_t rows = k.size(1);
+  check_shape(kOp, "v_cache", v_cache, {batch, capacity, heads, v_cache.size(3)});
   check_range(kOp, "the number of rows M", rows, 0, INT32_MAX);
   check_shape(kOp, "k", k, {batch, rows, heads, k_cache.size(3)});
   check_shape(kOp, "v", v, {batch, rows, heads, v_cache.size(3)});
   check_dtype(kOp, "k", k, k_cache.scalar_type());
   check_dtype(kOp, "v", v, v_cache.scalar_type());
-  check_unit_last_stride(kOp, "k", k);
-  check_unit_last_stride(kOp, "v", v);
   check_not_expanded(kOp, "k_cache", k_cache);
   check_not_expanded(kOp, "v_cache", v_cache);
-  check_lens(kOp, "lens", lens, batch);
   check_same_device(kOp, "v_cache", v_cache, "k_cache", k_cache);
   check_same_device(kOp, "k", k, "k_cache", k_cache);
   check_same_device(kOp, "v", v, "k_cache", k_cache);
-  check_same_device(kOp, "lens", lens, "k_cache", k_cache);
+  check_ints(kOp, "lens", lens, {batch}, "k_cache", k_cache);
 
   return {{kv_rows(k_cache), kv_rows(v_cache)},
           {kv_rows(k), kv_rows(v)},
@@ -50,8 +48,7 @@ void append_kv_cpu(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(specextend, m) {
-  m.def(
-      "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor lens) -> ()");
+  m.def("append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor lens) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(specextend, CPU, m) { m.impl("append_kv", TORCH_BOX(&append_kv_cpu)); }
 

@@ -18,67 +18,59 @@ void check(const std::vector<Tensor>& caches, const Tensor& prefix_lens, const T
   STD_TORCH_CHECK(!caches.empty(), kOp, ": caches must hold at least one tensor, got an empty list");
   for (size_t i = 0; i < caches.size(); ++i) {
     const std::string name = "caches[" + std::to_string(i) + "]";
-    const Tensor& t = caches[i];
-    check_kv(kOp, name.c_str(), t);
-    check_shape(kOp, name.c_str(), t,
-                {caches[0].size(0), caches[0].size(1), t.size(2), t.size(3)});
+    const Tensor &t = caches[i], &first = caches[0];
+    check_kv(kOp, name.c_str(), t, "[B, S, Hkv, D]");
+    check_shape(kOp, name.c_str(), t, {first.size(0), first.size(1), t.size(2), t.size(3)});
     check_not_expanded(kOp, name.c_str(), t);
-    check_same_device(kOp, name.c_str(), t, "caches[0]", caches[0]);
+    check_same_device(kOp, name.c_str(), t, "caches[0]", first);
   }
   const int64_t batch = caches[0].size(0);
   check_dim(kOp, "path", path, 2, "[B, N]");
-  check_shape(kOp, "path", path, {batch, path.size(1)});
   check_range(kOp, "the length of the path N", path.size(1), 0, INT32_MAX);
-  check_dtype(kOp, "path", path, ScalarType::Int);
-  check_contiguous(kOp, "path", path);
-  check_lens(kOp, "prefix_lens", prefix_lens, batch);
-  check_lens(kOp, "num_accepted", num_accepted, batch);
-  check_same_device(kOp, "path", path, "caches[0]", caches[0]);
-  check_same_device(kOp, "prefix_lens", prefix_lens, "caches[0]", caches[0]);
-  check_same_device(kOp, "num_accepted", num_accepted, "caches[0]", caches[0]);
+  check_ints(kOp, "path", path, {batch, path.size(1)}, "caches[0]", caches[0]);
+  check_ints(kOp, "prefix_lens", prefix_lens, {batch}, "caches[0]", caches[0]);
+  check_ints(kOp, "num_accepted", num_accepted, {batch}, "caches[0]", caches[0]);
 }
 
-// One launch serves all caches of one shape and one set of strides; models have one or two of those.
+bool is_alike(const CompactKvParams& a, const CompactKvParams& b) {
+  return a.stride_b == b.stride_b && a.stride_s == b.stride_s && a.stride_h == b.stride_h &&
+         a.row_bytes == b.row_bytes && a.num_kv_heads == b.num_kv_heads;
+}
+
+// One launch serves all caches of one shape with the same strides: those of most models.
 std::vector<CompactKvParams> group(const std::vector<Tensor>& caches, const Tensor& prefix_lens,
                                    const Tensor& path, const Tensor& num_accepted) {
   std::vector<CompactKvParams> groups;
   for (const Tensor& t : caches) {
-    KvRows rows = kv_rows(t);
-    int64_t heads = t.size(2), row_bytes = kv_row_bytes(t);
-    if (rows.stride_h == row_bytes) {  // heads side by side move as one
-      row_bytes *= heads;
-      heads = 1;
-      rows.stride_h = 0;
+    const KvRows rows = kv_rows(t);
+    CompactKvParams p{{},
+                      prefix_lens.const_data_ptr<int32_t>(),
+                      path.const_data_ptr<int32_t>(),
+                      num_accepted.const_data_ptr<int32_t>(),
+                      rows.stride_b,
+                      rows.stride_s,
+                      rows.stride_h,
+                      kv_row_bytes(t),
+                      t.size(1),
+                      0,
+                      int(t.size(0)),
+                      int(path.size(1)),
+                      int(t.size(2))};
+    if (p.stride_h == p.row_bytes) {  // heads that lie side by side move as one
+      p.row_bytes *= p.num_kv_heads;
+      p.num_kv_heads = 1;
     }
-    auto fits = [&](const CompactKvParams& g) {
-      return g.num_caches < kMaxCaches && g.stride_b == rows.stride_b &&
-             g.stride_s == rows.stride_s && g.stride_h == rows.stride_h &&
-             g.row_bytes == row_bytes && g.num_kv_heads == heads;
-    };
-    auto g = std::find_if(groups.begin(), groups.end(), fits);
-    if (g == groups.end()) {
-      groups.push_back({{},
-                        prefix_lens.const_data_ptr<int32_t>(),
-                        path.const_data_ptr<int32_t>(),
-                        num_accepted.const_data_ptr<int32_t>(),
-                        rows.stride_b,
-                        rows.stride_s,
-                        rows.stride_h,
-                        row_bytes,
-                        t.size(1),
-                        0,
-                        int(t.size(0)),
-                        int(path.size(1)),
-                        int(heads)});
-      g = groups.end() - 1;
-    }
+    auto g = std::find_if(groups.begin(), groups.end(), [&p](const CompactKvParams& other) {
+      return other.num_caches < kMaxCaches && is_alike(p, other);
+    });
+    if (g == groups.end()) g = groups.insert(groups.end(), p);
     g->caches[g->num_caches++] = rows.data;
   }
   return groups;
 }
 
-void compact_kv_cpu(std::vector<Tensor> caches, const Tensor& prefix_lens, const Tensor& path,
-                    const Tensor& num_accepted) {
+void compact_kv_cpu(const std::vector<Tensor>& caches, const Tensor& prefix_lens,
+                    const Tensor& path, const Tensor& num_accepted) {
   check(caches, prefix_lens, path, num_accepted);
   for (const CompactKvParams& p : group(caches, prefix_lens, path, num_accepted)) {
     cpu::compact_kv(p);
@@ -88,9 +80,7 @@ void compact_kv_cpu(std::vector<Tensor> caches, const Tensor& prefix_lens, const
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(specextend, m) {
-  m.def(
-      "compact_kv(Tensor(a!)[] caches, Tensor prefix_lens, Tensor path, Tensor num_accepted) -> "
-      "()");
+  m.def("compact_kv(Tensor(a!)[] caches, Tensor prefix_lens, Tensor path, Tensor num_accepted) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(specextend, CPU, m) { m.impl("compact_kv", TORCH_BOX(&compact_kv_cpu)); }
 

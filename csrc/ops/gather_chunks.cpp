@@ -8,107 +8,107 @@
 #include "cpu/cpu.h"
 #include "ops/allocate.h"
 #include "ops/dtype.h"
+#include "ops/kv.h"
 
 namespace specextend {
 namespace {
 
 constexpr const char* kOp = "gather_chunks";
 
-struct Arguments {
-  const std::vector<Tensor>&k_full, &v_full, &k_work, &v_work;
-  const Tensor &ids, &counts, &lens;
-  const std::optional<Tensor>& inv_freq;
-  int64_t chunk_size;
-  bool interleaved, right_aligned;
-};
+using Tensors = std::vector<Tensor>;
 
-void check_layers(const char* name, const std::vector<Tensor>& layers, const Arguments& a,
-                  const std::vector<Tensor>* like, const char* like_name) {
-  STD_TORCH_CHECK(layers.size() == a.k_full.size(), kOp, ": ", name, " must hold ", a.k_full.size(),
-                  " layers as k_full, got ", layers.size());
+// Layers of k_full, which the other lists are compared with, or of another list.
+void check_layers(const char* name, const Tensors& layers, const Tensors& k_full,
+                  const char* letters) {
+  STD_TORCH_CHECK(layers.size() == k_full.size(), kOp, ": ", name, " must have one tensor per layer ",
+                  "as k_full has (", k_full.size(), "), got ", layers.size());
   for (size_t i = 0; i < layers.size(); ++i) {
-    const std::string label = std::string(name) + "[" + std::to_string(i) + "]";
+    const std::string label = name + ("[" + std::to_string(i) + "]");
     const Tensor& t = layers[i];
-    check_dim(kOp, label.c_str(), t, 4, "[B, S, Hkv, D]");
+    check_kv(kOp, label.c_str(), t, letters);
     check_float(kOp, label.c_str(), t);
-    check_dtype(kOp, label.c_str(), t, a.k_full[0].scalar_type());
-    check_unit_last_stride(kOp, label.c_str(), t);
-    check_same_device(kOp, label.c_str(), t, "k_full[0]", a.k_full[0]);
-    STD_TORCH_CHECK(t.size(0) == a.ids.size(0), kOp, ": ", label, " must have ", a.ids.size(0),
-                    " sequences as ids, got ", shape_string(t));
-    STD_TORCH_CHECK(t.size(1) == layers[0].size(1), kOp, ": ", label, " must have ", layers[0].size(1),
-                    " rows as ", name, "[0], got ", shape_string(t));
-    if (like)
-      STD_TORCH_CHECK(t.size(2) == (*like)[i].size(2) && t.size(3) == (*like)[i].size(3), kOp, ": ",
-                      label, " must have the heads and head dimension of ", like_name, "[", i, "] ",
-                      shape_string((*like)[i]), ", got ", shape_string(t));
+    check_dtype(kOp, label.c_str(), t, k_full[0].scalar_type());
+    check_shape(kOp, label.c_str(), t,
+                {k_full[0].size(0), layers[0].size(1), t.size(2), t.size(3)});
+    check_same_device(kOp, label.c_str(), t, "k_full[0]", k_full[0]);
   }
 }
 
-void check(const Arguments& a) {
-  STD_TORCH_CHECK(!a.k_full.empty(), kOp, ": k_full must hold at least one layer, got none");
-  check_dim(kOp, "ids", a.ids, 2, "[B, budget]");
-  check_layers("k_full", a.k_full, a, nullptr, "");
-  check_layers("v_full", a.v_full, a, nullptr, "");
-  check_layers("k_work", a.k_work, a, &a.k_full, "k_full");
-  check_layers("v_work", a.v_work, a, &a.v_full, "v_full");
-  STD_TORCH_CHECK(a.v_full[0].size(1) == a.k_full[0].size(1), kOp, ": v_full[0] must have ",
-                  a.k_full[0].size(1), " rows as k_full[0], got ", shape_string(a.v_full[0]));
-  STD_TORCH_CHECK(a.v_work[0].size(1) == a.k_work[0].size(1), kOp, ": v_work[0] must have ",
-                  a.k_work[0].size(1), " rows as k_work[0], got ", shape_string(a.v_work[0]));
-  const int64_t batch = a.ids.size(0);
-  check_shape(kOp, "counts", a.counts, {batch});
-  check_shape(kOp, "lens", a.lens, {batch});
-  const std::pair<const char*, const Tensor*> small[] = {
-      {"ids", &a.ids}, {"counts", &a.counts}, {"lens", &a.lens}};
-  for (const auto& [name, t] : small) {
-    check_dtype(kOp, name, *t, ScalarType::Int);
-    check_contiguous(kOp, name, *t);
-    check_same_device(kOp, name, *t, "k_full[0]", a.k_full[0]);
+// The working caches have the heads of the full ones and memory of their own.
+void check_work(const char* name, const Tensors& work, const Tensors& full) {
+  for (size_t i = 0; i < work.size(); ++i) {
+    const std::string label = name + ("[" + std::to_string(i) + "]");
+    const Tensor &w = work[i], &f = full[i];
+    check_shape(kOp, label.c_str(), w, {w.size(0), w.size(1), f.size(2), f.size(3)});
+    check_not_expanded(kOp, label.c_str(), w);
+    STD_TORCH_CHECK(w.numel() == 0 || w.const_data_ptr() != f.const_data_ptr(), kOp, ": ", label,
+                    " must not share memory with the full cache");
   }
-  check_range(kOp, "chunk_size", a.chunk_size, 1, INT32_MAX);
-  if (!a.inv_freq) return;
-  const Tensor& f = *a.inv_freq;
-  check_dim(kOp, "inv_freq", f, 2, "[L, R / 2]");
-  check_shape(kOp, "inv_freq", f, {int64_t(a.k_full.size()), f.size(1)});
-  check_dtype(kOp, "inv_freq", f, ScalarType::Float);
-  check_contiguous(kOp, "inv_freq", f);
-  check_same_device(kOp, "inv_freq", f, "k_full[0]", a.k_full[0]);
-  for (size_t i = 0; i < a.k_full.size(); ++i)
-    STD_TORCH_CHECK(2 * f.size(1) <= a.k_full[i].size(3), kOp, ": inv_freq must rotate at most the ",
-                    a.k_full[i].size(3), " dimensions of k_full[", i, "], got ", 2 * f.size(1));
 }
 
-RowCopy row_copy(const Tensor& from, const Tensor& to) {
-  return {from.const_data_ptr(), to.mutable_data_ptr(), from.stride(0), from.stride(1),
-          from.stride(2),        to.stride(0),          to.stride(1),   to.stride(2),
-          int(to.size(2)),       int(to.size(3) * to.element_size())};
-}
-
-Tensor gather_chunks_cpu(std::vector<Tensor> k_full, std::vector<Tensor> v_full,
-                         std::vector<Tensor> k_work, std::vector<Tensor> v_work, const Tensor& ids,
-                         const Tensor& counts, const Tensor& lens,
-                         const std::optional<Tensor>& inv_freq, int64_t chunk_size, bool interleaved,
-                         bool right_aligned) {
-  check({k_full, v_full, k_work, v_work, ids, counts, lens, inv_freq, chunk_size, interleaved,
-         right_aligned});
-  Tensor work_lens = allocate(ids, {ids.size(0)}, ScalarType::Int);
-  GatherChunksParams p{};
-  p.ids = ids.const_data_ptr<int32_t>();
-  p.counts = counts.const_data_ptr<int32_t>();
-  p.lens = lens.const_data_ptr<int32_t>();
-  p.work_lens = work_lens.mutable_data_ptr<int32_t>();
-  p.full_capacity = k_full[0].size(1), p.work_capacity = k_work[0].size(1);
-  p.batch = int(ids.size(0)), p.budget = int(ids.size(1)), p.chunk_size = int(chunk_size);
-  p.num_pairs = inv_freq ? int(inv_freq->size(1)) : 0;
-  p.element_bytes = int(k_full[0].element_size());
-  p.interleaved = interleaved, p.right_aligned = right_aligned;
+void check(const Tensors& k_full, const Tensors& v_full, const Tensors& k_work,
+           const Tensors& v_work, const Tensor& ids, const Tensor& counts, const Tensor& lens,
+           const std::optional<Tensor>& inv_freq, int64_t chunk_size) {
+  STD_TORCH_CHECK(!k_full.empty(), kOp, ": k_full must hold at least one layer, got an empty list");
+  check_layers("k_full", k_full, k_full, "[B, S, Hkv, D]");
+  check_layers("v_full", v_full, k_full, "[B, S, Hkv, D]");
+  check_layers("k_work", k_work, k_full, "[B, Sw, Hkv, D]");
+  check_layers("v_work", v_work, k_full, "[B, Sw, Hkv, D]");
+  check_work("k_work", k_work, k_full);
+  check_work("v_work", v_work, v_full);
+  const Tensor &k = k_full[0], &v = v_full[0];
+  check_shape(kOp, "v_full[0]", v, {k.size(0), k.size(1), v.size(2), v.size(3)});
+  check_shape(kOp, "v_work[0]", v_work[0], {k.size(0), k_work[0].size(1), v.size(2), v.size(3)});
+  check_dim(kOp, "ids", ids, 2, "[B, budget]");
+  check_range(kOp, "the budget", ids.size(1), 0, INT32_MAX);
+  check_ints(kOp, "ids", ids, {k.size(0), ids.size(1)}, "k_full[0]", k);
+  check_ints(kOp, "counts", counts, {k.size(0)}, "k_full[0]", k);
+  check_ints(kOp, "lens", lens, {k.size(0)}, "k_full[0]", k);
+  check_range(kOp, "chunk_size", chunk_size, 1, INT32_MAX);
+  if (!inv_freq) return;
+  check_dim(kOp, "inv_freq", *inv_freq, 2, "[L, R / 2]");
+  check_shape(kOp, "inv_freq", *inv_freq, {int64_t(k_full.size()), inv_freq->size(1)});
+  check_dtype(kOp, "inv_freq", *inv_freq, ScalarType::Float);
+  check_contiguous(kOp, "inv_freq", *inv_freq);
+  check_same_device(kOp, "inv_freq", *inv_freq, "k_full[0]", k);
   for (size_t i = 0; i < k_full.size(); ++i) {
-    p.k = row_copy(k_full[i], k_work[i]);
-    p.v = row_copy(v_full[i], v_work[i]);
-    p.inv_freq = inv_freq ? inv_freq->const_data_ptr<float>() + i * p.num_pairs : nullptr;
-    cpu::gather_chunks(p, to_dtype(k_full[0].scalar_type()));
+    STD_TORCH_CHECK(2 * inv_freq->size(1) <= k_full[i].size(3), kOp,
+                    ": inv_freq [L, R / 2] must rotate at most the D = ", k_full[i].size(3),
+                    " dimensions of k_full[", i, "], got R = ", 2 * inv_freq->size(1));
   }
+}
+
+Tensor gather_chunks_cpu(const Tensors& k_full, const Tensors& v_full, const Tensors& k_work,
+                         const Tensors& v_work, const Tensor& ids, const Tensor& counts,
+                         const Tensor& lens, const std::optional<Tensor>& inv_freq,
+                         int64_t chunk_size, bool interleaved, bool right_aligned) {
+  check(k_full, v_full, k_work, v_work, ids, counts, lens, inv_freq, chunk_size);
+  const int64_t pairs = inv_freq ? inv_freq->size(1) : 0;
+  std::vector<GatherLayer> layers;
+  layers.reserve(k_full.size());
+  for (size_t i = 0; i < k_full.size(); ++i) {
+    layers.push_back({{kv_rows(k_full[i]), kv_rows(v_full[i])},
+                      {kv_rows(k_work[i]), kv_rows(v_work[i])},
+                      {kv_row_bytes(k_full[i]), kv_row_bytes(v_full[i])},
+                      {int(k_full[i].size(2)), int(v_full[i].size(2))},
+                      pairs ? inv_freq->const_data_ptr<float>() + int64_t(i) * pairs : nullptr});
+  }
+  Tensor work_lens = allocate(ids, {ids.size(0)}, ScalarType::Int);
+  const GatherChunksParams p{layers.data(),
+                             ids.const_data_ptr<int32_t>(),
+                             counts.const_data_ptr<int32_t>(),
+                             lens.const_data_ptr<int32_t>(),
+                             work_lens.mutable_data_ptr<int32_t>(),
+                             k_full[0].size(1),
+                             k_work[0].size(1),
+                             int(layers.size()),
+                             int(ids.size(0)),
+                             int(ids.size(1)),
+                             int(chunk_size),
+                             int(2 * pairs),
+                             interleaved,
+                             right_aligned};
+  cpu::gather_chunks(p, to_dtype(k_full[0].scalar_type()));
   return work_lens;
 }
 

@@ -7,8 +7,8 @@
 
 namespace specextend {
 
-inline void check_kv(const char* op, const char* name, const Tensor& t) {
-  check_dim(op, name, t, 4, "[B, S, Hkv, D]");
+inline void check_kv(const char* op, const char* name, const Tensor& t, const char* letters) {
+  check_dim(op, name, t, 4, letters);
   check_unit_last_stride(op, name, t);
 }
 
@@ -16,15 +16,18 @@ inline void check_kv(const char* op, const char* name, const Tensor& t) {
 inline void check_not_expanded(const char* op, const char* name, const Tensor& t) {
   for (int64_t i = 0; i < t.dim(); ++i) {
     STD_TORCH_CHECK(t.size(i) <= 1 || t.stride(i) != 0, op, ": ", name,
-                    " is written and must not be an expanded tensor, got stride 0 in dimension ", i);
+                    " is written to and must not be expanded, got stride 0 in dimension ", i);
   }
 }
 
-// [B] lengths of a batch of this size.
-inline void check_lens(const char* op, const char* name, const Tensor& t, int64_t batch) {
-  check_shape(op, name, t, {batch});
+// One int32 per sequence, or one row of them.
+inline void check_ints(const char* op, const char* name, const Tensor& t,
+                       std::initializer_list<int64_t> shape, const char* device_of,
+                       const Tensor& other) {
+  check_shape(op, name, t, shape);
   check_dtype(op, name, t, ScalarType::Int);
   check_contiguous(op, name, t);
+  check_same_device(op, name, t, device_of, other);
 }
 
 inline KvRows kv_rows(const Tensor& t) {
