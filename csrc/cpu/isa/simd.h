@@ -222,75 +222,58 @@ SPECEXTEND_ALWAYS_INLINE void from_float(float x, Half* y) {
 #endif
 }
 
+constexpr int kTileWords = kLanes < 8 ? kLanes : 8;
+
+// kTileWords floats: half a register with AVX-512, else one.
+#if defined(__AVX2__)
+typedef __m256 Tile;
+SPECEXTEND_ALWAYS_INLINE Tile load_tile(const float* p) { return _mm256_loadu_ps(p); }
+SPECEXTEND_ALWAYS_INLINE Tile load_tile(const Half* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+SPECEXTEND_ALWAYS_INLINE Tile load_tile(const BFloat16* p) {
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+}
+#else
+typedef Floats Tile;
 template <typename T>
-SPECEXTEND_ALWAYS_INLINE Floats load_as_floats(const T* p) {
+SPECEXTEND_ALWAYS_INLINE Tile load_tile(const T* p) {
   Floats x;
   for (int i = 0; i < kLanes; ++i) x[i] = to_float(p[i]);
   return x;
 }
-template <>
-SPECEXTEND_ALWAYS_INLINE Floats load_as_floats(const float* p) {
-  return load(p);
-}
+#endif
 #if defined(__AVX512F__)
-template <>
-SPECEXTEND_ALWAYS_INLINE Floats load_as_floats(const Half* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-template <>
-SPECEXTEND_ALWAYS_INLINE Floats load_as_floats(const BFloat16* p) {
-  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-}
-#elif defined(__AVX2__)
-template <>
-SPECEXTEND_ALWAYS_INLINE Floats load_as_floats(const Half* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-template <>
-SPECEXTEND_ALWAYS_INLINE Floats load_as_floats(const BFloat16* p) {
-  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+SPECEXTEND_ALWAYS_INLINE Floats join(Tile a, Tile b) {
+  return _mm512_insertf32x8(_mm512_castps256_ps512(a), b, 1);
 }
 #endif
 
-// The first n < kLanes elements, 0 in the other lanes.
-template <typename T>
-SPECEXTEND_ALWAYS_INLINE Floats load_some_as_floats(const T* p, int n) {
-  T some[kLanes] = {};
-  for (int i = 0; i < n; ++i) some[i] = p[i];
-  return load_as_floats(some);
-}
-
-// kLanes x kLanes words, rows[i] lane j <-> rows[j] lane i.
-SPECEXTEND_ALWAYS_INLINE void transpose(Floats rows[kLanes]) {
+// A tile of keys x words: as loaded, register i holds kTileWords words of key i (with AVX-512, of keys
+// i and i + 8); transposed, register i holds word i of kLanes keys.
+SPECEXTEND_ALWAYS_INLINE void transpose(Floats rows[kTileWords]) {
 #if defined(__AVX512F__)
-  Floats t[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
-    t[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
-  }
-  __m512d u[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i += 4) {
+  __m512d u[8];
 #pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      const __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
-      u[i + 2 * j] = _mm512_unpacklo_pd(a, b);
-      u[i + 2 * j + 1] = _mm512_unpackhi_pd(a, b);
-    }
+  for (int i = 0; i < 8; i += 4) {
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(rows[i], rows[i + 1]));
+    const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(rows[i], rows[i + 1]));
+    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(rows[i + 2], rows[i + 3]));
+    const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(rows[i + 2], rows[i + 3]));
+    u[i] = _mm512_unpacklo_pd(a, c);
+    u[i + 1] = _mm512_unpackhi_pd(a, c);
+    u[i + 2] = _mm512_unpacklo_pd(b, d);
+    u[i + 3] = _mm512_unpackhi_pd(b, d);
   }
+  // Quarters of u[i]: keys 0-3 word i, the same word i + 4, keys 8-11 word i, the same word i + 4;
+  // u[i + 4]: keys 4-7 and 12-15.
+  const __m512i low = _mm512_set_epi64(13, 12, 5, 4, 9, 8, 1, 0);
+  const __m512i high = _mm512_set_epi64(15, 14, 7, 6, 11, 10, 3, 2);
 #pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const Floats a = _mm512_castpd_ps(u[j]), b = _mm512_castpd_ps(u[j + 4]);
-    const Floats c = _mm512_castpd_ps(u[j + 8]), d = _mm512_castpd_ps(u[j + 12]);
-    const Floats ab0 = _mm512_shuffle_f32x4(a, b, 0x88), ab1 = _mm512_shuffle_f32x4(a, b, 0xdd);
-    const Floats cd0 = _mm512_shuffle_f32x4(c, d, 0x88), cd1 = _mm512_shuffle_f32x4(c, d, 0xdd);
-    rows[j] = _mm512_shuffle_f32x4(ab0, cd0, 0x88);
-    rows[j + 4] = _mm512_shuffle_f32x4(ab1, cd1, 0x88);
-    rows[j + 8] = _mm512_shuffle_f32x4(ab0, cd0, 0xdd);
-    rows[j + 12] = _mm512_shuffle_f32x4(ab1, cd1, 0xdd);
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = _mm512_castpd_ps(_mm512_permutex2var_pd(u[i], low, u[i + 4]));
+    rows[i + 4] = _mm512_castpd_ps(_mm512_permutex2var_pd(u[i], high, u[i + 4]));
   }
 #elif defined(__AVX2__)
   Floats t[8], u[8];

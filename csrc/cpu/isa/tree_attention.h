@@ -24,6 +24,10 @@ using namespace simd;
 
 constexpr int kBlock = kAttentionBlock;
 constexpr int kTileRows = 6;
+#ifndef PART
+#define PART 64
+#endif
+constexpr int kPart = PART;  // keys
 #if defined(__AVX512F__)
 constexpr int kPanel = 4;  // 6 x 4 sums, 4 of B and one of A: 29 of 32 registers
 #else
@@ -42,12 +46,8 @@ struct Float32Math {
     return fma(a, b, sum);
   }
   template <typename T>
-  SPECEXTEND_ALWAYS_INLINE static Floats load_words(const T* p) {
-    return load_as_floats(p);
-  }
-  template <typename T>
-  SPECEXTEND_ALWAYS_INLINE static Floats load_some_words(const T* p, int n) {
-    return load_some_as_floats(p, n);
+  SPECEXTEND_ALWAYS_INLINE static Tile load(const T* p, int /*words*/) {
+    return load_tile(p);  // a head dimension is a multiple of 8: there are always enough
   }
   template <typename T>
   SPECEXTEND_ALWAYS_INLINE static void copy_words(const T* from, float* to, int words) {
@@ -55,7 +55,21 @@ struct Float32Math {
   }
   // Probabilities of n keys, a multiple of kLanes.
   SPECEXTEND_ALWAYS_INLINE static void store_weights(const float* p, float* words, int n) {
-    for (int i = 0; i < n; i += kLanes) store(words + i, load(p + i));
+    for (int i = 0; i < n; i += kLanes) store(words + i, simd::load(p + i));
+  }
+  // Elements [begin, begin + width) of the row from[0] of `dim`; 0 past its end, or if it is null.
+  template <typename T>
+  SPECEXTEND_ALWAYS_INLINE static void pack_value_row(const T* const from[1], int begin, int dim,
+                                                      int width, float* to) {
+    for (int d = 0; d < width; d += kLanes) {
+      const T* p = from[0] + begin + d;
+#if defined(__AVX512F__)
+      const Tile high = from[0] && dim - begin - d > 8 ? load_tile(p + 8) : Tile{};
+      store(to + d, join(from[0] ? load_tile(p) : Tile{}, high));
+#else
+      store(to + d, from[0] ? load_tile(p) : Tile{});
+#endif
+    }
   }
 };
 
@@ -67,9 +81,9 @@ struct BFloat16Math {
   SPECEXTEND_ALWAYS_INLINE static Floats multiply_add(Floats sum, Floats a, Floats b) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
-  SPECEXTEND_ALWAYS_INLINE static Floats load_words(const BFloat16* p) { return load(p); }
-  SPECEXTEND_ALWAYS_INLINE static Floats load_some_words(const BFloat16* p, int n) {
-    return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+  SPECEXTEND_ALWAYS_INLINE static Tile load(const BFloat16* p, int words) {
+    return words >= 8 ? _mm256_loadu_ps(reinterpret_cast<const float*>(p))
+                      : _mm256_maskz_loadu_ps(__mmask8((1u << words) - 1), p);
   }
   SPECEXTEND_ALWAYS_INLINE static void copy_words(const BFloat16* from, float* to, int words) {
     memcpy(to, from, size_t(words) * 4);
@@ -77,20 +91,63 @@ struct BFloat16Math {
   // Probabilities of n keys, a multiple of kLanes, behind which one more vector may be read.
   SPECEXTEND_ALWAYS_INLINE static void store_weights(const float* p, float* words, int n) {
     for (int i = 0; i < n; i += 2 * kLanes) {
-      const __m512bh pairs = _mm512_cvtne2ps_pbh(load(p + i + kLanes), load(p + i));
+      const __m512bh pairs = _mm512_cvtne2ps_pbh(simd::load(p + i + kLanes), simd::load(p + i));
       store(words + i / 2, reinterpret_cast<Floats>(_mm512_rol_epi32(reinterpret_cast<__m512i>(pairs), 16)));
+    }
+  }
+  // The same for two rows: word d holds from[0][d] in its high half and from[1][d] in the low one.
+  SPECEXTEND_ALWAYS_INLINE static void pack_value_row(const BFloat16* const from[2], int begin, int dim,
+                                                      int width, float* to) {
+    const __m512i low = _mm512_set_epi16(15, 47, 14, 46, 13, 45, 12, 44, 11, 43, 10, 42, 9, 41, 8, 40, 7,
+                                         39, 6, 38, 5, 37, 4, 36, 3, 35, 2, 34, 1, 33, 0, 32);
+    const __m512i high = _mm512_set_epi16(31, 63, 30, 62, 29, 61, 28, 60, 27, 59, 26, 58, 25, 57, 24, 56,
+                                          23, 55, 22, 54, 21, 53, 20, 52, 19, 51, 18, 50, 17, 49, 16, 48);
+    for (int d = 0; d < width; d += 2 * kLanes) {
+      const int some = dim - begin - d;
+      const __mmask32 mask = some >= 32 ? ~0u : (1u << some) - 1;
+      const __m512i a = _mm512_maskz_loadu_epi16(from[0] ? mask : 0, from[0] + begin + d);
+      const __m512i b = _mm512_maskz_loadu_epi16(from[1] ? mask : 0, from[1] + begin + d);
+      _mm512_storeu_si512(to + d, _mm512_permutex2var_epi16(a, low, b));
+      if (d + kLanes < width) _mm512_storeu_si512(to + d + kLanes, _mm512_permutex2var_epi16(a, high, b));
     }
   }
 };
 #endif
+
+// Cache rows that are needed soon, fetched a line at a time between arithmetic: a burst of prefetches
+// would be dropped.
+struct Prefetcher {
+  const char* row;  // of keys, then of values
+  int64_t stride;
+  int rows, at, bytes;  // rows left; where in a row; of a row
+  const char* value_row;
+  int64_t value_stride;
+  int value_rows;
+
+  SPECEXTEND_ALWAYS_INLINE void step() {
+    if (rows <= 0) return;
+    __builtin_prefetch(row + at, 0, 2);
+    at += 64;
+    if (at < bytes) return;
+    at = 0;
+    row += stride;
+    if (--rows > 0) return;
+    row = value_row, stride = value_stride, rows = value_rows, value_rows = 0;
+  }
+  SPECEXTEND_ALWAYS_INLINE void steps(int n) {
+    for (int i = 0; i < n; ++i) step();
+  }
+};
 
 // C [R, P * NV registers] = scale * A B, or C * row_scale + A B. A: R rows of `steps` words. B: P
 // panels of [steps, NV registers].
 template <typename Math, int R, int NV, int P>
 SPECEXTEND_ALWAYS_INLINE void multiply_tile(const float* a, int64_t lda, const float* b, int steps,
                                             float* c, int64_t ldc, float scale,
-                                            const float* row_scale, bool overwrite) {
+                                            const float* row_scale, bool overwrite,
+                                            Prefetcher* soon) {
   constexpr int kWidth = NV * kLanes;
+  Prefetcher ahead = *soon;
   Floats sum[R][P * NV];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -110,7 +167,9 @@ SPECEXTEND_ALWAYS_INLINE void multiply_tile(const float* a, int64_t lda, const f
 #pragma GCC unroll 8
       for (int v = 0; v < P * NV; ++v) sum[r][v] = Math::multiply_add(sum[r][v], w, x[v]);
     }
+    ahead.steps(2 * P);
   }
+  *soon = ahead;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
@@ -121,23 +180,24 @@ SPECEXTEND_ALWAYS_INLINE void multiply_tile(const float* a, int64_t lda, const f
 template <typename Math, int R>
 __attribute__((noinline)) void multiply_rows(const float* a, int64_t lda, const float* b, int steps,
                                              int columns, float* c, int64_t ldc, float scale,
-                                             const float* row_scale, bool overwrite) {
+                                             const float* row_scale, bool overwrite,
+                                             Prefetcher* soon) {
   constexpr int kWidth = kPanel * kLanes;
   int col = 0;
   if (R <= 2)  // else too few sums are under way to hide the latency of one
     for (; col + 2 * kWidth <= columns; col += 2 * kWidth)
       multiply_tile<Math, R <= 2 ? R : 1, kPanel, 2>(a, lda, b + int64_t(col) * steps, steps, c + col,
-                                                     ldc, scale, row_scale, overwrite);
+                                                     ldc, scale, row_scale, overwrite, soon);
   for (; col + kWidth <= columns; col += kWidth)
     multiply_tile<Math, R, kPanel, 1>(a, lda, b + int64_t(col) * steps, steps, c + col, ldc, scale,
-                                      row_scale, overwrite);
+                                      row_scale, overwrite, soon);
   b += int64_t(col) * steps;
   c += col;
   switch ((columns - col) / kLanes) {
-    case 1: return multiply_tile<Math, R, 1, 1>(a, lda, b, steps, c, ldc, scale, row_scale, overwrite);
+    case 1: return multiply_tile<Math, R, 1, 1>(a, lda, b, steps, c, ldc, scale, row_scale, overwrite, soon);
 #if defined(__AVX512F__)
-    case 2: return multiply_tile<Math, R, 2, 1>(a, lda, b, steps, c, ldc, scale, row_scale, overwrite);
-    case 3: return multiply_tile<Math, R, 3, 1>(a, lda, b, steps, c, ldc, scale, row_scale, overwrite);
+    case 2: return multiply_tile<Math, R, 2, 1>(a, lda, b, steps, c, ldc, scale, row_scale, overwrite, soon);
+    case 3: return multiply_tile<Math, R, 3, 1>(a, lda, b, steps, c, ldc, scale, row_scale, overwrite, soon);
 #endif
     default: return;
   }
@@ -146,52 +206,58 @@ __attribute__((noinline)) void multiply_rows(const float* a, int64_t lda, const 
 template <typename Math>
 SPECEXTEND_ALWAYS_INLINE void multiply(int rows, const float* a, int64_t lda, const float* b, int steps,
                                        int columns, float* c, int64_t ldc, float scale,
-                                       const float* row_scale, bool overwrite) {
+                                       const float* row_scale, bool overwrite,
+                                             Prefetcher* soon) {
   switch (rows) {
-    case 1: return multiply_rows<Math, 1>(a, lda, b, steps, columns, c, ldc, scale, row_scale, overwrite);
-    case 2: return multiply_rows<Math, 2>(a, lda, b, steps, columns, c, ldc, scale, row_scale, overwrite);
-    case 3: return multiply_rows<Math, 3>(a, lda, b, steps, columns, c, ldc, scale, row_scale, overwrite);
-    case 4: return multiply_rows<Math, 4>(a, lda, b, steps, columns, c, ldc, scale, row_scale, overwrite);
-    case 5: return multiply_rows<Math, 5>(a, lda, b, steps, columns, c, ldc, scale, row_scale, overwrite);
-    default: return multiply_rows<Math, 6>(a, lda, b, steps, columns, c, ldc, scale, row_scale, overwrite);
+    case 1: return multiply_rows<Math, 1>(a, lda, b, steps, columns, c, ldc, scale, row_scale, overwrite, soon);
+    case 2: return multiply_rows<Math, 2>(a, lda, b, steps, columns, c, ldc, scale, row_scale, overwrite, soon);
+    case 3: return multiply_rows<Math, 3>(a, lda, b, steps, columns, c, ldc, scale, row_scale, overwrite, soon);
+    case 4: return multiply_rows<Math, 4>(a, lda, b, steps, columns, c, ldc, scale, row_scale, overwrite, soon);
+    case 5: return multiply_rows<Math, 5>(a, lda, b, steps, columns, c, ldc, scale, row_scale, overwrite, soon);
+    default: return multiply_rows<Math, 6>(a, lda, b, steps, columns, c, ldc, scale, row_scale, overwrite, soon);
   }
 }
 
-// Panels of B for the logits: B[word, key]. `columns` = keys rounded up to kLanes, those behind are 0.
+// kTileWords words of the keys k, k + stride, ... of which there are n <= kLanes, transposed.
 template <typename Math, typename T>
-void pack_keys(const T* k, int64_t stride, int keys, int columns, int words, int prefetch_keys,
-               float* packed) {
+SPECEXTEND_ALWAYS_INLINE void load_transposed(const T* k, int64_t stride, int n, int words,
+                                              Floats rows[kTileWords]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileWords; ++i) {
+    const Tile x = i < n ? Math::load(k + i * stride, words) : Tile{};
+#if defined(__AVX512F__)
+    rows[i] = join(x, i + 8 < n ? Math::load(k + (i + 8) * stride, words) : Tile{});
+#else
+    rows[i] = x;
+#endif
+  }
+  transpose(rows);
+}
+
+// Panels of B for the logits: B[word, key]. `columns` = keys rounded up to kLanes, those behind are
+// 0.
+template <typename Math, typename T>
+__attribute__((noinline)) void pack_keys(const T* k, int64_t stride, int keys, int columns, int words,
+                                         float* packed, Prefetcher* soon) {
   constexpr int kWidth = kPanel * kLanes;
-  const int row_bytes = words * Math::kPerWord * int(sizeof(T));
   for (int col = 0; col < columns; col += kLanes) {
     const int panel = col / kWidth * kWidth, width = int(min_of(kWidth, columns - panel));
     float* to = packed + int64_t(panel) * words + (col - panel);
     const T* from = k + col * stride;
     const int n = int(min_of(kLanes, keys - col));
-    for (int j = 0; j < kLanes && col + j < prefetch_keys; ++j) {
-      const char* ahead = reinterpret_cast<const char*>(from + (kBlock + j) * stride);
-      for (int byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
-    }
-    for (int w = 0; w < words; w += kLanes) {
-      Floats rows[kLanes];
-      const int some = words - w;
-      if (some >= kLanes && n == kLanes) {
-#pragma GCC unroll 16
-        for (int j = 0; j < kLanes; ++j)
-          rows[j] = Math::load_words(from + j * stride + w * Math::kPerWord);
-        transpose(rows);
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) store(to + int64_t(w + i) * width, rows[i]);
-      } else {
-        for (int j = 0; j < kLanes; ++j) {
-          const T* row = from + j * stride + w * Math::kPerWord;
-          rows[j] = j >= n           ? Floats{}
-                    : some >= kLanes ? Math::load_words(row)
-                                     : Math::load_some_words(row, some);
-        }
-        transpose(rows);
-        for (int i = 0; i < kLanes && w + i < words; ++i) store(to + int64_t(w + i) * width, rows[i]);
+    int w = 0;
+    if (n == kLanes)
+      for (; w + kTileWords <= words; w += kTileWords) {
+        Floats rows[kTileWords];
+        load_transposed<Math>(from + w * Math::kPerWord, stride, kLanes, kTileWords, rows);
+#pragma GCC unroll 8
+        for (int i = 0; i < kTileWords; ++i) store(to + int64_t(w + i) * width, rows[i]);
+        soon->steps(kLanes / 4);
       }
+    for (; w < words; w += kTileWords) {
+      Floats rows[kTileWords];
+      load_transposed<Math>(from + w * Math::kPerWord, stride, n, words - w, rows);
+      for (int i = 0; i < kTileWords && w + i < words; ++i) store(to + int64_t(w + i) * width, rows[i]);
     }
   }
 }
@@ -199,51 +265,21 @@ void pack_keys(const T* k, int64_t stride, int keys, int columns, int words, int
 // Panels of B for the output: B[key (pair), d]. Tree keys that no row sees (a clear bit of `live`,
 // which begins at key `tree_begin`) may hold anything and become 0.
 template <typename Math, typename T>
-void pack_values(const T* v, int64_t stride, int keys, int dim, int tree_begin, const uint64_t* live,
-                 int prefetch_keys, float* packed) {
+__attribute__((noinline)) void pack_values(const T* v, int64_t stride, int keys, int dim, int tree_begin,
+                                           const uint64_t* live, float* packed, Prefetcher* soon) {
   constexpr int kWidth = kPanel * kLanes;
   const int steps = (keys + Math::kPerWord - 1) / Math::kPerWord, columns = round_up(dim, kLanes);
   for (int s = 0; s < steps; ++s) {
-    const T* from[2];
-    bool seen[2];
+    const T* from[Math::kPerWord];
     for (int i = 0; i < Math::kPerWord; ++i) {
       const int key = s * Math::kPerWord + i, t = key - tree_begin;
-      seen[i] = key < keys && (!live || t < 0 || (live[t >> 6] >> (t & 63) & 1));
-      from[i] = v + int64_t(key) * stride;
-      if (key < prefetch_keys) {
-        const char* ahead = reinterpret_cast<const char*>(from[i] + kBlock * stride);
-        for (int byte = 0; byte < dim * int(sizeof(T)); byte += 64)
-          __builtin_prefetch(ahead + byte, 0, 2);
-      }
+      const bool seen = key < keys && (!live || t < 0 || (live[t >> 6] >> (t & 63) & 1));
+      from[i] = seen ? v + key * stride : nullptr;
     }
+    soon->steps(3);
     for (int panel = 0; panel < columns; panel += kWidth) {
       const int width = int(min_of(kWidth, columns - panel));
-      float* to = packed + int64_t(panel) * steps + int64_t(s) * width;
-      if constexpr (Math::kPerWord == 1) {
-        for (int d = 0; d < width; d += kLanes) {
-          const int some = dim - panel - d;
-          store(to + d, !seen[0]         ? Floats{}
-                        : some >= kLanes ? load_as_floats(from[0] + panel + d)
-                                         : load_some_as_floats(from[0] + panel + d, some));
-        }
-      } else {
-#if defined(__AVX512BF16__)
-        // Word d: key 0 in the high half, key 1 in the low one.
-        const __m512i low = _mm512_set_epi16(
-            15, 47, 14, 46, 13, 45, 12, 44, 11, 43, 10, 42, 9, 41, 8, 40, 7, 39, 6, 38, 5, 37, 4, 36, 3,
-            35, 2, 34, 1, 33, 0, 32);
-        const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-        for (int d = 0; d < width; d += 2 * kLanes) {
-          const int some = int(min_of(2 * kLanes, dim - panel - d));
-          const __mmask32 mask = some == 32 ? ~0u : (1u << some) - 1;
-          const __m512i a = _mm512_maskz_loadu_epi16(seen[0] ? mask : 0, from[0] + panel + d);
-          const __m512i b = _mm512_maskz_loadu_epi16(seen[1] ? mask : 0, from[1] + panel + d);
-          _mm512_storeu_si512(to + d, _mm512_permutex2var_epi16(a, low, b));
-          if (d + kLanes < width)
-            _mm512_storeu_si512(to + d + kLanes, _mm512_permutex2var_epi16(a, high, b));
-        }
-#endif
-      }
+      Math::pack_value_row(from, panel, dim, width, packed + int64_t(panel) * steps + int64_t(s) * width);
     }
   }
 }
@@ -467,11 +503,11 @@ class Item {
     memset(sum_, 0, size_t(item_.num_rows) * kLanes * 4);
     const int64_t begin = int64_t(segment) * kAttentionSegment;
     const int64_t end = min_of(begin + kAttentionSegment, prefix_ + p_.num_tree_keys);
-    for (int64_t at = begin; at < end; at += kBlock) run_block(at, end);
+    for (int64_t at = begin; at < end; at += kBlock) run_block(at);
   }
 
   // Positions [at, at + kBlock) of the line.
-  void run_block(int64_t at, int64_t segment_end) {
+  void run_block(int64_t at) {
     // Cache rows [row_begin, row_end) hold its keys, and perhaps keys of other blocks.
     int64_t row_begin = at, row_end = min_of(at + kBlock, last_end_);
     const bool gathered = masked_ && at + kBlock > prefix_;
@@ -483,19 +519,25 @@ class Item {
     if (row_begin >= row_end || (!gathered && row_end <= first_begin_)) return;
     const int keys = int(row_end - row_begin), columns = round_up(keys, kLanes);
     const int prefix_keys = int(max_of(0, min_of(prefix_ - at, kBlock)));
-    const int ahead = int(max_of(0, min_of(keys, segment_end - at - kBlock)));
-    pack_keys<Math>(k_ + row_begin * p_.k_stride_s, p_.k_stride_s, keys, columns, layout_.words, ahead,
-                    keys_);
+    soon_ = next_block(row_begin);
     const int tree_begin = int(prefix_ - row_begin);
-    pack_values<Math>(v_ + row_begin * p_.v_stride_s, p_.v_stride_s, keys, p_.head_dim, tree_begin,
-                      gathered ? live_ : nullptr, ahead, values_);
-    const int steps = (keys + Math::kPerWord - 1) / Math::kPerWord;
+    const uint64_t* live = gathered ? live_ : nullptr;
+    // Rows of one tile pass over what is packed once: in parts that stay in the L1 cache. Else all is
+    // packed for the tiles to share. The order of the sums is the same.
     const int tiles = (item_.num_rows + kTileRows - 1) / kTileRows;
+    const int part = tiles == 1 ? kPart : columns;
     for (int tile = 0; tile < tiles; ++tile) {
       const int i0 = int(int64_t(tile) * item_.num_rows / tiles);
       const int rows = int(int64_t(tile + 1) * item_.num_rows / tiles) - i0;
-      multiply<Math>(rows, q_ + int64_t(i0) * layout_.words, layout_.words, keys_, layout_.words, columns,
-                     logits_, layout_.keys, logit_scale_, nullptr, true);
+      const float* q = q_ + int64_t(i0) * layout_.words;
+      for (int j = 0; j < keys; j += part) {
+        const int n = int(min_of(part, keys - j)), n_columns = int(min_of(part, columns - j));
+        if (tile == 0)
+          pack_keys<Math>(k_ + (row_begin + j) * p_.k_stride_s, p_.k_stride_s, n, n_columns, layout_.words,
+                          keys_, &soon_);
+        multiply<Math>(rows, q, layout_.words, keys_, layout_.words, n_columns, logits_ + j, layout_.keys,
+                       logit_scale_, nullptr, true, &soon_);
+      }
       for (int r = 0; r < rows; ++r) {
         const float* logits = logits_ + int64_t(r) * layout_.keys;
         float* weights = weights_ + int64_t(r) * layout_.keys;
@@ -508,10 +550,28 @@ class Item {
         }
         Math::store_weights(line_, weights, columns);
       }
-      multiply<Math>(rows, weights_, layout_.keys, values_, steps, layout_.dim,
-                     out_ + int64_t(i0) * layout_.dim, layout_.dim, 1.f, row_scale_ + i0, empty_);
+      for (int j = 0; j < keys; j += part) {
+        const int n = int(min_of(part, keys - j));
+        if (tile == 0)
+          pack_values<Math>(v_ + (row_begin + j) * p_.v_stride_s, p_.v_stride_s, n, p_.head_dim,
+                            tree_begin - j, live, values_, &soon_);
+        constexpr float kOnes[kTileRows] = {1.f, 1.f, 1.f, 1.f, 1.f, 1.f};
+        multiply<Math>(rows, weights_ + j / Math::kPerWord, layout_.keys, values_,
+                       (n + Math::kPerWord - 1) / Math::kPerWord, layout_.dim,
+                       out_ + int64_t(i0) * layout_.dim, layout_.dim, 1.f, j == 0 ? row_scale_ + i0 : kOnes,
+                       empty_ && j == 0, &soon_);
+      }
     }
     empty_ = false;
+  }
+
+  // The block after that of the cache rows from `row` on, as far as this item reads it.
+  Prefetcher next_block(int64_t row) const {
+    const int64_t begin = row + kBlock, end = int64_t(item_.segment_end) * kAttentionSegment;
+    const int rows = int(max_of(0, min_of(kBlock, min_of(end, prefix_ + p_.num_tree_keys) - begin)));
+    return {reinterpret_cast<const char*>(k_ + begin * p_.k_stride_s), p_.k_stride_s * int64_t(sizeof(T)), rows,
+            0, p_.head_dim * int(sizeof(T)),
+            reinterpret_cast<const char*>(v_ + begin * p_.v_stride_s), p_.v_stride_s * int64_t(sizeof(T)), rows};
   }
 
   // A block where masks hide tree keys: its logits, given by slot, are put in line, and the weights
@@ -670,6 +730,7 @@ class Item {
   int first_tree_row_, num_tree_rows_;
   int slot_begin_, slot_end_;
   int64_t first_begin_, last_end_;  // of any row
+  Prefetcher soon_;
   bool empty_;                      // no key of this segment was summed yet
 };
 
