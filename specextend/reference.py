@@ -37,6 +37,49 @@ def verify_tree(
     return path, num_accepted, emitted, next_root
 
 
+def verify_tree_rejection(
+    tokens: Tensor,
+    parents: Tensor,
+    target_probs: Tensor,
+    draft_probs: Tensor,
+    uniforms: Tensor,
+    final_uniforms: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Try the children one by one; a rejection leaves the positive part of target - draft."""
+    batch, num_nodes = tokens.shape
+    vocab = target_probs.shape[-1]
+    path = torch.full_like(parents, -1)
+    emitted = torch.full_like(tokens, -1)
+    num_accepted = parents.new_zeros(batch)
+    for b in range(batch):
+        node, walked, text = 0, [0], []
+        while True:
+            law, draft = target_probs[b, node], draft_probs[b, node]
+            accepted = None
+            for child in range(1, num_nodes):
+                token = int(tokens[b, child])
+                if parents[b, child] != node or not 0 <= token < vocab or not draft[token] > 0:
+                    continue
+                if uniforms[b, child] * draft[token] < law[token]:
+                    accepted = child
+                    break
+                rest = (law - draft).clamp(min=0)
+                if rest.sum() != 0:
+                    law = rest / rest.sum()
+            if accepted is None:
+                break
+            node = accepted
+            walked.append(node)
+            text.append(int(tokens[b, node]))
+        # The draw of sample_nodes.
+        text.append(int(sample_nodes(law.log()[None, None], final_uniforms[b, node].view(1, 1))))
+        path[b, : len(walked)] = torch.tensor(walked)
+        emitted[b, : len(text)] = torch.tensor(text)
+        num_accepted[b] = len(walked) - 1
+    next_root = emitted.gather(1, num_accepted[:, None].long())[:, 0]
+    return path, num_accepted, emitted, next_root
+
+
 def sample_nodes(logits: Tensor, uniforms: Tensor | None = None) -> Tensor:
     """The largest logit, or the first token whose cumulative probability exceeds the uniform."""
     ids = torch.arange(logits.shape[-1], device=logits.device)
@@ -131,6 +174,40 @@ def chunk_scores(
             mass[:, first_tree_chunk] += torch.where(sees, rest, 0.0)
         scores.append(mass.mean(0) if reduce == "mean" else mass.amax(0))
     return torch.stack(scores)
+
+
+def chunk_scores_keys(
+    q: Tensor,
+    k: Tensor,
+    rows: Tensor,
+    lens: Tensor,
+    *,
+    chunk_size: int,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: int = 0,
+    reduce: str = "mean",
+) -> Tensor:
+    """The dense softmax of one row over all keys, summed per chunk."""
+    batch, num_rows, heads, dim = q.shape
+    capacity, kv_heads = k.shape[1:3]
+    num_chunks = -(-capacity // chunk_size)
+    scores = q.new_zeros(batch, num_chunks)
+    for b in range(batch):
+        row = min(max(int(rows[b]), 0), num_rows - 1)
+        length = min(max(int(lens[b]), 0), capacity)
+        first = max(length - window, 0) if window else 0
+        if length == 0:
+            continue
+        keys = k[b, first:length].repeat_interleave(heads // kv_heads, 1)
+        logits = (q[b, row] * keys).sum(-1) * (dim**-0.5 if scale is None else scale)
+        if softcap:
+            logits = softcap * (logits / softcap).tanh()
+        mass = q.new_zeros(heads, num_chunks * chunk_size)
+        mass[:, first:length] = logits.softmax(0).mT
+        mass = mass.view(heads, num_chunks, chunk_size).sum(-1)
+        scores[b] = mass.mean(0) if reduce == "mean" else mass.amax(0)
+    return scores
 
 
 def select_chunks(
@@ -234,3 +311,95 @@ def tree_attention(
             chunk = logits[..., c * chunk_size : min((c + 1) * chunk_size, prefix)]
             chunk_lse[b, ..., c] = chunk.to(stat).logsumexp(-1)
     return out, lse, chunk_lse if chunk_size else chunk_lse.flatten()[:0]
+
+
+def merge_states(
+    o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The softmaxes of two key sets as one: each weighs in by its share of the denominator."""
+    lse_a, lse_b = (x.masked_fill(x == torch.inf, -torch.inf) for x in (lse_a, lse_b))
+    lse = torch.logaddexp(lse_a, lse_b)
+
+    def share(o: Tensor, part: Tensor) -> Tensor:
+        empty = (part == -torch.inf).unsqueeze(-1)
+        weight = (part - lse).exp().to(o.dtype).unsqueeze(-1)
+        return torch.where(empty, 0, weight * o)  # what an empty part holds is not read
+
+    return share(o_a, lse_a) + share(o_b, lse_b), lse
+
+
+def append_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> None:
+    """Slices are assigned, as far as they fit."""
+    for b, length in enumerate(lens.tolist()):
+        if length < 0:
+            continue
+        count = min(k.shape[1], max(k_cache.shape[1] - length, 0))
+        k_cache[b, length : length + count] = k[b, :count]
+        v_cache[b, length : length + count] = v[b, :count]
+
+
+def compact_kv(
+    caches: list[Tensor], prefix_lens: Tensor, path: Tensor, num_accepted: Tensor
+) -> None:
+    """All rows are read, then written."""
+    for b, prefix in enumerate(prefix_lens.tolist()):
+        nodes = path[b, : max(int(num_accepted[b]) + 1, 0)].tolist()
+        for cache in caches:
+            moves = [
+                (prefix + i, cache[b, prefix + node].clone())
+                for i, node in enumerate(nodes)
+                if prefix >= 0 and node > i and prefix + node < cache.shape[1]
+            ]
+            for row, value in moves:
+                cache[b, row] = value
+
+
+def gather_chunks(
+    k_full: list[Tensor],
+    v_full: list[Tensor],
+    k_work: list[Tensor],
+    v_work: list[Tensor],
+    ids: Tensor,
+    counts: Tensor,
+    lens: Tensor,
+    inv_freq: Tensor | None,
+    *,
+    chunk_size: int,
+    interleaved: bool = False,
+    right_aligned: bool = False,
+) -> Tensor:
+    """One chunk after the other: its values are copied, its keys turned by one angle per pair."""
+    capacity, room = k_full[0].shape[1], k_work[0].shape[1]
+    work_lens = torch.zeros_like(counts)
+    for b in range(ids.shape[0]):
+        length = min(int(lens[b]), capacity)
+        chosen = ids[b, : max(int(counts[b]), 0)].tolist()
+        gap = chosen[-1] - (len(chosen) - 1) if chosen and right_aligned else 0
+        for slot, chunk in enumerate(chosen):
+            first, rows = slot * chunk_size, 0
+            if chunk >= 0:
+                rows = min(chunk_size, max(length - chunk * chunk_size, 0))
+            work_lens[b] = min(first + rows, room)
+            rows = min(rows, max(room - first, 0))
+            new = slice(first, first + rows)
+            old = slice(chunk * chunk_size, chunk * chunk_size + rows)
+            shift = (slot - chunk + gap) * chunk_size
+            for layer in range(len(k_full) if rows else 0):
+                keys = k_full[layer][b, old]
+                if inv_freq is not None and shift:
+                    keys = _rotate(keys, shift * inv_freq[layer].double(), interleaved)
+                k_work[layer][b, new] = keys
+                v_work[layer][b, new] = v_full[layer][b, old]
+    return work_lens
+
+
+def _rotate(x: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
+    """Turn pair i of the first 2 * len(angles) elements by ``angles[i]``; the rest stays."""
+    pairs = angles.shape[0]
+    first = 2 * torch.arange(pairs, device=x.device) if interleaved else slice(0, pairs)
+    second = first + 1 if interleaved else slice(pairs, 2 * pairs)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    turned = x.clone()
+    turned[..., first] = x[..., first] * cos - x[..., second] * sin
+    turned[..., second] = x[..., second] * cos + x[..., first] * sin
+    return turned

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <memory>
 
 #include "cpu/cpu.h"
 #include "cpu/isa.h"
@@ -17,25 +19,30 @@ void score_one(const ChunkScoresParams& p, int64_t b) {
   const float* lse = p.lse + b * p.lse_stride_b + row * p.lse_stride_m;
   float* scores = p.scores + b * p.num_chunks;
 
-  // The chunk that the first tree key falls into is the last to hold anything.
-  const int tree_chunk = std::min(std::max(p.prefix_lens[b], 0) / p.chunk_size, p.num_chunks);
-  const size_t padded = size_t(tree_chunk / kVocabLanes + 1) * kVocabLanes;
+  // Whole chunks by the kernel; the chunk that the first tree key falls into, which also gets what
+  // is left of the mass, apart. Nothing behind it is read.
+  const int64_t prefix = std::max(p.prefix_lens[b], 0);
+  const int64_t num_full =
+      p.tree ? prefix / p.chunk_size : (prefix + p.chunk_size - 1) / p.chunk_size;
+  const int last = int(std::min<int64_t>(num_full, p.num_chunks));
+  const bool has_tree_chunk = p.tree && last < p.num_chunks;
+  const size_t padded = size_t(last / kVocabLanes + 1) * kVocabLanes;
   double* mass = scratch.get(padded);
   std::fill_n(mass, padded, 0.);
   double tree_mass = 0.;
   const ChunkMassKernel kernel = isa().chunk_mass[p.largest];
   for (int h = 0; h < p.num_heads; ++h, chunk_lse += p.chunk_stride_h) {
     if (!std::isfinite(lse[h])) continue;
-    const double before = kernel(chunk_lse, tree_chunk, lse[h], mass);
-    if (tree_chunk == p.num_chunks) continue;
-    const double own = std::exp(double(chunk_lse[tree_chunk]) - double(lse[h]));
+    const double before = kernel(chunk_lse, last, lse[h], mass);
+    if (!has_tree_chunk) continue;
+    const double own = std::exp(double(chunk_lse[last]) - double(lse[h]));
     const double rest = std::max(std::isfinite(own) ? own : 0., 1. - before);
     tree_mass = p.largest ? std::max(tree_mass, rest) : tree_mass + rest;
   }
-  if (tree_chunk < p.num_chunks) mass[tree_chunk] = tree_mass;
+  mass[last] = tree_mass;  // padding if there is no such chunk
   const double scale = p.largest ? 1. : 1. / p.num_heads;
   for (int c = 0; c < p.num_chunks; ++c) {
-    scores[c] = c <= tree_chunk ? float(mass[c] * scale) : 0.f;
+    scores[c] = c <= last ? float(mass[c] * scale) : 0.f;
   }
 }
 
@@ -48,6 +55,41 @@ void chunk_scores(const ChunkScoresParams& p) {
                               [&](int64_t begin, int64_t end) {
                                 for (int64_t b = begin; b < end; ++b) score_one(p, b);
                               });
+}
+
+// A pass of tree attention with one row and no tree, the keys standing in for the values.
+void chunk_scores_keys(const ChunkScoresKeysParams& p, DType dtype) {
+  TreeAttentionParams a = p.attention;
+  const int64_t element_size = dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t row_size = a.head_dim * element_size;
+  const int64_t num_states = int64_t(a.batch) * a.num_heads;
+  const std::unique_ptr<char[]> rows(new char[size_t(2 * num_states * row_size)]);
+  const std::unique_ptr<float[]> states(
+      new float[size_t(num_states * (1 + int64_t(a.num_chunks)))]);
+  for (int64_t b = 0; b < a.batch; ++b) {
+    const int64_t row = std::clamp<int64_t>(p.rows[b], 0, a.num_rows - 1);
+    for (int64_t h = 0; h < a.num_heads; ++h) {
+      const int64_t offset = b * a.q_stride_b + row * a.q_stride_m + h * a.q_stride_h;
+      std::memcpy(rows.get() + (b * a.num_heads + h) * row_size,
+                  static_cast<const char*>(a.q) + offset * element_size, size_t(row_size));
+    }
+  }
+  a.q = rows.get();
+  a.q_stride_b = a.q_stride_m = int64_t(a.num_heads) * a.head_dim;
+  a.q_stride_h = a.head_dim;
+  a.num_rows = 1;
+  a.v = a.k;
+  a.v_stride_b = a.k_stride_b, a.v_stride_s = a.k_stride_s, a.v_stride_h = a.k_stride_h;
+  a.out = rows.get() + num_states * row_size;
+  a.lse = states.get();
+  a.chunk_lse = states.get() + num_states;
+  tree_attention(a, dtype);
+
+  const int64_t chunk_stride_b = int64_t(a.num_heads) * a.num_chunks;
+  const std::unique_ptr<int32_t[]> first_rows(new int32_t[size_t(a.batch)]());
+  chunk_scores({a.chunk_lse, a.lse, chunk_stride_b, 0, a.num_chunks, a.num_heads, 0,
+                first_rows.get(), a.prefix_lens, p.scores, a.batch, 1, a.num_heads, a.num_chunks,
+                a.chunk_size, p.largest, false});
 }
 
 }  // namespace specextend::cpu

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -23,6 +24,15 @@ inline double accumulate_blocks(const float* refs, double* sums, int64_t num_blo
     sums[b] = total;
   }
   return total;
+}
+
+// The first block whose cumulative sum exceeds the threshold; where none does, because the
+// threshold is the whole sum, the last block that adds to it.
+inline int64_t block_above(const double* cumulative, int64_t num_blocks, double threshold) {
+  const double* end = cumulative + num_blocks;
+  const double* above = std::upper_bound(cumulative, end, threshold);
+  if (above == end) above = std::lower_bound(cumulative, end, end[-1]);
+  return above - cumulative;
 }
 
 }  // namespace specextend::cpu

@@ -28,10 +28,7 @@ int64_t draw(const VocabKernels& kernels, const void* row, int64_t vocab, int el
 
   const double total = accumulate_blocks(refs, sums, num_blocks, stats.max);
   const double threshold = std::max(u, 0.) * total;
-  int64_t block = std::upper_bound(sums, sums + num_blocks, threshold) - sums;
-  // u = 1 means the last token that has a probability.
-  if (block == num_blocks) block = std::lower_bound(sums, sums + num_blocks, total) - sums;
-
+  const int64_t block = block_above(sums, num_blocks, threshold);
   const int64_t begin = block * kVocabBlock;
   const int size = int(std::min<int64_t>(kVocabBlock, vocab - begin));
   float e[kVocabBlock];

@@ -1,9 +1,12 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "cpu/cpu.h"
+#include "cpu/row_softmax.h"
+#include "cpu/scratch.h"
 
 namespace specextend::cpu {
 namespace {
@@ -61,6 +64,80 @@ class Walk {
   int64_t* next_root_;
 };
 
+// fp64, in eight lanes that are added in order.
+double sum(const float* x, int64_t n) {
+  double lanes[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (int lane = 0; lane < 8; ++lane) lanes[lane] += double(x[i + lane]);
+  }
+  for (; i < n; ++i) lanes[i % 8] += double(x[i]);
+  double total = 0.;
+  for (double lane : lanes) total += lane;
+  return total;
+}
+
+// What is left of the target's law at one node while its children are rejected: the normalised
+// positive part of law - draft, again and again.
+class Residual {
+ public:
+  explicit Residual(int64_t vocab) : vocab_(vocab) {}
+
+  void start(const float* target) {
+    weights_ = target;
+    total_ = 1.;  // probabilities are taken as they are given
+  }
+
+  double operator[](int64_t token) const { return double(weights_[token]) / total_; }
+
+  void subtract(const float* draft) {
+    static thread_local Scratch<float> scratch;
+    float* rest = scratch.get(size_t(vocab_));
+    const double scale = 1. / total_;
+    for (int64_t i = 0; i < vocab_; ++i) {
+      const float x = float(double(weights_[i]) * scale - double(draft[i]));
+      rest[i] = x < 0.f ? 0.f : x;  // NaN stays
+    }
+    const double total = sum(rest, vocab_);
+    // Where the draft's law is the target's up to rounding nothing is left, and any token will do:
+    // a rejection has the probability of that rounding.
+    if (total == 0.) return;
+    weights_ = rest;
+    total_ = total;
+  }
+
+  // The first token whose cumulative probability exceeds u; -1 where that is undefined.
+  int64_t draw(double u) const {
+    static thread_local Scratch<double> scratch;
+    const int64_t num_blocks = num_vocab_blocks(vocab_);
+    double* cumulative = scratch.get(size_t(num_blocks));
+    double total = 0.;
+    for (int64_t b = 0; b < num_blocks; ++b) {
+      const int64_t begin = b * kVocabBlock;
+      total += sum(weights_ + begin, std::min<int64_t>(kVocabBlock, vocab_ - begin));
+      cumulative[b] = total;
+    }
+    if (!(total > 0.) || std::isinf(total) || std::isnan(u)) return -1;
+    const double threshold = std::max(u, 0.) * total;
+    const int64_t block = block_above(cumulative, num_blocks, threshold);
+    const int64_t end = std::min((block + 1) * kVocabBlock, vocab_);
+    double above = block > 0 ? cumulative[block - 1] : 0.;
+    int64_t token = -1;
+    for (int64_t i = block * kVocabBlock; i < end; ++i) {
+      if (!(weights_[i] > 0.f)) continue;
+      token = i;
+      above += double(weights_[i]);
+      if (above > threshold) break;
+    }
+    return token;
+  }
+
+ private:
+  const float* weights_ = nullptr;
+  double total_ = 1.;
+  int64_t vocab_;
+};
+
 }  // namespace
 
 void verify_tree(const VerifyTreeParams& p) {
@@ -82,6 +159,39 @@ void verify_tree(const VerifyTreeParams& p) {
       node = child;
     }
     walk.finish(target[node]);
+  }
+}
+
+void verify_tree_rejection(const VerifyTreeRejectionParams& p) {
+  static thread_local Children children;
+  const VerifyTreeParams& tree = p.tree;
+  const auto uniform = [&](const void* uniforms, int64_t i) {
+    return p.uniforms_are_double ? static_cast<const double*>(uniforms)[i]
+                                 : double(static_cast<const float*>(uniforms)[i]);
+  };
+  for (int b = 0; b < tree.batch; ++b) {
+    const int64_t offset = int64_t(b) * tree.num_nodes;
+    const int64_t* tokens = tree.tokens + offset;
+    children.build(tree.parents + offset, tree.num_nodes);
+    Walk walk(tree, b);
+    Residual residual(p.vocab);
+    int32_t node = 0;
+    while (true) {
+      residual.start(p.target_probs + b * p.target_stride_b + node * p.target_stride_n);
+      const float* draft = p.draft_probs + b * p.draft_stride_b + node * p.draft_stride_n;
+      int32_t child = children.first[node];
+      for (; child >= 0; child = children.next[child]) {
+        const int64_t token = tokens[child];
+        // What the draft cannot have drawn is no trial.
+        if (token < 0 || token >= p.vocab || !(draft[token] > 0.f)) continue;
+        if (uniform(p.uniforms, offset + child) * double(draft[token]) < residual[token]) break;
+        residual.subtract(draft);
+      }
+      if (child < 0) break;
+      walk.accept(child);
+      node = child;
+    }
+    walk.finish(residual.draw(uniform(p.final_uniforms, offset + node)));
   }
 }
 

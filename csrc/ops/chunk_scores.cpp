@@ -1,33 +1,37 @@
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
+#include <optional>
 #include <string>
 
 #include "check.h"
 #include "cpu/cpu.h"
 #include "ops/allocate.h"
+#include "ops/dtype.h"
 
 namespace specextend {
 namespace {
 
 constexpr const char* kOp = "chunk_scores";
+constexpr const char* kKeysOp = "chunk_scores.keys";
 
 struct Prepared {
   Tensor scores;
   ChunkScoresParams params;
 };
 
-bool takes_largest(const std::string& reduce) {
-  STD_TORCH_CHECK(reduce == "mean" || reduce == "max", kOp, ": reduce must be mean or max, got ",
+bool takes_largest(const char* op, const std::string& reduce) {
+  STD_TORCH_CHECK(reduce == "mean" || reduce == "max", op, ": reduce must be mean or max, got ",
                   reduce);
   return reduce == "max";
 }
 
-void check_per_sequence(const char* name, const Tensor& t, int64_t batch, const char* other_name,
+void check_per_sequence(const char* op, const char* name, const Tensor& t, const char* other_name,
                         const Tensor& other) {
-  check_shape(kOp, name, t, {batch});
-  check_dtype(kOp, name, t, ScalarType::Int);
-  check_contiguous(kOp, name, t);
-  check_same_device(kOp, name, t, other_name, other);
+  check_shape(op, name, t, {other.size(0)});
+  check_dtype(op, name, t, ScalarType::Int);
+  check_contiguous(op, name, t);
+  check_same_device(op, name, t, other_name, other);
 }
 
 Prepared prepare(const Tensor& chunk_lse, const Tensor& lse, const Tensor& rows,
@@ -44,10 +48,10 @@ Prepared prepare(const Tensor& chunk_lse, const Tensor& lse, const Tensor& rows,
   check_dtype(kOp, "lse", lse, ScalarType::Float);
   check_unit_last_stride(kOp, "lse", lse);
   check_same_device(kOp, "lse", lse, "chunk_lse", chunk_lse);
-  check_per_sequence("rows", rows, batch, "chunk_lse", chunk_lse);
-  check_per_sequence("prefix_lens", prefix_lens, batch, "chunk_lse", chunk_lse);
+  check_per_sequence(kOp, "rows", rows, "chunk_lse", chunk_lse);
+  check_per_sequence(kOp, "prefix_lens", prefix_lens, "chunk_lse", chunk_lse);
   check_range(kOp, "chunk_size", chunk_size, 1, INT32_MAX);
-  const bool largest = takes_largest(reduce);
+  const bool largest = takes_largest(kOp, reduce);
 
   Prepared r{allocate(chunk_lse, {batch, num_chunks}, ScalarType::Float), {}};
   r.params = {chunk_lse.const_data_ptr<float>(),
@@ -65,7 +69,8 @@ Prepared prepare(const Tensor& chunk_lse, const Tensor& lse, const Tensor& rows,
               int(num_heads),
               int(num_chunks),
               int(chunk_size),
-              largest};
+              largest,
+              true};
   return r;
 }
 
@@ -76,15 +81,91 @@ Tensor chunk_scores_cpu(const Tensor& chunk_lse, const Tensor& lse, const Tensor
   return r.scores;
 }
 
+struct KeysArguments {
+  const Tensor &q, &k, &rows, &lens;
+  int64_t chunk_size;
+  std::optional<double> scale;
+  double softcap;
+  int64_t window;
+  const std::string& reduce;
+};
+
+struct PreparedKeys {
+  Tensor scores;
+  ChunkScoresKeysParams params;
+  DType dtype;
+};
+
+PreparedKeys prepare_keys(const KeysArguments& a) {
+  check_dim(kKeysOp, "q", a.q, 4, "[B, M, Hq, D]");
+  check_dim(kKeysOp, "k", a.k, 4, "[B, S, Hkv, D]");
+  check_float(kKeysOp, "q", a.q);
+  check_dtype(kKeysOp, "k", a.k, a.q.scalar_type());
+  const int64_t batch = a.q.size(0), num_rows = a.q.size(1), heads = a.q.size(2), dim = a.q.size(3);
+  const int64_t capacity = a.k.size(1), kv_heads = a.k.size(2);
+  check_shape(kKeysOp, "k", a.k, {batch, capacity, kv_heads, dim});
+  check_range(kKeysOp, "the number of rows M", num_rows, 1, INT32_MAX);
+  STD_TORCH_CHECK(dim >= 8 && dim <= 256 && dim % 8 == 0, kKeysOp,
+                  ": the head dimension must be a multiple of 8 in [8, 256], got ", dim);
+  STD_TORCH_CHECK(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, kKeysOp,
+                  ": the heads of q must be a multiple of those of k, got ", heads, " and ",
+                  kv_heads);
+  check_range(kKeysOp, "the number of keys S", capacity, 0, INT32_MAX);
+  check_unit_last_stride(kKeysOp, "q", a.q);
+  check_unit_last_stride(kKeysOp, "k", a.k);
+  check_same_device(kKeysOp, "k", a.k, "q", a.q);
+  check_per_sequence(kKeysOp, "rows", a.rows, "q", a.q);
+  check_per_sequence(kKeysOp, "lens", a.lens, "q", a.q);
+  check_range(kKeysOp, "chunk_size", a.chunk_size, 1, INT32_MAX);
+  check_range(kKeysOp, "window", a.window, 0, INT32_MAX);
+  STD_TORCH_CHECK(a.softcap >= 0 && std::isfinite(a.softcap), kKeysOp,
+                  ": softcap must be finite and not negative, got ", a.softcap);
+  const double scale = a.scale.value_or(1 / std::sqrt(double(dim)));
+  STD_TORCH_CHECK(std::isfinite(scale), kKeysOp, ": scale must be finite, got ", scale);
+  const bool largest = takes_largest(kKeysOp, a.reduce);
+
+  const int64_t num_chunks = (capacity + a.chunk_size - 1) / a.chunk_size;
+  PreparedKeys r{
+      allocate(a.q, {batch, num_chunks}, ScalarType::Float), {}, to_dtype(a.q.scalar_type())};
+  TreeAttentionParams& p = r.params.attention;
+  p.q = a.q.const_data_ptr();
+  p.k = a.k.const_data_ptr();
+  p.q_stride_b = a.q.stride(0), p.q_stride_m = a.q.stride(1), p.q_stride_h = a.q.stride(2);
+  p.k_stride_b = a.k.stride(0), p.k_stride_s = a.k.stride(1), p.k_stride_h = a.k.stride(2);
+  p.prefix_lens = a.lens.const_data_ptr<int32_t>();
+  p.capacity = capacity;
+  p.batch = int(batch), p.num_rows = int(num_rows), p.num_tree_keys = 0;
+  p.num_heads = int(heads), p.num_kv_heads = int(kv_heads), p.head_dim = int(dim);
+  p.chunk_size = int(a.chunk_size), p.num_chunks = int(num_chunks);
+  p.window = int(a.window);
+  p.scale = float(scale), p.softcap = float(a.softcap);
+  r.params.rows = a.rows.const_data_ptr<int32_t>();
+  r.params.scores = r.scores.mutable_data_ptr<float>();
+  r.params.largest = largest;
+  return r;
+}
+
+Tensor chunk_scores_keys_cpu(const Tensor& q, const Tensor& k, const Tensor& rows,
+                             const Tensor& lens, int64_t chunk_size, std::optional<double> scale,
+                             double softcap, int64_t window, std::string reduce) {
+  PreparedKeys r = prepare_keys({q, k, rows, lens, chunk_size, scale, softcap, window, reduce});
+  cpu::chunk_scores_keys(r.params, r.dtype);
+  return r.scores;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(specextend, m) {
   m.def(
       "chunk_scores(Tensor chunk_lse, Tensor lse, Tensor rows, Tensor prefix_lens, *, "
       "int chunk_size, str reduce=\"mean\") -> Tensor scores");
+  m.def(
+      "chunk_scores.keys(Tensor q, Tensor k, Tensor rows, Tensor lens, *, int chunk_size, "
+      "float? scale=None, float softcap=0.0, int window=0, str reduce=\"mean\") -> Tensor scores");
 }
 STABLE_TORCH_LIBRARY_IMPL(specextend, CPU, m) {
   m.impl("chunk_scores", TORCH_BOX(&chunk_scores_cpu));
+  m.impl("chunk_scores.keys", TORCH_BOX(&chunk_scores_keys_cpu));
 }
 
 }  // namespace specextend

@@ -10,6 +10,7 @@ namespace specextend {
 namespace {
 
 constexpr const char* kOp = "verify_tree";
+constexpr const char* kRejectionOp = "verify_tree.rejection";
 
 using Result =
     std::tuple<Tensor, Tensor, Tensor, Tensor>;  // path, num_accepted, emitted, next_root
@@ -33,26 +34,100 @@ Result allocate_result(const Tensor& tokens) {
           allocate(tokens, {batch}, ScalarType::Long)};
 }
 
-std::tuple<Result, VerifyTreeParams> prepare(const Tensor& tokens, const Tensor& parents,
-                                             const Tensor& target_tokens) {
+// Without target_tokens.
+VerifyTreeParams tree_params(const Tensor& tokens, const Tensor& parents, const Result& result) {
+  const auto& [path, num_accepted, emitted, next_root] = result;
+  return {tokens.const_data_ptr<int64_t>(),
+          parents.const_data_ptr<int32_t>(),
+          nullptr,
+          path.mutable_data_ptr<int32_t>(),
+          num_accepted.mutable_data_ptr<int32_t>(),
+          emitted.mutable_data_ptr<int64_t>(),
+          next_root.mutable_data_ptr<int64_t>(),
+          int(tokens.size(0)),
+          int(tokens.size(1))};
+}
+
+struct Prepared {
+  Result result;
+  VerifyTreeParams params;
+};
+
+Prepared prepare(const Tensor& tokens, const Tensor& parents, const Tensor& target_tokens) {
   check_tree(kOp, tokens, parents);
   check_shape(kOp, "target_tokens", target_tokens, {tokens.size(0), tokens.size(1)});
   check_dtype(kOp, "target_tokens", target_tokens, ScalarType::Long);
   check_contiguous(kOp, "target_tokens", target_tokens);
   check_same_device(kOp, "target_tokens", target_tokens, "tokens", tokens);
 
-  Result r = allocate_result(tokens);
-  return {r,
-          {tokens.const_data_ptr<int64_t>(), parents.const_data_ptr<int32_t>(),
-           target_tokens.const_data_ptr<int64_t>(), std::get<0>(r).mutable_data_ptr<int32_t>(),
-           std::get<1>(r).mutable_data_ptr<int32_t>(), std::get<2>(r).mutable_data_ptr<int64_t>(),
-           std::get<3>(r).mutable_data_ptr<int64_t>(), int(tokens.size(0)), int(tokens.size(1))}};
+  Prepared r{allocate_result(tokens), {}};
+  r.params = tree_params(tokens, parents, r.result);
+  r.params.target_tokens = target_tokens.const_data_ptr<int64_t>();
+  return r;
+}
+
+void check_probs(const char* name, const Tensor& probs, const Tensor& tokens, int64_t vocab) {
+  check_shape(kRejectionOp, name, probs, {tokens.size(0), tokens.size(1), vocab});
+  check_dtype(kRejectionOp, name, probs, ScalarType::Float);
+  check_unit_last_stride(kRejectionOp, name, probs);
+  check_same_device(kRejectionOp, name, probs, "tokens", tokens);
+}
+
+void check_uniforms(const char* name, const Tensor& uniforms, const Tensor& tokens) {
+  check_shape(kRejectionOp, name, uniforms, {tokens.size(0), tokens.size(1)});
+  check_contiguous(kRejectionOp, name, uniforms);
+  check_same_device(kRejectionOp, name, uniforms, "tokens", tokens);
+}
+
+struct PreparedRejection {
+  Result result;
+  VerifyTreeRejectionParams params;
+};
+
+PreparedRejection prepare_rejection(const Tensor& tokens, const Tensor& parents,
+                                    const Tensor& target_probs, const Tensor& draft_probs,
+                                    const Tensor& uniforms, const Tensor& final_uniforms) {
+  check_tree(kRejectionOp, tokens, parents);
+  check_dim(kRejectionOp, "target_probs", target_probs, 3, "[B, N, V]");
+  const int64_t vocab = target_probs.size(2);
+  check_range(kRejectionOp, "the vocabulary size V", vocab, 1, INT32_MAX);
+  check_probs("target_probs", target_probs, tokens, vocab);
+  check_probs("draft_probs", draft_probs, tokens, vocab);
+  check_uniforms("uniforms", uniforms, tokens);
+  check_uniforms("final_uniforms", final_uniforms, tokens);
+  const ScalarType type = uniforms.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, kRejectionOp,
+                  ": uniforms must be float32 or float64, got ", dtype_string(type));
+  check_dtype(kRejectionOp, "final_uniforms", final_uniforms, type);
+
+  PreparedRejection r{allocate_result(tokens), {}};
+  r.params = {tree_params(tokens, parents, r.result),
+              target_probs.const_data_ptr<float>(),
+              draft_probs.const_data_ptr<float>(),
+              target_probs.stride(0),
+              target_probs.stride(1),
+              draft_probs.stride(0),
+              draft_probs.stride(1),
+              uniforms.const_data_ptr(),
+              final_uniforms.const_data_ptr(),
+              type == ScalarType::Double,
+              vocab};
+  return r;
 }
 
 Result verify_tree_cpu(const Tensor& tokens, const Tensor& parents, const Tensor& target_tokens) {
-  auto [result, params] = prepare(tokens, parents, target_tokens);
-  cpu::verify_tree(params);
-  return result;
+  Prepared r = prepare(tokens, parents, target_tokens);
+  cpu::verify_tree(r.params);
+  return r.result;
+}
+
+Result verify_tree_rejection_cpu(const Tensor& tokens, const Tensor& parents,
+                                 const Tensor& target_probs, const Tensor& draft_probs,
+                                 const Tensor& uniforms, const Tensor& final_uniforms) {
+  PreparedRejection r =
+      prepare_rejection(tokens, parents, target_probs, draft_probs, uniforms, final_uniforms);
+  cpu::verify_tree_rejection(r.params);
+  return r.result;
 }
 
 }  // namespace
@@ -61,9 +136,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(specextend, m) {
   m.def(
       "verify_tree(Tensor tokens, Tensor parents, Tensor target_tokens) -> "
       "(Tensor path, Tensor num_accepted, Tensor emitted, Tensor next_root)");
+  m.def(
+      "verify_tree.rejection(Tensor tokens, Tensor parents, Tensor target_probs, "
+      "Tensor draft_probs, Tensor uniforms, Tensor final_uniforms) -> "
+      "(Tensor path, Tensor num_accepted, Tensor emitted, Tensor next_root)");
 }
 STABLE_TORCH_LIBRARY_IMPL(specextend, CPU, m) {
   m.impl("verify_tree", TORCH_BOX(&verify_tree_cpu));
+  m.impl("verify_tree.rejection", TORCH_BOX(&verify_tree_rejection_cpu));
 }
 
 }  // namespace specextend

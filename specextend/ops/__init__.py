@@ -1,11 +1,11 @@
 """The ops as Python functions, one module each: wrapper, fake kernel, documentation.
 
-Each calls ``torch.ops.specextend.<name>``, which ``import specextend._C`` alone registers. None reads
-a device-side length on the host, none synchronises, and all work under CUDA graph capture.
+Each calls ``torch.ops.specextend.<name>``, which ``import specextend._C`` alone registers. None
+reads a device-side length on the host, none synchronises, and all work under CUDA graph capture.
 """
 
 from .append_kv import append_kv
-from .chunk_scores import chunk_scores
+from .chunk_scores import chunk_scores, chunk_scores_keys
 from .compact_kv import compact_kv
 from .expand_tree import expand_tree
 from .finalize_tree import finalize_tree
@@ -14,11 +14,12 @@ from .merge_states import merge_states
 from .sample_nodes import sample_nodes
 from .select_chunks import select_chunks
 from .tree_attention import tree_attention
-from .verify_tree import verify_tree
+from .verify_tree import verify_tree, verify_tree_rejection
 
 __all__ = [
     "append_kv",
     "chunk_scores",
+    "chunk_scores_keys",
     "compact_kv",
     "expand_tree",
     "finalize_tree",
@@ -28,4 +29,5 @@ __all__ = [
     "select_chunks",
     "tree_attention",
     "verify_tree",
+    "verify_tree_rejection",
 ]

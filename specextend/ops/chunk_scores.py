@@ -2,6 +2,7 @@ import torch
 from torch import Tensor
 
 _chunk_scores = torch.ops.specextend.chunk_scores.default
+_chunk_scores_keys = torch.ops.specextend.chunk_scores.keys
 
 
 def chunk_scores(
@@ -46,3 +47,59 @@ def chunk_scores(
 def _(chunk_lse, lse, rows, prefix_lens, *, chunk_size, reduce="mean"):
     batch, _, _, num_chunks = chunk_lse.shape
     return chunk_lse.new_empty(batch, num_chunks)
+
+
+def chunk_scores_keys(
+    q: Tensor,
+    k: Tensor,
+    rows: Tensor,
+    lens: Tensor,
+    *,
+    chunk_size: int,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: int = 0,
+    reduce: str = "mean",
+) -> Tensor:
+    """:func:`chunk_scores` by a pass of its own over the keys.
+
+    For layers whose attention did not give the log-sum-exp of its chunks. The row sees all keys of
+    its sequence, among them, after compaction, those of the accepted path.
+
+    Args:
+        q: [B, M, Hq, D], fp32, fp16 or bf16, any strides with a unit last one.
+        k: [B, S, Hkv, D] of the same dtype, any strides with a unit last one. Hq is a multiple of
+            Hkv; D a multiple of 8 up to 256.
+        rows: [B] int32, contiguous. The row of ``q`` to score for; clamped to [0, M).
+        lens: [B] int32, contiguous. Keys of each sequence, clamped to [0, S].
+        chunk_size: keys per chunk.
+        scale: of the logits; None: 1 / sqrt(D).
+        softcap: c > 0 makes a logit s into c * tanh(s / c).
+        window: w > 0 leaves only the newest w keys visible, the row standing at ``len - 1``.
+        reduce: "mean" or "max" over the heads.
+
+    Returns:
+        scores: [B, ceil(S / chunk_size)] fp32; 0 behind the last key, and everywhere if there is
+        none. With "mean" a row with keys sums to 1.
+
+    Nothing is read on the host.
+    """
+    return _chunk_scores_keys(
+        q,
+        k,
+        rows,
+        lens,
+        chunk_size=chunk_size,
+        scale=scale,
+        softcap=softcap,
+        window=window,
+        reduce=reduce,
+    )
+
+
+@torch.library.register_fake("specextend::chunk_scores.keys")
+def _(
+    q, k, rows, lens, *, chunk_size, scale=None, softcap=0.0, window=0, reduce="mean"
+):
+    num_chunks = (k.shape[1] + chunk_size - 1) // chunk_size
+    return q.new_empty(q.shape[0], num_chunks, dtype=torch.float32)
