@@ -313,9 +313,7 @@ def tree_attention(
     return out, lse, chunk_lse if chunk_size else chunk_lse.flatten()[:0]
 
 
-def merge_states(
-    o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor
-) -> tuple[Tensor, Tensor]:
+def merge_states(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """The softmaxes of two key sets as one: each weighs in by its share of the denominator."""
     lse_a, lse_b = (x.masked_fill(x == torch.inf, -torch.inf) for x in (lse_a, lse_b))
     lse = torch.logaddexp(lse_a, lse_b)

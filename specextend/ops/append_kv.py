@@ -5,15 +5,20 @@ _append_kv = torch.ops.specextend.append_kv.default
 
 
 def append_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> None:
-    """Write new keys and values at the device-side length, in place.
+    """Write new keys and values behind the rows that a cache holds, in place.
+
+    How the rows of a tree get to [P, P + N) before the target verifies it (SpecExtend section 3.2),
+    and those of a prompt to their places.
 
     Args:
-        k_cache, v_cache: [B, S, Hkv, D], fp32, fp16 or bf16, any strides with a unit last one; rows
-            [lens_b, lens_b + M) of sequence b are written. The two may differ in Hkv and D.
-        k, v: [B, M, Hkv, D], the dtype of the caches, any strides with a unit last one.
-        lens: [B] int32, contiguous, first row to write. Rows outside of [0, S) are not written.
+        k_cache, v_cache: [B, S, Hkv, D], any strides with a unit last one; written in place. The
+            two may differ in dtype and D.
+        k, v: [B, M, Hkv, D], of the dtypes of the caches, any strides with a unit last one; not in
+            the rows that are written.
+        lens: [B] int32, contiguous. Row i of ``k`` and ``v`` goes to row ``lens[b] + i``; what does
+            not fit below S, or behind a negative length, is not written.
 
-    Equivalent to ``specextend.reference.append_kv``. Does not synchronise.
+    ``lens`` is not changed. The host does not wait for the device.
     """
     _append_kv(k_cache, v_cache, k, v, lens)
 

@@ -18,37 +18,49 @@ def gather_chunks(
     interleaved: bool = False,
     right_aligned: bool = False,
 ) -> Tensor:
-    """Copy selected chunks of the full caches into the working caches, all layers at once.
+    """Copy the selected chunks of a draft's full cache to its working cache, in all layers.
 
-    The working cache of cross-model retrieval (SpecExtend, section 3.3). Chunk ``ids[i]`` goes to
-    rows i * chunk_size on, and its keys are rotated by (new position - old position), so that a
-    model trained on short inputs sees distances it knows. A chunk that keeps its position is copied
-    bit for bit. Gather from the full cache each time: rounding does not pile up.
+    The cache of cross-model retrieval (SpecExtend section 3.3). Chunk ``ids[i]`` goes to rows
+    [i * chunk_size, ...), and its keys are rotated by (new position - old position), so that a
+    draft trained on short inputs sees positions it knows. A chunk that keeps its position is copied
+    bit by bit. Gather from the full cache each time: rounding does not pile up.
 
     Args:
-        k_full, v_full: per layer [B, S, Hkv, D], fp32, fp16 or bf16, any strides with a unit last
-            one; keys are rotary embedded at their own index. Layers may differ in Hkv and D.
-        k_work, v_work: per layer [B, Sw, Hkv, D], written in place. Rows beyond Sw are dropped.
-        ids: [B, budget] int32, contiguous, ascending, -1 tail (``select_chunks``).
-        counts: [B] int32, contiguous, number of ids.
-        lens: [B] int32, contiguous, tokens in the full caches; the newest chunk may be partial, and
-            is then the last one if it is selected.
-        inv_freq: [L, R / 2] fp32, contiguous, angle per position of each pair of the first R
-            dimensions; None: keys are copied as they are.
-        chunk_size: tokens per chunk.
-        interleaved: pairs are neighbours (GPT-J) instead of halves (Llama).
-        right_aligned: new positions end where the last selected chunk ends, instead of starting at
-            0: it and what is contiguous with it stay, older chunks move up to close the gaps.
+        k_full, v_full: one [B, S, Hkv, D] per layer, fp32, fp16 or bf16, any strides with a unit
+            last one. Row j holds the key of position j. Layers, and keys and values, may differ in
+            Hkv and D.
+        k_work, v_work: one [B, Sw, Hkv, D] per layer, any strides with a unit last one, with memory
+            of their own; written in place. Rows at Sw and beyond are dropped.
+        ids: [B, budget] int32, contiguous: ascending chunks, as ``select_chunks`` gives them.
+        counts: [B] int32, contiguous: how many of ``ids`` count; the rest is not read.
+        lens: [B] int32, contiguous: tokens in the full caches. Only the newest chunk may be
+            partial; if selected it is the last.
+        inv_freq: [L, R / 2] fp32, contiguous: radians per position of each pair of the first R <= D
+            dimensions, in every layer. None: keys are copied as they are.
+        chunk_size: rows of a chunk.
+        interleaved: pair i is the dimensions 2 i and 2 i + 1 (GPT-J), not i and R / 2 + i (Llama).
+        right_aligned: the last selected chunk keeps its position, as do the chunks contiguous with
+            it, and older ones move up to it. Otherwise row j of the working cache gets position j.
 
     Returns:
-        [B] int32, rows of the working caches.
+        [B] int32: rows of the working caches in use; what follows them is left as it was.
 
-    Equivalent to ``specextend.reference.gather_chunks``. Does not synchronise.
+    Angles are computed in fp64 and reduced, rotations in fp32, rounded once. The host does not wait
+    for the device.
     """
     return _gather_chunks(
-        k_full, v_full, k_work, v_work, ids, counts, lens, inv_freq,
-        chunk_size=chunk_size, interleaved=interleaved, right_aligned=right_aligned,
-    )  # fmt: skip
+        k_full,
+        v_full,
+        k_work,
+        v_work,
+        ids,
+        counts,
+        lens,
+        inv_freq,
+        chunk_size=chunk_size,
+        interleaved=interleaved,
+        right_aligned=right_aligned,
+    )
 
 
 @torch.library.register_fake("specextend::gather_chunks")
