@@ -61,7 +61,30 @@ def _chunk_scores():
             )
 
 
-_OPS = {"sample_nodes": _sample_nodes, "expand_tree": _expand_tree, "chunk_scores": _chunk_scores}
+def _gather_chunks():
+    ids = torch.tensor([[0, 2, 3, 7]], dtype=torch.int32)
+    counts, lens = (torch.tensor([n], dtype=torch.int32) for n in (4, 31))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for pairs in (1, 7, 16, 33):
+            generator = torch.Generator().manual_seed(pairs)
+            full = torch.randn(1, 32, 2, 2 * pairs + 1, generator=generator).to(dtype)
+            full *= 10.0 ** torch.arange(-20, 12)[:, None, None]  # subnormal to infinite in fp16
+            inv_freq = torch.rand(1, pairs, generator=generator)
+            for interleaved in (False, True):
+                work = [torch.zeros(1, 16, *full.shape[2:], dtype=dtype) for _ in range(2)]
+                caches = [full], [full], work[:1], work[1:]
+                yield ops.gather_chunks(
+                    *caches, ids, counts, lens, inv_freq, chunk_size=4, interleaved=interleaved
+                )
+                yield work[0].view(torch.int32 if dtype == torch.float32 else torch.int16)
+
+
+_OPS = {
+    "gather_chunks": _gather_chunks,
+    "sample_nodes": _sample_nodes,
+    "expand_tree": _expand_tree,
+    "chunk_scores": _chunk_scores,
+}
 
 
 def digest(op: str) -> str:

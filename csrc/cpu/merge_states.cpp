@@ -8,9 +8,12 @@
 namespace specextend::cpu {
 namespace {
 
+constexpr int64_t kGrain = 1 << 15;  // elements; fewer are not worth waking a thread for
+
 template <typename T>
 void run(const MergeStatesParams& p) {
-  torch::stable::parallel_for(0, p.num_rows, 64, [&](int64_t begin, int64_t end) {
+  const int64_t grain = 1 + kGrain / (p.head_dim + 1);
+  torch::stable::parallel_for(0, p.num_rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const MergeWeights w = merge_weights(p.lse_a[row], p.lse_b[row]);
       const T* a = static_cast<const T*>(p.o_a) + row * p.head_dim;
