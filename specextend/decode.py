@@ -293,8 +293,8 @@ class SpecExtend:
                 "this SpecExtend is in the middle of a generation; finish or close that stream "
                 "first, or use a second SpecExtend"
             )
-        self._check_prompt(input_ids)
         _refuse_modes(generation_config)
+        self._check_prompt(input_ids)
         prompt = _strip_padding(input_ids, attention_mask).to(model.device)
         _refuse_model_inputs(model_kwargs, prompt.shape[1])
         low, high = torch.stack([prompt.amin(), prompt.amax()]).tolist()
@@ -309,7 +309,7 @@ class SpecExtend:
         if seed is None:
             seed = int(torch.randint(1 << 62, (), generator=generator))
         chooser = TokenChooser(logits_processor, bool(generation_config.do_sample), seed)
-        stop = _Stop(stopping_criteria, max_length, input_ids)
+        stop = _Stop(stopping_criteria, generation_config.max_length, input_ids)
         keep = (bool(generation_config.output_scores), bool(generation_config.output_logits))
         return self._generation(prompt, max_length, chooser, stop, keep)
 
@@ -497,7 +497,7 @@ class _Generation:
         self.cache.advance(accepted + 1)
         if not first:
             stats.count_round(tree.num_nodes - 1, accepted)
-            self.gate.count(tree.depth, accepted + 1, time.perf_counter() - start)
+        self.gate.count(tree.depth, accepted + 1, time.perf_counter() - start)
         return step
 
     def _scores_now(self, draft: Draft | None, first: bool) -> bool:

@@ -23,10 +23,10 @@ class _Mean:
 class Gate:
     """Chooses the depth of the next tree; 0 is plain decoding.
 
-    Speculation starts at ``depth``. After ``PATIENCE`` rounds that were slower, per token, than
-    plain decoding, trees lose a level; a tree of one level that loses becomes ``REST`` plain
-    rounds, then speculation is tried again, with twice the rest if it loses again. Trees that win
-    grow back.
+    Speculation starts at ``depth``. Every ``PROBE`` th round is plain, to know what that costs.
+    After ``PATIENCE`` rounds that were slower, per token, than plain decoding, trees lose a level; a
+    tree of one level that loses becomes ``REST`` plain rounds, then speculation is tried again, with
+    twice the rest if it loses again. Trees that win grow back.
 
     Args:
         depth: levels of a full tree.
@@ -34,6 +34,7 @@ class Gate:
     """
 
     PATIENCE = 6
+    PROBE = 64
     REST = 16
     MAX_REST = 256
 
@@ -43,6 +44,7 @@ class Gate:
         self.depth = depth
         self._plain = _Mean()  # seconds of a plain round, which is one token
         self._token = _Mean(self.PATIENCE)  # seconds per token of speculative rounds at this depth
+        self._rounds = 0
         self._resting = 0
         self._rest = self.REST
 
@@ -53,7 +55,8 @@ class Gate:
         if self._resting:
             self._resting -= 1
             return 0
-        return self.depth
+        self._rounds += 1
+        return 0 if self._rounds % self.PROBE == self.PATIENCE else self.depth
 
     def count(self, depth: int, emitted: int, seconds: float) -> None:
         """A round with a tree of ``depth`` levels took ``seconds`` for ``emitted`` tokens."""

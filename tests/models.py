@@ -66,9 +66,6 @@ FAMILIES: dict[str, dict] = {
     "opt": dict(ffn_dim=48, word_embed_proj_dim=32, dropout=0.0),
 }  # fmt: skip
 
-#: families whose positions are learned: their keys cannot be moved
-LEARNED_POSITIONS = ("gpt2", "opt")
-
 
 def tiny_model(
     family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import FAMILIES, LEARNED_POSITIONS, VOCAB, prompt, tiny_model
+from models import FAMILIES, VOCAB, prompt, tiny_model
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -40,13 +40,11 @@ class TestGreedyEqualsGenerate:
         model, ids = tiny_model(family), prompt(90)
         expected = greedy(model, ids)
         for kind in (None, draft, model):
-            config = SMALL
-            if kind is model and family in LEARNED_POSITIONS:
-                config = SMALL.replace(draft_cache="full")
+            config = SMALL.replace(draft_cache="full") if kind is model else SMALL
             spec = SpecExtend(model, kind, config)
             assert torch.equal(spec.generate(ids, max_new_tokens=40, do_sample=False), expected)
             if kind is model:
-                assert spec.stats.mean_acceptance_length > 1.5
+                assert spec.stats.mean_acceptance_length > 2
 
     @pytest.mark.parametrize("draft_cache", ["full", "window", "retrieval"])
     @pytest.mark.parametrize("shape", ["opt", "top_k", "fixed"])
@@ -100,7 +98,9 @@ class TestGreedyEqualsGenerate:
 class TestIdenticalDraft:
     def test_accepts_to_full_depth(self, target):
         """The target as its own draft agrees with itself (O11, catches position and mask errors)."""
-        config = SMALL.replace(draft_cache="full", tree_shape="top_k", tree_depth=4)
+        config = SMALL.replace(
+            draft_cache="full", tree_shape="top_k", tree_nodes=4, tree_width=1, tree_top_k=1
+        )
         spec = SpecExtend(target, target, config)
         spec.generate(prompt(60), max_new_tokens=41, do_sample=False)
         # the first token is not a round; 40 tokens in rounds of 5
@@ -220,7 +220,7 @@ class TestSampling:
                 .softmax(-1)
             )
         joint = ((first[:, None] * second).reshape(36, 1) * third).flatten()
-        draws = 1500
+        draws = 1200
         counts = torch.zeros(216, dtype=torch.float64)
         spec = SpecExtend(model, other, SMALL.replace(tree_nodes=4, tree_depth=2, seed=None))
         torch.manual_seed(0)
@@ -546,3 +546,45 @@ def test_package_attributes():
     assert set(specextend.__all__) <= set(dir(specextend))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         specextend.nothing  # noqa: B018
+
+
+class TestLowPrecision:
+    """bf16: other kernels round differently, so output may differ at ties, and only there."""
+
+    @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_neox"])
+    def test_divergence_from_generate_only_at_ties(self, family):
+        model = tiny_model(family, dtype=torch.bfloat16)
+        exact = tiny_model(family)
+        exact.load_state_dict(model.state_dict())  # the same weights, in fp32
+        same = 0
+        for seed in range(6):
+            ids = prompt(60, seed=seed)
+            ours = SpecExtend(model, model, SMALL).generate(ids, max_new_tokens=40, do_sample=False)
+            theirs = greedy(model, ids)
+            differs = (ours != theirs)[0].nonzero()
+            if not len(differs):
+                same += 1
+                continue
+            at = int(differs[0])
+            with torch.inference_mode():
+                logits = exact(ours[:, :at]).logits[0, -1]
+            gap = (logits[ours[0, at]] - logits[theirs[0, at]]).abs()
+            # bf16 keeps 8 bits; a few layers of it move a logit by a percent of the logits' size
+            assert gap <= 0.05 * logits.abs().max(), (family, seed, at, float(gap))
+        assert same >= 1
+
+    def test_plain_and_speculative_have_the_same_bits(self):
+        """Where torch's linear layers give a row the same bits for any number of rows."""
+        model = tiny_model("llama", dtype=torch.bfloat16)
+        x = torch.randn(16, 32).bfloat16()
+        layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+        layers = [m for m in layers if m.in_features == 32]
+        if not all(
+            torch.equal(m(x)[i : i + 1], m(x[i : i + 1])) for m in layers for i in range(16)
+        ):
+            pytest.skip("this torch's bf16 matmul depends on the number of rows on this machine")
+        for seed in range(4):
+            ids = prompt(100, seed=seed)
+            plain = SpecExtend(model, None, SMALL).generate(ids, max_new_tokens=60, do_sample=False)
+            out = SpecExtend(model, model, SMALL).generate(ids, max_new_tokens=60, do_sample=False)
+            assert torch.equal(out, plain)
