@@ -248,6 +248,12 @@ SPECEXTEND_ALWAYS_INLINE Tile load_tile(const T* p) {
 SPECEXTEND_ALWAYS_INLINE Floats join(Tile a, Tile b) {
   return _mm512_insertf32x8(_mm512_castps256_ps512(a), b, 1);
 }
+
+SPECEXTEND_ALWAYS_INLINE Floats load_floats(const float* p) { return load(p); }
+template <typename T>
+SPECEXTEND_ALWAYS_INLINE Floats load_floats(const T* p) {
+  return join(load_tile(p), load_tile(p + 8));
+}
 #endif
 
 // A tile of keys x words: as loaded, register i holds kTileWords words of key i (with AVX-512, of keys

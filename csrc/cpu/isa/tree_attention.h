@@ -24,10 +24,7 @@ using namespace simd;
 
 constexpr int kBlock = kAttentionBlock;
 constexpr int kTileRows = 6;
-#ifndef PART
-#define PART 64
-#endif
-constexpr int kPart = PART;  // keys
+constexpr int kPart = 64;  // keys
 #if defined(__AVX512F__)
 constexpr int kPanel = 4;  // 6 x 4 sums, 4 of B and one of A: 29 of 32 registers
 #else
@@ -57,6 +54,18 @@ struct Float32Math {
   SPECEXTEND_ALWAYS_INLINE static void store_weights(const float* p, float* words, int n) {
     for (int i = 0; i < n; i += kLanes) store(words + i, simd::load(p + i));
   }
+#if defined(__AVX512F__)
+  template <typename T>
+  SPECEXTEND_ALWAYS_INLINE static Floats load_words(const T* p) {
+    return load_floats(p);
+  }
+  // 2 x kLanes words of the row v.
+  template <typename T>
+  SPECEXTEND_ALWAYS_INLINE static void load_value_words(const T* v, int64_t /*stride*/, Floats x[2]) {
+    x[0] = load_floats(v);
+    x[1] = load_floats(v + kLanes);
+  }
+#endif
   // Elements [begin, begin + width) of the row from[0] of `dim`; 0 past its end, or if it is null.
   template <typename T>
   SPECEXTEND_ALWAYS_INLINE static void pack_value_row(const T* const from[1], int begin, int dim,
@@ -95,20 +104,30 @@ struct BFloat16Math {
       store(words + i / 2, reinterpret_cast<Floats>(_mm512_rol_epi32(reinterpret_cast<__m512i>(pairs), 16)));
     }
   }
-  // The same for two rows: word d holds from[0][d] in its high half and from[1][d] in the low one.
-  SPECEXTEND_ALWAYS_INLINE static void pack_value_row(const BFloat16* const from[2], int begin, int dim,
-                                                      int width, float* to) {
+  SPECEXTEND_ALWAYS_INLINE static Floats load_words(const BFloat16* p) { return simd::load(p); }
+  // Two rows as words, the first one's elements in the high halves.
+  SPECEXTEND_ALWAYS_INLINE static void interleave(__m512i a, __m512i b, Floats x[2]) {
     const __m512i low = _mm512_set_epi16(15, 47, 14, 46, 13, 45, 12, 44, 11, 43, 10, 42, 9, 41, 8, 40, 7,
                                          39, 6, 38, 5, 37, 4, 36, 3, 35, 2, 34, 1, 33, 0, 32);
     const __m512i high = _mm512_set_epi16(31, 63, 30, 62, 29, 61, 28, 60, 27, 59, 26, 58, 25, 57, 24, 56,
                                           23, 55, 22, 54, 21, 53, 20, 52, 19, 51, 18, 50, 17, 49, 16, 48);
+    x[0] = reinterpret_cast<Floats>(_mm512_permutex2var_epi16(a, low, b));
+    x[1] = reinterpret_cast<Floats>(_mm512_permutex2var_epi16(a, high, b));
+  }
+  SPECEXTEND_ALWAYS_INLINE static void load_value_words(const BFloat16* v, int64_t stride, Floats x[2]) {
+    interleave(_mm512_loadu_si512(v), _mm512_loadu_si512(v + stride), x);
+  }
+  SPECEXTEND_ALWAYS_INLINE static void pack_value_row(const BFloat16* const from[2], int begin, int dim,
+                                                      int width, float* to) {
     for (int d = 0; d < width; d += 2 * kLanes) {
       const int some = dim - begin - d;
       const __mmask32 mask = some >= 32 ? ~0u : (1u << some) - 1;
       const __m512i a = _mm512_maskz_loadu_epi16(from[0] ? mask : 0, from[0] + begin + d);
       const __m512i b = _mm512_maskz_loadu_epi16(from[1] ? mask : 0, from[1] + begin + d);
-      _mm512_storeu_si512(to + d, _mm512_permutex2var_epi16(a, low, b));
-      if (d + kLanes < width) _mm512_storeu_si512(to + d + kLanes, _mm512_permutex2var_epi16(a, high, b));
+      Floats x[2];
+      interleave(a, b, x);
+      store(to + d, x[0]);
+      if (d + kLanes < width) store(to + d + kLanes, x[1]);
     }
   }
 };
@@ -155,7 +174,7 @@ SPECEXTEND_ALWAYS_INLINE void multiply_tile(const float* a, int64_t lda, const f
     for (int v = 0; v < P * NV; ++v)
       sum[r][v] = overwrite ? Floats{} : load(c + r * ldc + v * kLanes) * row_scale[r];
   const int64_t panel = int64_t(steps) * kWidth;
-#pragma GCC unroll 2
+#pragma GCC unroll 1
   for (int s = 0; s < steps; ++s) {
     Floats x[P * NV];
 #pragma GCC unroll 8
@@ -284,6 +303,86 @@ __attribute__((noinline)) void pack_values(const T* v, int64_t stride, int keys,
   }
 }
 
+#if defined(__AVX512F__)
+// Few rows read a full block once, so it is not worth packing: the same sums from registers.
+constexpr int kDirectRows = 8;
+
+template <typename Math, int R, typename T>
+__attribute__((noinline)) void direct_logits(const float* q, int words, const T* k, int64_t stride,
+                                             float* out, int64_t ldo, float scale, Prefetcher* soon) {
+  constexpr int kGroups = R <= 2 ? 4 : 2;  // of kLanes keys
+  Prefetcher ahead = *soon;
+  for (int col = 0; col < kBlock; col += kGroups * kLanes) {
+    Floats sum[R][kGroups] = {};
+    for (int w0 = 0; w0 < words; w0 += 2 * kTileWords) {
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroups; ++g) {
+#pragma GCC unroll 1
+        for (int w = w0; w < w0 + 2 * kTileWords; w += kTileWords) {  // a cache line of each key
+          Floats rows[kTileWords];
+          load_transposed<Math>(k + (col + g * kLanes) * stride + w * Math::kPerWord, stride, kLanes,
+                                kTileWords, rows);
+#pragma GCC unroll 8
+          for (int i = 0; i < kTileWords; ++i)
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r)
+              sum[r][g] = Math::multiply_add(sum[r][g], broadcast(q[r * words + w + i]), rows[i]);
+          ahead.steps(8);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroups; ++g) store(out + r * ldo + col + g * kLanes, sum[r][g] * scale);
+  }
+  *soon = ahead;
+}
+
+template <typename Math, int R, int N, typename T>
+__attribute__((noinline)) void direct_values(const float* weights, int64_t ldw, const T* v, int64_t stride,
+                                             int dim, float* out, const float* row_scale, bool overwrite,
+                                             Prefetcher* soon) {
+  Prefetcher ahead = *soon;
+  for (int d = 0; d < dim; d += N * kLanes) {
+    Floats sum[R][N];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i)
+        sum[r][i] = overwrite ? Floats{} : load(out + r * dim + d + i * kLanes) * row_scale[r];
+    for (int s = 0; s < kBlock / Math::kPerWord; ++s) {
+      Floats x[N];
+#pragma GCC unroll 4
+      for (int i = 0; i < N; i += 2)
+        Math::load_value_words(v + int64_t(s) * Math::kPerWord * stride + d + i * kLanes, stride, x + i);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Floats w = broadcast(weights[r * ldw + s]);
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i) sum[r][i] = Math::multiply_add(sum[r][i], w, x[i]);
+      }
+      ahead.steps(N);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) store(out + r * dim + d + i * kLanes, sum[r][i]);
+  }
+  *soon = ahead;
+}
+
+template <typename Math, int R, typename T>
+void direct_values_of(const float* weights, int64_t ldw, const T* v, int64_t stride, int dim, float* out,
+                      const float* row_scale, bool overwrite, Prefetcher* soon) {
+  if (R <= 2 && dim % (8 * kLanes) == 0)
+    return direct_values<Math, R <= 2 ? R : 1, 8>(weights, ldw, v, stride, dim, out, row_scale, overwrite, soon);
+  return direct_values<Math, R, R <= 6 ? 4 : 2>(weights, ldw, v, stride, dim, out, row_scale, overwrite, soon);
+}
+#else
+constexpr int kDirectRows = 0;
+#endif
+
 // Of a packed row.
 struct RowState {
   int64_t begin, end;  // positions that it sees of the line; past the prefix a mask decides, if any
@@ -311,8 +410,8 @@ struct Layout {
     q = take(int64_t(rows) * words);
     keys_packed = take(int64_t(keys) * words);
     values_packed = take(int64_t(keys) * dim / per_word + dim);
-    logits = take(int64_t(kTileRows) * keys);
-    weights = take(int64_t(kTileRows) * keys);
+    logits = take(8LL * keys);
+    weights = take(8LL * keys);
     line = take(3 * keys);
     out = take(int64_t(rows) * dim);
     total = take(int64_t(rows) * dim);
@@ -520,43 +619,43 @@ class Item {
     const int keys = int(row_end - row_begin), columns = round_up(keys, kLanes);
     const int prefix_keys = int(max_of(0, min_of(prefix_ - at, kBlock)));
     soon_ = next_block(row_begin);
+    const T* k = k_ + row_begin * p_.k_stride_s;
+    const T* v = v_ + row_begin * p_.v_stride_s;
+    const int rows = item_.num_rows;
     const int tree_begin = int(prefix_ - row_begin);
+    if (rows <= kDirectRows && !gathered && keys == kBlock && p_.head_dim % (4 * kLanes) == 0) {
+#if defined(__AVX512F__)
+      direct_logits_of(rows, k);
+      for (int i = 0; i < rows; ++i) soften_row(i, i, at, columns, prefix_keys, tree_begin, gathered);
+      direct_values_of(rows, v);
+#endif
+      empty_ = false;
+      return;
+    }
     const uint64_t* live = gathered ? live_ : nullptr;
     // Rows of one tile pass over what is packed once: in parts that stay in the L1 cache. Else all is
     // packed for the tiles to share. The order of the sums is the same.
-    const int tiles = (item_.num_rows + kTileRows - 1) / kTileRows;
+    const int tiles = (rows + kTileRows - 1) / kTileRows;
     const int part = tiles == 1 ? kPart : columns;
     for (int tile = 0; tile < tiles; ++tile) {
-      const int i0 = int(int64_t(tile) * item_.num_rows / tiles);
-      const int rows = int(int64_t(tile + 1) * item_.num_rows / tiles) - i0;
+      const int i0 = int(int64_t(tile) * rows / tiles), n_rows = int(int64_t(tile + 1) * rows / tiles) - i0;
       const float* q = q_ + int64_t(i0) * layout_.words;
       for (int j = 0; j < keys; j += part) {
         const int n = int(min_of(part, keys - j)), n_columns = int(min_of(part, columns - j));
         if (tile == 0)
-          pack_keys<Math>(k_ + (row_begin + j) * p_.k_stride_s, p_.k_stride_s, n, n_columns, layout_.words,
-                          keys_, &soon_);
-        multiply<Math>(rows, q, layout_.words, keys_, layout_.words, n_columns, logits_ + j, layout_.keys,
+          pack_keys<Math>(k + j * p_.k_stride_s, p_.k_stride_s, n, n_columns, layout_.words, keys_, &soon_);
+        multiply<Math>(n_rows, q, layout_.words, keys_, layout_.words, n_columns, logits_ + j, layout_.keys,
                        logit_scale_, nullptr, true, &soon_);
       }
-      for (int r = 0; r < rows; ++r) {
-        const float* logits = logits_ + int64_t(r) * layout_.keys;
-        float* weights = weights_ + int64_t(r) * layout_.keys;
-        if (gathered) {
-          soften_gathered(i0 + r, at, logits, prefix_keys, tree_begin, columns);
-        } else {
-          const RowState& s = state_[i0 + r];
-          soften(i0 + r, at, logits, int(max_of(0, s.begin - at)), int(min_of(columns, s.end - at)), columns,
-                 prefix_keys);
-        }
-        Math::store_weights(line_, weights, columns);
-      }
+      for (int r = 0; r < n_rows; ++r)
+        soften_row(i0 + r, r, at, columns, prefix_keys, tree_begin, gathered);
       for (int j = 0; j < keys; j += part) {
         const int n = int(min_of(part, keys - j));
         if (tile == 0)
-          pack_values<Math>(v_ + (row_begin + j) * p_.v_stride_s, p_.v_stride_s, n, p_.head_dim,
-                            tree_begin - j, live, values_, &soon_);
+          pack_values<Math>(v + j * p_.v_stride_s, p_.v_stride_s, n, p_.head_dim, tree_begin - j, live,
+                            values_, &soon_);
         constexpr float kOnes[kTileRows] = {1.f, 1.f, 1.f, 1.f, 1.f, 1.f};
-        multiply<Math>(rows, weights_ + j / Math::kPerWord, layout_.keys, values_,
+        multiply<Math>(n_rows, weights_ + j / Math::kPerWord, layout_.keys, values_,
                        (n + Math::kPerWord - 1) / Math::kPerWord, layout_.dim,
                        out_ + int64_t(i0) * layout_.dim, layout_.dim, 1.f, j == 0 ? row_scale_ + i0 : kOnes,
                        empty_ && j == 0, &soon_);
@@ -564,6 +663,55 @@ class Item {
     }
     empty_ = false;
   }
+
+  // From row r of the logits to row r of the weights, for row i of the item.
+  void soften_row(int i, int r, int64_t at, int columns, int prefix_keys, int tree_begin, bool gathered) {
+    const float* logits = logits_ + int64_t(r) * layout_.keys;
+    if (gathered) {
+      soften_gathered(i, at, logits, prefix_keys, tree_begin, columns);
+    } else {
+      const RowState& s = state_[i];
+      soften(i, at, logits, int(max_of(0, s.begin - at)), int(min_of(columns, s.end - at)), columns,
+             prefix_keys);
+    }
+    Math::store_weights(line_, weights_ + int64_t(r) * layout_.keys, columns);
+  }
+
+#if defined(__AVX512F__)
+  template <int R>
+  void direct_logits_rows(const T* k) {
+    direct_logits<Math, R>(q_, layout_.words, k, p_.k_stride_s, logits_, layout_.keys, logit_scale_, &soon_);
+  }
+  template <int R>
+  void direct_values_rows(const T* v) {
+    attention::direct_values_of<Math, R>(weights_, layout_.keys, v, p_.v_stride_s, layout_.dim, out_,
+                                         row_scale_, empty_, &soon_);
+  }
+  void direct_logits_of(int rows, const T* k) {
+    switch (rows) {
+      case 1: return direct_logits_rows<1>(k);
+      case 2: return direct_logits_rows<2>(k);
+      case 3: return direct_logits_rows<3>(k);
+      case 4: return direct_logits_rows<4>(k);
+      case 5: return direct_logits_rows<5>(k);
+      case 6: return direct_logits_rows<6>(k);
+      case 7: return direct_logits_rows<7>(k);
+      default: return direct_logits_rows<8>(k);
+    }
+  }
+  void direct_values_of(int rows, const T* v) {
+    switch (rows) {
+      case 1: return direct_values_rows<1>(v);
+      case 2: return direct_values_rows<2>(v);
+      case 3: return direct_values_rows<3>(v);
+      case 4: return direct_values_rows<4>(v);
+      case 5: return direct_values_rows<5>(v);
+      case 6: return direct_values_rows<6>(v);
+      case 7: return direct_values_rows<7>(v);
+      default: return direct_values_rows<8>(v);
+    }
+  }
+#endif
 
   // The block after that of the cache rows from `row` on, as far as this item reads it.
   Prefetcher next_block(int64_t row) const {
