@@ -514,6 +514,15 @@ def info(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_isa() -> None:
+    """Have SPECEXTEND_CPU_ISA read while an error in it can be told as one."""
+    try:
+        _C.cpu_isa()
+    except RuntimeError as error:
+        text = str(error).splitlines()[0]
+        raise ValueError(text[text.find("SPECEXTEND_CPU_ISA") :]) from error
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns 0, 1 for a failure, 2 for bad usage, 130 if interrupted."""
     parser = make_parser()
@@ -525,6 +534,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.threads < 1:
                 parser.error(f"--threads must be at least 1, got {args.threads}")
             torch.set_num_threads(args.threads)
+        _check_isa()
         return args.run(args)
     except KeyboardInterrupt:
         sys.stderr.write("specextend: interrupted\n")

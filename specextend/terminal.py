@@ -146,6 +146,8 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._ids = list(before[-8:])
         self._start, self._end = 0, len(self._ids)  # tokens before `end` have been written
+        while self._end and self._decode(0, self._end).endswith("\ufffd"):
+            self._end -= 1  # half a character, which the first token may complete
 
     def _decode(self, first: int, last: int | None = None) -> str:
         return self._tokenizer.decode(
@@ -203,7 +205,7 @@ class LiveText:
 
     def end(self) -> None:
         self._write(self._detokenizer.end(), None)
-        if self._output is not None and not self.text.endswith("\n"):
+        if self._output is not None and self.text and not self.text.endswith("\n"):
             self._output.write("\n")
 
     def _write(self, text: str, style: str | None) -> None:

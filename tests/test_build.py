@@ -1,0 +1,111 @@
+"""What was built, and that every op has all of its parts."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import specextend
+from specextend import _C, ops, reference
+
+ROOT = Path(__file__).parents[1]
+OPS = sorted(path.stem for path in (ROOT / "csrc/ops").glob("*.cpp"))
+
+
+def python(code: str, *options: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, *options, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+class TestModule:
+    def test_versions(self):
+        project = (ROOT / "pyproject.toml").read_text()
+        version = re.search(r'^version = "(.*)"$', project, re.MULTILINE)[1]
+        assert _C.version == specextend.__version__ == version
+        assert re.match(r"\d+\.\d+", _C.torch_version)
+
+    def test_cuda(self):
+        assert isinstance(_C.has_cuda, bool) and isinstance(_C.has_sm90a, bool)
+        archs = _C.cuda_archs.split(";") if _C.cuda_archs else []
+        assert all(re.fullmatch(r"\d+a?(-real|-virtual)?", arch) for arch in archs)
+        assert bool(archs) == _C.has_cuda
+        assert _C.has_cuda or not _C.has_sm90a
+
+    def test_cpu_isas(self):
+        assert _C.cpu_isas()[0] == "baseline"
+        assert _C.cpu_isa() in _C.cpu_isas()
+
+    def test_alone_it_registers_the_ops(self):
+        """Without the loop, and without transformers, which takes seconds to import."""
+        names = sorted(OPS)
+        ran = python(
+            "import specextend._C, sys, torch\n"
+            f"for name in {names}: getattr(torch.ops.specextend, name)\n"
+            "print(*(m for m in ('transformers', 'specextend.decode') if m in sys.modules))"
+        )
+        assert (ran.returncode, ran.stdout.strip()) == (0, ""), ran.stderr
+
+
+class TestImportErrors:
+    @pytest.fixture
+    def package(self, tmp_path):
+        """The package's first file alone, with no compiled module beside it."""
+        folder = tmp_path / "specextend"
+        folder.mkdir()
+        (folder / "__init__.py").write_text((ROOT / "specextend/__init__.py").read_text())
+        return folder
+
+    def import_it(self, package: Path) -> str:
+        ran = python("import specextend", cwd=package.parent)
+        assert ran.returncode == 1
+        return ran.stderr.splitlines()[-1]
+
+    def test_missing(self, package):
+        text = self.import_it(package)
+        assert text.startswith("ImportError: specextend's compiled module is missing")
+        assert "pip install ." in text
+
+    def test_stale(self, package):
+        (package / "_C.py").write_text("version = '0.0.9'\n")
+        text = self.import_it(package)
+        assert text.startswith(
+            "ImportError: specextend's compiled module is stale: it was built for"
+        )
+        assert "0.0.9" in text and specextend.__version__ in text
+
+
+@pytest.mark.parametrize("name", OPS)
+class TestParts:
+    """The same word names an op in all of its places."""
+
+    def test_function(self, name):
+        function = getattr(ops, name)
+        assert name in ops.__all__
+        assert function.__module__ == f"specextend.ops.{name}"
+        assert "Args:" in function.__doc__
+
+    def test_reference(self, name):
+        assert callable(getattr(reference, name))
+
+    def test_tests(self, name):
+        assert (ROOT / f"tests/test_{name}.py").exists()
+
+    def test_cpu_kernel_and_fake(self, name):
+        registered = torch._C._dispatch_has_kernel_for_dispatch_key
+        overloads = [f"specextend::{name}"]
+        overloads += [
+            f"specextend::{name}.{overload}"
+            for overload in getattr(torch.ops.specextend, name).overloads()
+            if overload != "default"
+        ]
+        for overload in overloads:
+            assert registered(overload, "CPU"), overload
+            assert (
+                registered(overload, "Meta")
+                or torch._library.simple_registry.singleton.find(overload).fake_impl.kernel
+            ), overload

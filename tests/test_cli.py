@@ -1,0 +1,462 @@
+"""The command line, on tiny random models."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+
+import specextend
+from specextend import SpecConfig, cli, terminal
+
+TEXT = "def area(width, height):\n    return width * height\n\n\ndef volume("
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+# Small enough for prompts of a hundred bytes to be retrieved from.
+SMALL = "--chunk-size 8 --budget 32 --recent-chunks 1 --gate off --dtype float32".split()
+
+
+def byte_tokenizer(shift: int = 0) -> PreTrainedTokenizerFast:
+    """One token per byte; id 0 ends a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {c: 1 + (i + shift) % 256 for i, c in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab={"<end>": 0, **vocab}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Models of one vocabulary: target, draft; "other" speaks another; "mamba" has no attention."""
+    root = tmp_path_factory.mktemp("models")
+    tokenizer = byte_tokenizer()
+    tiny_model(vocab_size=257).save_pretrained(root / "target")
+    tiny_model(vocab_size=257, seed=1, hidden_size=16, head_dim=8).save_pretrained(root / "draft")
+    for name in ("target", "draft"):
+        tokenizer.save_pretrained(root / name)
+    tiny_model(vocab_size=257).save_pretrained(root / "other")
+    byte_tokenizer(shift=3).save_pretrained(root / "other")
+    tiny_model(vocab_size=257).save_pretrained(root / "talker")
+    talking = byte_tokenizer()
+    talking.chat_template = TEMPLATE
+    talking.save_pretrained(root / "talker")
+    config = MambaConfig(vocab_size=257, hidden_size=16, num_hidden_layers=1, state_size=4)
+    MambaForCausalLM(config).save_pretrained(root / "mamba")
+    tokenizer.save_pretrained(root / "mamba")
+    return root
+
+
+@pytest.fixture
+def run(folder, capsys, monkeypatch):
+    """Runs a command on the tiny pair; returns exit status, standard output, standard error."""
+
+    def call(command, *arguments, stdin="", pair=("target", "draft")):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        options = []
+        if pair:
+            options = ["--target", str(folder / pair[0]), "--draft", str(folder / pair[1]), *SMALL]
+        try:
+            code = cli.main([*command.split(), *options, *map(str, arguments)])
+        except SystemExit as exit:
+            code = exit.code
+        captured = capsys.readouterr()
+        assert "\x1b" not in captured.out + captured.err  # not a terminal
+        return code, captured.out, captured.err
+
+    return call
+
+
+def greedy(text: str, n: int) -> list[int]:
+    ids = torch.tensor([byte_tokenizer()(text).input_ids])
+    model = tiny_model(vocab_size=257)
+    return model.generate(ids, max_new_tokens=n, do_sample=False)[0, ids.shape[1] :].tolist()
+
+
+class TestGenerate:
+    def test_text_and_statistics(self, run):
+        code, out, err = run("generate", "--prompt", TEXT, "--max-new-tokens", 20)
+        assert code == 0
+        expected = byte_tokenizer().decode(greedy(TEXT, 20), clean_up_tokenization_spaces=False)
+        assert out == expected + "\n" * (not expected.endswith("\n"))
+        assert re.fullmatch(
+            r"20 tokens \| [\d.]+ tokens/s \| mean acceptance length [\d.]+ \| "
+            rf"prefill of {len(TEXT)} tokens [\d.]+ s \+ draft [\d.]+ s\n",
+            err,
+        )
+
+    def test_json(self, run):
+        code, out, err = run("generate", "--json", "--max-new-tokens", 25, stdin=TEXT)
+        result = json.loads(out)
+        assert (code, err) == (0, "")
+        assert result["tokens"] == greedy(TEXT, 25)
+        assert result["text"] == byte_tokenizer().decode(result["tokens"])
+        assert result["stats"]["num_emitted_tokens"] == 25
+        assert result["stats"]["num_prompt_tokens"] == len(TEXT)
+        assert result["stats"]["num_retrievals"] > 0
+        assert (result["dtype"], result["seed"]) == ("float32", None)
+
+    def test_prompt_file(self, run, tmp_path):
+        (tmp_path / "prompt.txt").write_text(TEXT)
+        outputs = [
+            run("generate", "--json", "--max-new-tokens", 8, *source, stdin=stdin)[1]
+            for source, stdin in (
+                (["--prompt", TEXT], ""),
+                (["--prompt-file", tmp_path / "prompt.txt"], ""),
+                (["--prompt-file", "-"], TEXT),
+                ([], TEXT),
+            )
+        ]
+        assert len({tuple(json.loads(out)["tokens"]) for out in outputs}) == 1
+
+    def test_plain_decoding(self, run, folder):
+        arguments = ("--target", folder / "target", "--draft", "none", *SMALL)
+        code, out, err = run(
+            "generate", *arguments, "--json", "--max-new-tokens", 12, stdin=TEXT, pair=None
+        )
+        result = json.loads(out)
+        assert result["tokens"] == greedy(TEXT, 12) and result["draft"] is None
+        assert result["stats"]["num_draft_tokens"] == 0
+
+    def test_compare(self, run):
+        arguments = ("--compare", "--max-new-tokens", 15)
+        code, out, err = run("generate", *arguments, stdin=TEXT)
+        assert code == 0
+        assert re.search(
+            r"\nplain decoding [\d.]+ tokens/s \| speed-up [\d.]+ \| identical: yes\n", err
+        )
+        plain = json.loads(run("generate", "--json", *arguments, stdin=TEXT)[1])["plain"]
+        assert plain["identical"] and plain["tokens"] == greedy(TEXT, 15)
+
+    def test_difference_is_an_error(self, run, monkeypatch):
+        """Plain decoding that writes something else, for the comparison to find."""
+        stream = specextend.SpecExtend.stream
+
+        def wrong(self, *args, **kwargs):
+            for i, step in enumerate(stream(self, *args, **kwargs)):
+                if self.draft is None and i == 3:
+                    step.tokens[0] = 200
+                yield step
+
+        monkeypatch.setattr(specextend.SpecExtend, "stream", wrong)
+        arguments = ("--compare", "--max-new-tokens", 15)
+        code, out, err = run("generate", *arguments, stdin=TEXT)
+        assert code == 1 and "identical: no" in err
+        assert re.search(
+            r"error: new token 3 is .+ \(\d+\), but .+ \(200\) with plain decoding", err
+        )
+        code, out, err = run("generate", "--json", *arguments, stdin=TEXT)
+        assert code == 1 and json.loads(out)["plain"]["identical"] is False
+
+    @pytest.mark.parametrize(
+        "options",
+        ["--temperature 0.8", "--top-k 20", "--top-p 0.9", "--min-p 0.02", "--temperature 0.6"
+         " --top-k 50 --repetition-penalty 1.2"],
+    )  # fmt: skip
+    def test_sampling(self, run, options):
+        def draw(*more):
+            code, out, _ = run(
+                "generate", "--json", "--compare", "--max-new-tokens", 24, *options.split(), *more,
+                stdin=TEXT,
+            )  # fmt: skip
+            assert code == 0
+            return json.loads(out)
+
+        first, again, other = draw("--seed", 5), draw("--seed", 5), draw("--seed", 6)
+        assert first["plain"]["identical"] and first["seed"] == 5
+        assert first["tokens"] == again["tokens"] != other["tokens"]
+        unseeded = draw()
+        assert draw("--seed", unseeded["seed"])["tokens"] == unseeded["tokens"]
+
+    def test_stop(self, run):
+        text = byte_tokenizer().decode(greedy(TEXT, 30))
+        stop = re.search("[!-~]{2}", text[5:])[0]
+        code, out, _ = run("generate", "--json", "--stop", stop, stdin=TEXT)
+        expected = text[: text.index(stop) + 2]
+        assert code == 0 and json.loads(out)["text"] == expected
+
+    def test_chat_template(self, run):
+        arguments = ("--json", "--chat", "--max-new-tokens", 9)
+        code, out, _ = run("generate", *arguments, stdin=TEXT, pair=("talker", "draft"))
+        assert json.loads(out)["tokens"] == greedy(f"<user>{TEXT}<assistant>", 9)
+
+    def test_interrupted(self, run, monkeypatch):
+        def interrupt(self, tokens, num_accepted=0):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(terminal.LiveText, "add", interrupt)
+        code, out, err = run("generate", stdin=TEXT)
+        assert (code, err) == (130, "specextend: interrupted\n")
+
+
+class TestChat:
+    def test_turns(self, run):
+        """Turns pile up until /reset."""
+        arguments = ("--max-new-tokens", 6, "--highlight")
+        code, out, err = run("chat", *arguments, stdin="one\n\ntwo\n/reset\none\n")
+        assert code == 0
+        tokenizer = byte_tokenizer()
+        first = tokenizer.decode(greedy("one\n", 6))
+        second = tokenizer.decode(greedy(f"one\n{first}two\n", 6))
+        lines = "".join(t + "\n" * (not t.endswith("\n")) for t in (first, second, first))
+        assert out == lines and err.count("6 tokens |") == 3
+
+    def test_template(self, run):
+        arguments = ("--max-new-tokens", 6, "--system", "brief")
+        code, out, _ = run("chat", *arguments, stdin="one\n", pair=("talker", "draft"))
+        text = byte_tokenizer().decode(greedy("<system>brief<user>one<assistant>", 6))
+        assert code == 0 and out == text + "\n" * (not text.endswith("\n"))
+
+
+class TestInfo:
+    def test_text(self, run):
+        code, out, err = run("info", pair=None)
+        assert code == 0 and f"specextend       {specextend.__version__}\n" in out
+        assert f"in use: {specextend._C.cpu_isa()}" in out and torch.__version__ in out
+
+    def test_json(self, run):
+        facts = json.loads(run("info", "--json", pair=None)[1])
+        assert facts["specextend"] == specextend.__version__
+        assert facts["cpu_isa"] in facts["cpu_isas"]
+        assert bool(facts["cuda_archs"]) == specextend._C.has_cuda
+        assert facts["threads"] == torch.get_num_threads()
+
+
+class TestOptions:
+    def test_every_field_has_an_option_with_its_text(self):
+        sections, texts = cli.config_docs()
+        names = [field.name for field in dataclasses.fields(SpecConfig)]
+        assert sorted(texts) == sorted(names)
+        assert set(sections.values()) == {"Tree", "Draft's context", "Running"}
+        assert all(len(text) > 10 and "``" not in text for text in texts.values())
+
+    def test_help(self, run):
+        code, out, _ = run("generate", "--help", pair=None)
+        words = " ".join(out.split())
+        assert code == 0
+        for field in dataclasses.fields(SpecConfig):
+            assert f"--{field.name.replace('_', '-')}" in out
+        assert "nodes of each level that the draft expands (the beam)." in words
+
+    def test_values(self):
+        args = cli.make_parser().parse_args(
+            "generate --tree-shape fixed --tree-widths 2,3 --no-tree-attention "
+            "--draft-prefill-window none --prefill-chunk 7 --tree-threshold 0.5 --score-layers=-2"
+            .split()
+        )  # fmt: skip
+        assert cli.config_from(args) == SpecConfig(
+            tree_shape="fixed", tree_widths=(2, 3), tree_attention=False,
+            draft_prefill_window=None, prefill_chunk=7, tree_threshold=0.5, score_layers=(-2,),
+        )  # fmt: skip
+
+    def test_untouched(self):
+        assert cli.config_from(cli.make_parser().parse_args(["chat"])) == SpecConfig()
+
+
+class TestErrors:
+    """One line, 2 for bad usage and 1 for failure."""
+
+    @pytest.mark.parametrize(
+        "arguments, text",
+        [
+            ("", "a command is wanted: generate, chat, demo or info"),
+            ("sing", "invalid choice: 'sing'"),
+            ("generate --tree-nodes x", "argument --tree-nodes: invalid int value: 'x'"),
+            ("generate --tree-widths 2,x", "invalid comma-separated integers value: '2,x'"),
+            ("generate --prompt a --tree-nodes 0", "tree_nodes must be at least 1, got 0"),
+            ("generate --prompt a --budget 33", "budget must be a positive multiple of chunk_size"),
+            ("generate --prompt a --target here", "--target needs --draft"),
+            ("generate --prompt a --threads 0", "--threads must be at least 1, got 0"),
+            ("generate --prompt a --prompt-file b", "not allowed with argument --prompt"),
+            ("generate --temperature -1 PAIR", "--temperature must not be negative, got -1"),
+            ("generate --temperature 0 --top-k 3 PAIR", "no meaning with --temperature 0"),
+            ("generate --max-new-tokens 0 PAIR", "--max-new-tokens must be at least 1, got 0"),
+        ],
+    )  # fmt: skip
+    def test_usage(self, run, folder, arguments, text):
+        pair = f"--prompt a --target {folder / 'target'} --draft {folder / 'draft'}"
+        command, *rest = arguments.replace("PAIR", pair).split() or [""]
+        code, out, err = run(command, *rest, pair=None)
+        assert code == 2 and out == ""
+        assert err.startswith("specextend: error: ") and err.count("\n") == 1 and text in err
+
+    @pytest.mark.parametrize(
+        "arguments, pair, text",
+        [
+            ("--prompt-file /nowhere/prompt.txt", ("target", "draft"), "/nowhere/prompt.txt"),
+            ("--prompt a", ("target", "other"), "must have the same tokenizer: id"),
+            ("--prompt a", ("mamba", "draft"), "MambaForCausalLM is not supported"),
+            ("--prompt a", ("target", "nothing"), "there is no folder"),
+            ("--prompt a --chat", ("target", "draft"), "no chat template"),
+            ("--prompt-file /dev/null", ("target", "draft"), "the prompt is empty"),
+            (f"--prompt {'a' * 500}", ("target", "draft"), "has 512 positions, but the"),
+            ("--prompt a --score-layers 9", ("target", "draft"), "score_layers must be in [-2, 2)"),
+        ],
+    )  # fmt: skip
+    def test_failures(self, run, arguments, pair, text):
+        code, out, err = run("generate", *arguments.split(), pair=pair)
+        assert code == 1 and out == ""
+        assert err.startswith("specextend: error: ") and err.count("\n") == 1 and text in err
+
+    def test_damaged_checkpoint(self, run, folder, tmp_path):
+        for file in (folder / "target").iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        (tmp_path / "config.json").write_text("{")
+        code, _, err = run(
+            "generate", "--prompt", "a", "--target", tmp_path, "--draft", tmp_path, pair=None
+        )
+        assert code == 1 and err.startswith("specextend: error: ") and err.count("\n") == 1
+
+
+def test_as_a_program(folder):
+    """`python -m specextend`, and a reader that goes away."""
+    command = [sys.executable, "-m", "specextend", "generate", "--prompt", TEXT]
+    command += ["--target", str(folder / "target"), "--draft", str(folder / "draft"), *SMALL]
+    process = subprocess.Popen(
+        [*command, "--max-new-tokens", "50", "--threads", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert len(process.stdout.read(1)) == 1
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    assert process.wait() == 1 and "Traceback" not in err and "BrokenPipe" not in err
+
+
+# ---- what a stream can show ----------------------------------------------------------------------
+
+
+class Screen(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def screen(monkeypatch):
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    return Screen()
+
+
+class TestOutput:
+    def test_colour_on_a_terminal_only(self, screen):
+        terminal.Output(screen).write("yes", "accepted")
+        assert screen.getvalue() == "\x1b[32myes\x1b[0m"
+        pipe = io.StringIO()
+        terminal.Output(pipe).write("yes", "accepted")
+        assert pipe.getvalue() == "yes"
+
+    @pytest.mark.parametrize("name, value", [("NO_COLOR", "1"), ("TERM", "dumb")])
+    def test_no_colour(self, screen, monkeypatch, name, value):
+        monkeypatch.setenv(name, value)
+        terminal.Output(screen).write("yes", "accepted")
+        assert screen.getvalue() == "yes"
+
+    def test_control_characters_do_not_reach_a_terminal(self, screen):
+        terminal.Output(screen).write("a\x1b[2J\tb\n\r\x9b")
+        assert screen.getvalue() == "a\ufffd[2J\tb\n\ufffd\ufffd"
+        pipe = io.StringIO()
+        terminal.Output(pipe).write("a\x1b[2J")
+        assert pipe.getvalue() == "a\x1b[2J"
+
+    def test_table(self, screen, monkeypatch):
+        header, rows = (
+            ["", "tokens /s", "length"],
+            [["plain", "1.0", "1.00"], ["tree", "12.5", "3"]],
+        )
+        pipe = io.StringIO()
+        terminal.Output(pipe).table(header, rows)
+        assert pipe.getvalue() == (
+            "       tokens\n           /s  length\nplain     1.0    1.00\ntree     12.5       3\n"
+        )
+        monkeypatch.setenv("COLUMNS", "20")
+        monkeypatch.setenv("NO_COLOR", "1")
+        terminal.Output(screen).table(header, rows)
+        assert screen.getvalue() == (
+            "           plain  tree\n"
+            "tokens /s    1.0  12.5\n"
+            "length      1.00     3\n"
+        )  # fmt: skip
+
+
+class TestMeter:
+    @pytest.fixture
+    def clock(self, monkeypatch):
+        now = [0.0]
+        monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+        return now
+
+    def test_lines_now_and_then(self, clock):
+        stream = io.StringIO()
+        with terminal.Meter(terminal.Output(stream), "tree") as meter:
+            for done in range(0, 4001, 100):
+                clock[0] = done / 200
+                meter("draft_prefill", done, 4000)
+                meter("short", done, 2047)
+        assert stream.getvalue() == "".join(
+            f"tree: draft prefill: {done:,} of 4,000 tokens\n" for done in (1000, 2000, 3000, 4000)
+        )
+
+    def test_bar_on_a_terminal(self, clock, screen):
+        output = terminal.Output(screen)
+        meter = terminal.Meter(output)
+        for done in (0, 2000, 4000):
+            clock[0] += 1
+            meter("prefill", done, 4000)
+        assert "prefill" in screen.getvalue() and "2,000 of 4,000 tokens" in screen.getvalue()
+        meter.close()
+        assert screen.getvalue().endswith("\x1b[2K")  # nothing of it stays
+        meter("prefill", 0, 4000)
+        meter.close()
+
+
+class TestDetokenizer:
+    TEXT = "naïve – 日本語, \N{SLIGHTLY SMILING FACE} end"
+
+    def test_whole_characters_only(self):
+        tokenizer = byte_tokenizer()
+        ids = tokenizer(self.TEXT).input_ids
+        assert len(ids) == len(self.TEXT.encode())
+        detokenizer = terminal.Detokenizer(tokenizer, ids[:3])
+        pieces = [detokenizer.add(token) for token in ids[3:]]
+        assert "".join(pieces) == self.TEXT[2:]  # the prompt ended inside of the third character
+        assert not any("\ufffd" in piece for piece in pieces)
+        assert detokenizer.end() == ""
+
+    def test_unfinished_character_comes_at_the_end(self):
+        tokenizer = byte_tokenizer()
+        ids = tokenizer("a日").input_ids
+        detokenizer = terminal.Detokenizer(tokenizer)
+        pieces = [detokenizer.add(token) for token in ids[:-1]]
+        assert pieces == ["a", "", ""] and detokenizer.end() == "\ufffd"
+
+    def test_text_is_kept_without_an_output(self):
+        tokenizer = byte_tokenizer()
+        live = terminal.LiveText(None, tokenizer)
+        live.add(tokenizer(self.TEXT).input_ids, 3)
+        live.end()
+        assert live.text == self.TEXT
+
+
+def test_unknown_instruction_set():
+    """Read when it is used, and told in a line."""
+    environment = {**os.environ, "SPECEXTEND_CPU_ISA": "abacus"}
+    ran = subprocess.run(
+        [sys.executable, "-m", "specextend", "info"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 1 and ran.stderr.startswith("specextend: error: SPECEXTEND_CPU_ISA")
