@@ -11,11 +11,9 @@ INF, NAN = torch.inf, torch.nan
 
 def lse_of(logits: torch.Tensor, prefix: int, chunk_size: int, num_chunks: int):
     """Of [..., keys] logits, the first `prefix` in chunks: (chunk_lse [..., C], lse [...])."""
-    chunk_lse = torch.full((*logits.shape[:-1], num_chunks), -INF, dtype=logits.dtype)
-    for c in range(num_chunks):
-        chunk = logits[..., c * chunk_size : min((c + 1) * chunk_size, prefix)]
-        if chunk.shape[-1]:
-            chunk_lse[..., c] = chunk.logsumexp(-1)
+    padded = logits.new_full((*logits.shape[:-1], num_chunks * chunk_size), -INF)
+    padded[..., :prefix] = logits[..., :prefix]
+    chunk_lse = padded.unflatten(-1, (num_chunks, chunk_size)).logsumexp(-1)
     return chunk_lse, logits.logsumexp(-1)
 
 
@@ -64,9 +62,7 @@ def test_against_the_dense_softmax(reduce, device):
         chunk_lse, lse = lse_of(logits, prefix, chunk_size, num_chunks)
         rows = torch.tensor([1], dtype=torch.int32)
         prefix_lens = torch.tensor([prefix], dtype=torch.int32)
-        got = score(
-            chunk_lse, lse, rows, prefix_lens, device, chunk_size=chunk_size, reduce=reduce
-        )
+        got = score(chunk_lse, lse, rows, prefix_lens, device, chunk_size=chunk_size, reduce=reduce)
         probs = logits[0, 1].softmax(-1)
         mass = torch.zeros(6, num_chunks, dtype=torch.float64)
         for key in range(prefix + tree):
@@ -272,9 +268,7 @@ def test_keys(chunk_size, dtype, device):
     for seed, (heads, kv_heads, dim, capacity) in enumerate(
         [(4, 2, 64, 90), (1, 1, 8, 3), (6, 2, 80, 1), (8, 1, 128, 1300), (3, 3, 256, 257)]
     ):
-        case = random_keys(
-            seed, dtype, heads=heads, kv_heads=kv_heads, dim=dim, capacity=capacity
-        )
+        case = random_keys(seed, dtype, heads=heads, kv_heads=kv_heads, dim=dim, capacity=capacity)
         got = check_keys(*case, device=device, chunk_size=chunk_size)
         torch.testing.assert_close(got.sum(-1), torch.ones(2), rtol=0, atol=1e-4)
         check_keys(*case, device=device, chunk_size=chunk_size, reduce="max")

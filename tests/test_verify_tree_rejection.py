@@ -216,8 +216,9 @@ def test_no_law_no_token(device):
     nan = torch.nan
     assert single([9], [-1], [[nan, 1, 0]], [[1, 0, 0]], [0], [0.5], device)[2:] == [[-1], -1]
     assert single([9], [-1], [[0, 0, 0]], [[1, 0, 0]], [0], [0.5], device)[3] == -1
-    got = single([9, 0], [-1, 0], [[nan] * 3] * 2, [[1, 0, 0]] * 2, [0, 0.5], [0.5, 0.5], device)
-    assert got == [[0, -1], 0, [-1, -1], -1]
+    for law in ([nan] * 3, [0.2, 0.3, nan]):
+        got = single([9, 0], [-1, 0], [law] * 2, [[1, 0, 0]] * 2, [0, 0.5], [0.5, 0.5], device)
+        assert got == [[0, -1], 0, [-1, -1], -1]
 
 
 def test_nothing_left_by_rounding(device):

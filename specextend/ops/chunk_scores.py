@@ -38,9 +38,7 @@ def chunk_scores(
 
     Nothing is read on the host.
     """
-    return _chunk_scores(
-        chunk_lse, lse, rows, prefix_lens, chunk_size=chunk_size, reduce=reduce
-    )
+    return _chunk_scores(chunk_lse, lse, rows, prefix_lens, chunk_size=chunk_size, reduce=reduce)
 
 
 @torch.library.register_fake("specextend::chunk_scores")
@@ -98,8 +96,6 @@ def chunk_scores_keys(
 
 
 @torch.library.register_fake("specextend::chunk_scores.keys")
-def _(
-    q, k, rows, lens, *, chunk_size, scale=None, softcap=0.0, window=0, reduce="mean"
-):
+def _(q, k, rows, lens, *, chunk_size, scale=None, softcap=0.0, window=0, reduce="mean"):
     num_chunks = (k.shape[1] + chunk_size - 1) // chunk_size
     return q.new_empty(q.shape[0], num_chunks, dtype=torch.float32)
