@@ -59,13 +59,16 @@ class _Clock(BaseStreamer):
     def __init__(self, meter: Meter, total: int):
         self.times: list[float] = []
         self._meter, self._total = meter, total
-        self._is_prompt = True
+        self._prompt = 0
 
     def put(self, value: Tensor) -> None:
-        if self._is_prompt:
-            self._is_prompt = False
+        if not self._prompt:
+            self._prompt = value.numel()
+            self._meter("prefill", 0, self._prompt)
             return
         self.times.append(time.perf_counter())
+        if len(self.times) == 1:
+            self._meter("prefill", self._prompt, self._prompt)
         self._meter("decoding", len(self.times), self._total)
 
     def end(self) -> None:
@@ -104,7 +107,6 @@ class Demonstration:
         model, prompt = self.pair[0], self.ids.shape[1]
         with Meter(self.notes, HUGGING_FACE, least=1) as meter:
             clock = _Clock(meter, self.new)
-            meter("decoding", 0, self.new)
             start = time.perf_counter()
             out = model.generate(self.ids, max_new_tokens=self.new, do_sample=False, streamer=clock)
         first, last = clock.times[0], clock.times[-1]
@@ -258,8 +260,8 @@ def _write_notes(out: Output, target, tokens: int, new: int) -> None:
     threads = torch.get_num_threads()
     out.line()
     out.line("tokens /s: decoding alone, from the first token on; accept. length: tokens per")
-    out.line("forward of the target; target prefill to draft: seconds. Every way ran once, with")
-    out.line("its own prefill; no gate stopped speculation where it did not pay.")
+    out.line("forward of the target; target prefill to draft: seconds. Every way ran once,")
+    out.line("with its own prefill; no gate stopped speculation where it did not pay.")
     out.line(
         f"{_processor()}, {threads} thread{'s' * (threads != 1)}, {_C.cpu_isa()}, {_dtype(target)}"
         f" | specextend {__version__}, torch {torch.__version__}, "
