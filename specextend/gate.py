@@ -25,8 +25,8 @@ class Gate:
 
     Speculation starts at ``depth``. Every ``PROBE`` th round is plain, to know what that costs.
     After ``PATIENCE`` rounds that were slower, per token, than plain decoding, trees lose a level; a
-    tree of one level that loses becomes ``REST`` plain rounds, then speculation is tried again, with
-    twice the rest if it loses again. Trees that win grow back.
+    tree of one level that loses becomes ``REST`` plain rounds, then speculation is tried again.
+    Trees that win grow back. Every loss doubles the wait before the next such try.
 
     Args:
         depth: levels of a full tree.
@@ -36,7 +36,7 @@ class Gate:
     PATIENCE = 6
     PROBE = 64
     REST = 16
-    MAX_REST = 256
+    MAX_WAIT = 256
 
     def __init__(self, depth: int, enabled: bool):
         self.max_depth = depth
@@ -47,6 +47,7 @@ class Gate:
         self._rounds = 0
         self._resting = 0
         self._rest = self.REST
+        self._growth = self.PATIENCE  # rounds that a depth must win before a deeper one is tried
 
     def next_depth(self) -> int:
         """Levels for the next tree."""
@@ -70,13 +71,15 @@ class Gate:
             return
         if self._token.value <= self._plain.value:
             self._rest = self.REST
-            if self.depth < self.max_depth:
+            if self.depth < self.max_depth and self._token.count >= self._growth:
                 self._change(self.depth + 1)
         elif self.depth > 1:
+            self._growth = min(2 * self._growth, self.MAX_WAIT)
             self._change(self.depth - 1)
         else:
             self._resting = self._rest
-            self._rest = min(2 * self._rest, self.MAX_REST)
+            self._rest = min(2 * self._rest, self.MAX_WAIT)
+            self._growth = self.PATIENCE
             self._change(self.max_depth)
 
     def _change(self, depth: int) -> None:

@@ -1,0 +1,136 @@
+"""Trees grown by a draft against enumeration of all its continuations."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from specextend import SpecConfig
+from specextend.tree import Tree, grow_tree
+
+V = 5
+
+
+class ToyDraft:
+    """A draft whose next token depends on the whole path, so that a wrong parent or mask shows."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self.paths: list[list[int]] = []  # of each key so far
+        self.calls = []
+
+    def row(self, path) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(hash((self.seed, *path)) % 2**31)
+        return 2 * torch.randn(V, generator=generator)
+
+    def root(self) -> torch.Tensor:
+        return self.row(())[None, None]
+
+    def step(self, tokens, level, mask, num_keys):
+        first = num_keys - tokens.shape[1]
+        self.paths = self.paths[:first]
+        for slot, token in enumerate(tokens[0].tolist()):
+            bits = [
+                sum((int(w) >> (j % 64)) & 1 for w in [mask[0, slot, j // 64]])
+                for j in range(first)
+            ]
+            seen = [j for j in range(first) if bits[j]]
+            path = [self.paths[j][-1] for j in sorted(seen, key=lambda j: len(self.paths[j]))]
+            assert len(path) == level and [len(self.paths[j]) for j in seen] == [
+                *range(1, level + 1)
+            ]
+            self.paths.append([*path, token])
+        self.calls.append((level, num_keys))
+        return torch.stack([self.row(tuple(p)) for p in self.paths[first:]])[None]
+
+    def logp(self, path) -> float:
+        return sum(float(self.row(tuple(path[:i])).log_softmax(-1)[t]) for i, t in enumerate(path))
+
+
+def grow(config: SpecConfig, depth: int, seed: int = 0) -> tuple[Tree, ToyDraft]:
+    draft = ToyDraft(seed)
+    return grow_tree(torch.tensor([[3]]), draft.root(), draft.step, config, depth), draft
+
+
+def paths_of(tree: Tree) -> list[tuple[int, ...]]:
+    paths = [()]
+    for node in range(1, tree.num_nodes):
+        parent = int(tree.parents[0, node])
+        assert 0 <= parent < node
+        paths.append((*paths[parent], int(tree.tokens[0, node])))
+        assert int(tree.depths[0, node]) == len(paths[-1])
+    return paths[1:]
+
+
+def check_mask(tree: Tree) -> None:
+    """Rows are the ancestors of a node and itself (I5)."""
+    for node in range(tree.num_nodes):
+        expected, at = set(), node
+        while at >= 0:
+            expected.add(at)
+            at = int(tree.parents[0, at])
+        row = tree.mask[0, node].tolist()
+        assert {j for j in range(64 * len(row)) if (row[j // 64] >> (j % 64)) & 1} == expected
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("nodes", [1, 4, 12, 70])
+def test_best_nodes_of_all_paths(seed, nodes):
+    """With a beam that keeps everything, the tree is the best n of all paths (O10)."""
+    depth = 3
+    config = SpecConfig(tree_nodes=nodes, tree_depth=depth, tree_top_k=V, tree_width=V**3)
+    tree, draft = grow(config, depth, seed)
+    everything = [p for d in range(1, depth + 1) for p in itertools.product(range(V), repeat=d)]
+    best = sorted(everything, key=lambda p: -draft.logp(p))[:nodes]
+    assert sorted(paths_of(tree)) == sorted(best)
+    assert tree.tokens[0, 0] == 3 and tree.depth == depth
+    check_mask(tree)
+    before = sorted((draft.logp(p) for p in everything if len(p) < depth), reverse=True)[:nodes]
+    gain = sum(torch.tensor([draft.logp(p) for p in best]).exp()) - sum(torch.tensor(before).exp())
+    torch.testing.assert_close(tree.gain[0], gain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_beam_follows_the_best(seed):
+    """Each level expands the best nodes of the one before, and no others."""
+    config = SpecConfig(tree_nodes=9, tree_depth=4, tree_top_k=3, tree_width=2)
+    tree, draft = grow(config, 4, seed)
+    beam = [()]
+    offered = []
+    for _ in range(4):
+        children = []
+        for path in beam:
+            top = draft.row(path).topk(3).indices.tolist()
+            children += [(*path, t) for t in top]
+        offered += children
+        beam = sorted(children, key=lambda p: -draft.logp(p))[:2]
+    best = sorted(offered, key=lambda p: -draft.logp(p))[:9]
+    assert sorted(paths_of(tree)) == sorted(best)
+    assert draft.calls == [(0, 2), (1, 4), (2, 6)]
+    check_mask(tree)
+
+
+def test_fixed_widths():
+    config = SpecConfig(tree_shape="fixed", tree_widths=(2, 3, 4))
+    tree, draft = grow(config, 3)
+    assert tree.depths[0].bincount().tolist() == [1, 2, 3, 4]
+    assert draft.calls == [(0, 2), (1, 5)]
+    check_mask(tree)
+    shallow, _ = grow(config, 2)
+    assert shallow.depths[0].bincount().tolist() == [1, 2, 3]
+
+
+def test_more_than_64_keys():
+    config = SpecConfig(tree_nodes=100, tree_depth=3, tree_top_k=V, tree_width=100)
+    tree, _ = grow(config, 3)
+    assert tree.mask.shape == (1, 101, 2)
+    check_mask(tree)
+
+
+def test_root_only():
+    tree = Tree.root_only(torch.tensor([[7]]))
+    assert tree.num_nodes == 1 and tree.depth == 0 and tree.gain is None
+    assert tree.parents.tolist() == [[-1]] and tree.depths.tolist() == [[0]]
+    check_mask(tree)
