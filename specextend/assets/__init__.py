@@ -23,6 +23,12 @@ HELD_OUT = (
     "statistics.py",
 )
 MIN_CHARS = 72_000  # about 18,000 tokens of the embedded tokenizer
+# In ipaddress.py the IPv6 classes repeat the IPv4 ones, 7,000 tokens after them. A prompt that ends
+# here has both to look back at.
+DEMO_END = """class IPv6Interface(IPv6Address):
+
+    def __init__(self, address):
+"""
 
 
 def target_path() -> Path:
@@ -70,3 +76,23 @@ def demo_document(min_chars: int = MIN_CHARS) -> tuple[str, str]:
             f"demo_document: none of {', '.join(HELD_OUT)} is in {sysconfig.get_path('stdlib')}"
         )
     return " + ".join(names), text
+
+
+def demo_prompt(tokenizer, tokens: int = 16_000) -> tuple[str, list[int]]:
+    """The prompt of the demonstration: `tokens` tokens up to where copying from afar helps.
+
+    Where this Python's module does not have that place, or has too little text before it, the
+    prompt is the beginning of `demo_document` instead.
+
+    Returns:
+        The name of the document, and token ids.
+    """
+    name, text = demo_document()
+    ids = tokenizer(text[: text.find(DEMO_END) + len(DEMO_END)])["input_ids"]
+    if DEMO_END in text and len(ids) >= tokens:
+        return name, ids[-tokens:]
+    name, text = demo_document(max(MIN_CHARS, 5 * tokens))
+    ids = tokenizer(text)["input_ids"]
+    if len(ids) < tokens:
+        raise ValueError(f"demo_prompt: {name} has {len(ids)} tokens, {tokens} are wanted")
+    return name, ids[:tokens]
