@@ -24,8 +24,8 @@ class Gate:
     """Chooses the depth of the next tree; 0 is plain decoding.
 
     Speculation starts at ``depth``. Every ``PROBE`` th round is plain, to know what that costs.
-    After ``PATIENCE`` rounds that were slower, per token, than plain decoding, trees lose a level; a
-    tree of one level that loses becomes ``REST`` plain rounds, then speculation is tried again.
+    After ``PATIENCE`` rounds that were slower, per token, than plain decoding, trees lose a level;
+    a tree of one level that loses becomes ``REST`` plain rounds, then speculation is tried again.
     Trees that win grow back. Every loss doubles the wait before the next such try.
 
     Args:

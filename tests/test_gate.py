@@ -6,7 +6,7 @@ from specextend.gate import Gate
 
 
 def run(gate: Gate, rounds: int, plain: float, cost, tau) -> list[int]:
-    """Depths that the gate chose, where a tree of depth d costs ``cost(d)`` for ``tau(d)`` tokens."""
+    """Depths that the gate chose; a tree of depth d costs ``cost(d)`` for ``tau(d)`` tokens."""
     depths = []
     for _ in range(rounds):
         depth = gate.next_depth()

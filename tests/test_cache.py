@@ -1,0 +1,110 @@
+"""What lies in the caches after many rounds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import prompt, tiny_model
+
+import specextend.decode
+from specextend import SpecConfig, SpecExtend
+from specextend.attention import Pass, PatchedModel
+from specextend.cache import KVCache
+
+CONFIG = SpecConfig(
+    draft_cache="full", gate="off", tree_nodes=9, tree_depth=4, prefill_chunk=32, seed=0,
+    chunk_size=8, budget=32, recent_chunks=1, retrieve_every=2, draft_prefill_window=16,
+)  # fmt: skip
+
+
+@pytest.fixture
+def generations(monkeypatch):
+    """The states of the generations that a test runs."""
+    kept = []
+    original = specextend.decode._Generation.__init__
+
+    def keep(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        kept.append(self)
+
+    monkeypatch.setattr(specextend.decode._Generation, "__init__", keep)
+    return kept
+
+
+def fresh_cache(model, ids: torch.Tensor) -> KVCache:
+    """Keys and values of one forward over ``ids``."""
+    cache = KVCache(model.config.num_hidden_layers, ids.shape[1], 1, model.device)
+    positions = torch.arange(ids.shape[1])[None]
+    with torch.inference_mode():
+        PatchedModel(model).forward(
+            ids, positions, Pass(cache, [(cache, cache.lens)], ids.shape[1])
+        )
+    cache.advance(ids.shape[1])
+    return cache
+
+
+def assert_same(cache: KVCache, expected: KVCache, length: int) -> None:
+    for ours, theirs in zip(cache.layers, expected.layers, strict=True):
+        for a, b in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+            torch.testing.assert_close(a[:, :, :length], b[:, :, :length], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [dict(do_sample=False), dict(do_sample=True, top_k=0)], ids=str)
+def test_rounds_keep_the_caches_right(generations, options):
+    """After a thousand tokens of trees and compactions: the keys of a forward over the text (O15)."""
+    size = dict(max_position_embeddings=2048)
+    target, draft = tiny_model("llama", **size), tiny_model("llama", seed=1, **size)
+    drafts = []
+    spec = SpecExtend(target, draft, CONFIG)
+    spec.draft.end = lambda: drafts.append(spec.draft._full)
+    out = spec.generate(prompt(60), max_new_tokens=1000, **options)
+    cache = generations[0].cache
+    # All but the last token, which is decided but was not run, and what was cut.
+    length = out.shape[1] - 1
+    assert int(cache.lens) == cache.length >= length
+    assert_same(cache, fresh_cache(target, out[:, :length]), length)
+    seen = min(drafts[0].length, length)
+    assert seen > length - 20
+    assert_same(drafts[0], fresh_cache(draft, out[:, :seen]), seen)
+    assert torch.equal(generations[0].ids[:, : length + 1], out)
+
+
+def test_working_cache_holds_the_selected_chunks():
+    """Values bit for bit; keys of recent chunks too; older keys rotated to compact positions."""
+    draft, target = tiny_model("llama", seed=1), tiny_model("llama")
+    config = CONFIG.replace(draft_cache="retrieval")
+    spec = SpecExtend(target, draft, config)
+    checked = []
+    gather = spec.draft._gather
+
+    def checking(ids):
+        gather(ids)
+        full, work = spec.draft._full, spec.draft._work
+        chosen = [i for i in ids[0].tolist() if i >= 0]
+        rows = torch.cat([torch.arange(8 * i, min(8 * i + 8, full.length)) for i in chosen])
+        assert len(rows) == work.length == int(work.lens) <= 32
+        for ours, theirs in zip(work.layers, full.layers, strict=True):
+            assert torch.equal(ours.values[:, :, : len(rows)], theirs.values[:, :, rows])
+            stay = [j for j, row in enumerate(rows.tolist()) if full.length - row == len(rows) - j]
+            assert stay and torch.equal(ours.keys[:, :, stay], theirs.keys[:, :, rows[stay]])
+        checked.append(chosen)
+
+    spec.draft._gather = checking
+    spec.generate(prompt(150), max_new_tokens=40, do_sample=False)
+    assert len(checked) > 5 and all(c[0] == 0 and len(c) == 4 for c in checked)
+
+
+def test_overflow_is_an_error():
+    cache = KVCache(1, 4, 1, torch.device("cpu"))
+    cache.advance(4)
+    with pytest.raises(RuntimeError, match="holds 4 tokens, but 5 are needed"):
+        cache.advance(1)
+    assert cache.length == 4 and int(cache.lens) == 4
+
+
+def test_bytes():
+    cache = KVCache(2, 10, 1, torch.device("cpu"))
+    assert cache.num_bytes == 0
+    for layer in cache.layers:
+        layer.lazy_initialization(torch.zeros(1, 3, 1, 8), torch.zeros(1, 3, 1, 16))
+    assert cache.num_bytes == 2 * 10 * 3 * (8 + 16) * 4
