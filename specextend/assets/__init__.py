@@ -25,10 +25,7 @@ HELD_OUT = (
 MIN_CHARS = 72_000  # about 18,000 tokens of the embedded tokenizer
 # In ipaddress.py the IPv6 classes repeat the IPv4 ones, 7,000 tokens after them. A prompt that ends
 # here has both to look back at.
-DEMO_END = """class IPv6Interface(IPv6Address):
-
-    def __init__(self, address):
-"""
+DEMO_END = "class IPv6Interface(IPv6Address):\n\n    def __init__(self, address):"
 
 
 def target_path() -> Path:
