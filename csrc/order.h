@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "math.h"
+#include "host_device.h"
 
 namespace specextend {
 

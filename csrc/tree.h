@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "math.h"
+#include "host_device.h"
 
 namespace specextend {
 

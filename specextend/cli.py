@@ -476,7 +476,7 @@ def facts() -> dict:
     """What was built, and what it runs on."""
     from . import assets
 
-    archs = [arch.removesuffix("-real") for arch in _C.cuda_archs.split(";") if arch]
+    archs = [arch.removesuffix("-real") for arch in _C.cuda_archs.split(",") if arch]
     if _C.has_sm90a:
         archs.append("90a")
     return {

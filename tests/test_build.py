@@ -31,7 +31,7 @@ class TestModule:
 
     def test_cuda(self):
         assert isinstance(_C.has_cuda, bool) and isinstance(_C.has_sm90a, bool)
-        archs = _C.cuda_archs.split(";") if _C.cuda_archs else []
+        archs = _C.cuda_archs.split(",") if _C.cuda_archs else []
         assert all(re.fullmatch(r"\d+a?(-real|-virtual)?", arch) for arch in archs)
         assert bool(archs) == _C.has_cuda
         assert _C.has_cuda or not _C.has_sm90a

@@ -75,7 +75,19 @@ def test_a_path_in_place_moves_nothing(device):
 
 @pytest.mark.parametrize(
     ("prefix", "num_accepted"),
-    [(15, 4), (19, 4), (20, 4), (2**31 - 1, 4), (-1, 4), (-(2**31), 4), (3, -1), (3, -7), (3, 99)],
+    [
+        (4, 4),
+        (11, 4),
+        (15, 4),
+        (19, 4),
+        (20, 4),
+        (2**31 - 1, 4),
+        (-1, 4),
+        (-(2**31), 4),
+        (3, -1),
+        (3, -7),
+        (3, 99),
+    ],
 )
 def test_nothing_outside_is_touched(prefix, num_accepted, device):
     for layout in LAYOUTS:

@@ -259,6 +259,30 @@ def test_far_positions(interleaved, device):
     torch.testing.assert_close(work[0, 4:].double(), want, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_ties_round_to_even(dtype, device):
+    """A rotation whose cosine is 3/4 takes every other number to the middle between two."""
+    inv_freq = torch.full((1, 16), 0.75).acos()
+    assert (inv_freq.double().cos().float() == 0.75).all()
+    keys = torch.zeros(1, 2, 1, 32, dtype=dtype, device=device)
+    keys[..., :16] = 1 + torch.arange(16, device=device) * torch.finfo(dtype).eps
+    work = torch.zeros(1, 1, 1, 32, dtype=dtype, device=device)
+    ids, counts, lens = (int32(x, device) for x in ([[1]], [1], [2]))
+    ops.gather_chunks(
+        [keys],
+        [keys],
+        [work],
+        [work.clone()],
+        ids,
+        counts,
+        lens,
+        inv_freq.to(device),
+        chunk_size=1,
+    )
+    want = keys[:, :1, :, :16].float() * 0.75
+    assert (want != want.to(dtype)).any() and same_bits(work[..., :16].contiguous(), want.to(dtype))
+
+
 @pytest.mark.parametrize(
     ("ids", "count", "length", "work_len"),
     [

@@ -5,7 +5,7 @@
 
 #include "cpu/cpu.h"
 #include "cpu/kv_copy.h"
-#include "kv.h"
+#include "kv_rows.h"
 
 namespace specextend::cpu {
 namespace {

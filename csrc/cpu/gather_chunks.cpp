@@ -7,13 +7,13 @@
 #include "cpu/cpu.h"
 #include "cpu/isa.h"
 #include "cpu/kv_copy.h"
-#include "kv.h"
+#include "kv_rows.h"
 
 namespace specextend::cpu {
 namespace {
 
-// Cosines and sines for one distance and one set of frequencies. A chunk needs one table for all its
-// rows and heads; neighbouring chunks, and layers of the same frequencies, need the same again.
+// Cosines and sines for one distance and one set of frequencies. A chunk needs one table for all
+// its rows and heads; neighbouring chunks, and layers of the same frequencies, need the same again.
 class RotationTable {
  public:
   explicit RotationTable(int pairs) : cos_(size_t(pairs)), sin_(size_t(pairs)) {}
@@ -89,7 +89,8 @@ void gather_chunks(const GatherChunksParams& p, DType dtype) {
   int64_t bytes = 0;  // of a row of all layers
   for (int i = 0; i < p.num_layers; ++i) {
     const GatherLayer& layer = p.layers[i];
-    bytes += layer.num_kv_heads[0] * layer.row_bytes[0] + layer.num_kv_heads[1] * layer.row_bytes[1];
+    bytes +=
+        layer.num_kv_heads[0] * layer.row_bytes[0] + layer.num_kv_heads[1] * layer.row_bytes[1];
   }
   const int64_t chunk_bytes = std::min(int64_t(p.chunk_size), p.capacity) * bytes / p.num_layers;
   const int64_t grain = 1 + kCopyGrainBytes / std::max<int64_t>(1, chunk_bytes);

@@ -14,8 +14,8 @@ inline char* kv_row(const KvRows& t, int64_t b, int64_t row, int64_t head) {
   return static_cast<char*>(t.data) + b * t.stride_b + row * t.stride_s + head * t.stride_h;
 }
 
-// Copies `rows` rows of all heads of sequence b. What lies side by side on both sides, the heads of a
-// row or the rows of a head, moves as one.
+// Copies `rows` rows of all heads of sequence b. What lies side by side on both sides, the heads of
+// a row or the rows of a head, moves as one.
 inline void copy_rows(const KvRows& to, int64_t to_row, const KvRows& from, int64_t from_row,
                       int64_t b, int64_t rows, int64_t heads, int64_t bytes) {
   auto is_packed = [bytes](int64_t to_stride, int64_t from_stride) {

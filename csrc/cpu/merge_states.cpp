@@ -3,7 +3,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "cpu/cpu.h"
-#include "math.h"
+#include "merge.h"
 
 namespace specextend::cpu {
 namespace {
@@ -19,12 +19,7 @@ void run(const MergeStatesParams& p) {
       const T* a = static_cast<const T*>(p.o_a) + row * p.head_dim;
       const T* b = static_cast<const T*>(p.o_b) + row * p.head_dim;
       T* o = static_cast<T*>(p.o) + row * p.head_dim;
-      for (int d = 0; d < p.head_dim; ++d) {
-        // An empty side may hold anything: its weight is 0, its value must not become NaN * 0.
-        const float x = w.a == 0.f ? 0.f : w.a * float(a[d]);
-        const float y = w.b == 0.f ? 0.f : w.b * float(b[d]);
-        o[d] = T(x + y);
-      }
+      for (int d = 0; d < p.head_dim; ++d) o[d] = T(merge_values(w, float(a[d]), float(b[d])));
       p.lse[row] = w.lse;
     }
   });
@@ -34,9 +29,12 @@ void run(const MergeStatesParams& p) {
 
 void merge_states(const MergeStatesParams& p, DType dtype) {
   switch (dtype) {
-    case DType::kFloat32: return run<float>(p);
-    case DType::kFloat16: return run<c10::Half>(p);
-    case DType::kBFloat16: return run<c10::BFloat16>(p);
+    case DType::kFloat32:
+      return run<float>(p);
+    case DType::kFloat16:
+      return run<c10::Half>(p);
+    case DType::kBFloat16:
+      return run<c10::BFloat16>(p);
   }
 }
 

@@ -1,3 +1,4 @@
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -7,6 +8,11 @@
 #include "check.h"
 #include "cpu/cpu.h"
 #include "ops/kv.h"
+#ifdef SPECEXTEND_HAS_CUDA
+#include "kv_rows.h"
+#include "launch.h"
+#include "stream.h"
+#endif
 
 namespace specextend {
 namespace {
@@ -15,7 +21,8 @@ constexpr const char* kOp = "compact_kv";
 
 void check(const std::vector<Tensor>& caches, const Tensor& prefix_lens, const Tensor& path,
            const Tensor& num_accepted) {
-  STD_TORCH_CHECK(!caches.empty(), kOp, ": caches must hold at least one tensor, got an empty list");
+  STD_TORCH_CHECK(!caches.empty(), kOp,
+                  ": caches must hold at least one tensor, got an empty list");
   for (size_t i = 0; i < caches.size(); ++i) {
     const std::string name = "caches[" + std::to_string(i) + "]";
     const Tensor &t = caches[i], &first = caches[0];
@@ -60,6 +67,8 @@ std::vector<CompactKvParams> group(const std::vector<Tensor>& caches, const Tens
       p.row_bytes *= p.num_kv_heads;
       p.num_kv_heads = 1;
     }
+    if (p.num_kv_heads == 1) p.stride_h = 0;
+    if (p.batch == 1) p.stride_b = 0;
     auto g = std::find_if(groups.begin(), groups.end(), [&p](const CompactKvParams& other) {
       return other.num_caches < kMaxCaches && is_alike(p, other);
     });
@@ -77,11 +86,40 @@ void compact_kv_cpu(const std::vector<Tensor>& caches, const Tensor& prefix_lens
   }
 }
 
+#ifdef SPECEXTEND_HAS_CUDA
+cudaError_t launch(const CompactKvParams& p, [[maybe_unused]] int32_t device, cudaStream_t stream) {
+#ifdef SPECEXTEND_HAS_SM90A
+  if (compact_alignment(p) == 16 && has_compute_capability(device, 9, 0)) {
+    return launch_compact_kv_sm90(p, stream);
+  }
+#endif
+  return launch_compact_kv(p, stream);
+}
+
+void compact_kv_cuda(const std::vector<Tensor>& caches, const Tensor& prefix_lens,
+                     const Tensor& path, const Tensor& num_accepted) {
+  check(caches, prefix_lens, path, num_accepted);
+  const int32_t device = caches[0].get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+  for (const CompactKvParams& p : group(caches, prefix_lens, path, num_accepted)) {
+    check_launch(kOp, launch(p, device, stream));
+  }
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(specextend, m) {
-  m.def("compact_kv(Tensor(a!)[] caches, Tensor prefix_lens, Tensor path, Tensor num_accepted) -> ()");
+  m.def(
+      "compact_kv(Tensor(a!)[] caches, Tensor prefix_lens, Tensor path, Tensor num_accepted) -> "
+      "()");
 }
 STABLE_TORCH_LIBRARY_IMPL(specextend, CPU, m) { m.impl("compact_kv", TORCH_BOX(&compact_kv_cpu)); }
+#ifdef SPECEXTEND_HAS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(specextend, CUDA, m) {
+  m.impl("compact_kv", TORCH_BOX(&compact_kv_cuda));
+}
+#endif
 
 }  // namespace specextend

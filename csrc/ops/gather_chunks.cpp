@@ -20,8 +20,9 @@ using Tensors = std::vector<Tensor>;
 // Layers of k_full, which the other lists are compared with, or of another list.
 void check_layers(const char* name, const Tensors& layers, const Tensors& k_full,
                   const char* letters) {
-  STD_TORCH_CHECK(layers.size() == k_full.size(), kOp, ": ", name, " must have one tensor per layer ",
-                  "as k_full has (", k_full.size(), "), got ", layers.size());
+  STD_TORCH_CHECK(layers.size() == k_full.size(), kOp, ": ", name,
+                  " must have one tensor per layer ", "as k_full has (", k_full.size(), "), got ",
+                  layers.size());
   for (size_t i = 0; i < layers.size(); ++i) {
     const std::string label = name + ("[" + std::to_string(i) + "]");
     const Tensor& t = layers[i];

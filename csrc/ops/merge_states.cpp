@@ -31,8 +31,8 @@ void check_lse(const char* name, const Tensor& lse, const char* o_name, const Te
   check_contiguous(kOp, name, lse);
   bool ok = lse.dim() == o.dim() - 1;
   for (int64_t i = 0; ok && i < lse.dim(); ++i) ok = lse.size(i) == o.size(i);
-  STD_TORCH_CHECK(ok, kOp, ": ", name, " must have the shape of ", o_name, " without its last dimension ",
-                  shape_string(o), ", got ", shape_string(lse));
+  STD_TORCH_CHECK(ok, kOp, ": ", name, " must have the shape of ", o_name,
+                  " without its last dimension ", shape_string(o), ", got ", shape_string(lse));
 }
 
 // Everything that does not depend on the device: checks, allocation, parameters.
@@ -50,34 +50,43 @@ Prepared prepare(const Tensor& o_a, const Tensor& lse_a, const Tensor& o_b, cons
   check_same_device(kOp, "lse_a", lse_a, "o_a", o_a);
   check_same_device(kOp, "lse_b", lse_b, "o_a", o_a);
 
-  Prepared r{torch::stable::empty_like(o_a), torch::stable::empty_like(lse_a), {},
+  Prepared r{torch::stable::empty_like(o_a),
+             torch::stable::empty_like(lse_a),
+             {},
              to_dtype(o_a.scalar_type())};
-  r.params = {o_a.const_data_ptr(),          lse_a.const_data_ptr<float>(), o_b.const_data_ptr(),
-              lse_b.const_data_ptr<float>(), r.o.mutable_data_ptr(),        r.lse.mutable_data_ptr<float>(),
-              lse_a.numel(),                 int(o_a.size(o_a.dim() - 1))};
+  r.params = {o_a.const_data_ptr(),   lse_a.const_data_ptr<float>(),
+              o_b.const_data_ptr(),   lse_b.const_data_ptr<float>(),
+              r.o.mutable_data_ptr(), r.lse.mutable_data_ptr<float>(),
+              lse_a.numel(),          int(o_a.size(o_a.dim() - 1))};
   return r;
 }
 
-std::tuple<Tensor, Tensor> merge_states_cpu(const Tensor& o_a, const Tensor& lse_a, const Tensor& o_b,
-                                            const Tensor& lse_b) {
+std::tuple<Tensor, Tensor> merge_states_cpu(const Tensor& o_a, const Tensor& lse_a,
+                                            const Tensor& o_b, const Tensor& lse_b) {
   Prepared r = prepare(o_a, lse_a, o_b, lse_b);
   cpu::merge_states(r.params, r.dtype);
   return {r.o, r.lse};
 }
 
 #ifdef SPECEXTEND_HAS_CUDA
-std::tuple<Tensor, Tensor> merge_states_cuda(const Tensor& o_a, const Tensor& lse_a, const Tensor& o_b,
-                                             const Tensor& lse_b) {
-  const torch::stable::accelerator::DeviceGuard guard(o_a.get_device_index());
+std::tuple<Tensor, Tensor> merge_states_cuda(const Tensor& o_a, const Tensor& lse_a,
+                                             const Tensor& o_b, const Tensor& lse_b) {
   Prepared r = prepare(o_a, lse_a, o_b, lse_b);
+  const torch::stable::accelerator::DeviceGuard guard(o_a.get_device_index());
   const cudaStream_t stream = current_stream(o_a.get_device_index());
   cudaError_t error = cudaSuccess;
   switch (r.dtype) {
-    case DType::kFloat32: error = launch_merge_states<float>(r.params, stream); break;
-    case DType::kFloat16: error = launch_merge_states<__half>(r.params, stream); break;
-    case DType::kBFloat16: error = launch_merge_states<__nv_bfloat16>(r.params, stream); break;
+    case DType::kFloat32:
+      error = launch_merge_states<float>(r.params, stream);
+      break;
+    case DType::kFloat16:
+      error = launch_merge_states<__half>(r.params, stream);
+      break;
+    case DType::kBFloat16:
+      error = launch_merge_states<__nv_bfloat16>(r.params, stream);
+      break;
   }
-  STD_TORCH_CHECK(error == cudaSuccess, kOp, ": ", cudaGetErrorString(error));
+  check_launch(kOp, error);
   return {r.o, r.lse};
 }
 #endif
@@ -85,11 +94,16 @@ std::tuple<Tensor, Tensor> merge_states_cuda(const Tensor& o_a, const Tensor& ls
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(specextend, m) {
-  m.def("merge_states(Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b) -> (Tensor o, Tensor lse)");
+  m.def(
+      "merge_states(Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b) -> (Tensor o, Tensor lse)");
 }
-STABLE_TORCH_LIBRARY_IMPL(specextend, CPU, m) { m.impl("merge_states", TORCH_BOX(&merge_states_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(specextend, CPU, m) {
+  m.impl("merge_states", TORCH_BOX(&merge_states_cpu));
+}
 #ifdef SPECEXTEND_HAS_CUDA
-STABLE_TORCH_LIBRARY_IMPL(specextend, CUDA, m) { m.impl("merge_states", TORCH_BOX(&merge_states_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(specextend, CUDA, m) {
+  m.impl("merge_states", TORCH_BOX(&merge_states_cuda));
+}
 #endif
 
 }  // namespace specextend

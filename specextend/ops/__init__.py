@@ -4,6 +4,7 @@ Each calls ``torch.ops.specextend.<name>``, which ``import specextend._C`` alone
 reads a device-side length on the host, none synchronises, and all work under CUDA graph capture.
 """
 
+from . import cuda_missing
 from .append_kv import append_kv
 from .chunk_scores import chunk_scores, chunk_scores_keys
 from .compact_kv import compact_kv
@@ -31,3 +32,5 @@ __all__ = [
     "verify_tree",
     "verify_tree_rejection",
 ]
+
+cuda_missing.register()

@@ -3,9 +3,10 @@
 // Which row of a KV cache goes where, and how its key is rotated on the way. Shared by host and
 // device code.
 
+#include <cmath>
 #include <cstdint>
 
-#include "math.h"
+#include "host_device.h"
 #include "params.h"
 
 namespace specextend {
@@ -16,12 +17,21 @@ SPECEXTEND_HOST_DEVICE int compact_count(const CompactKvParams& p, int b) {
   return accepted < 0 ? 0 : accepted < p.path_len ? accepted + 1 : p.path_len;
 }
 
-// compact_kv: the row that goes to row P + i, or -1 where none does: node i is in its place already,
-// or is no node of this cache.
+// compact_kv: the row that goes to row P + i, or -1 where none does: node i is in its place
+// already, or is no node of this cache.
 SPECEXTEND_HOST_DEVICE int64_t compact_source(const CompactKvParams& p, int b, int i) {
   const int32_t prefix = p.prefix_lens[b], node = p.path[int64_t(b) * p.path_len + i];
   const int64_t row = int64_t(prefix) + node;
   return prefix >= 0 && node > i && row < p.capacity ? row : -1;
+}
+
+// compact_kv: the largest power of two, at most 16, that divides every address of a row and its
+// size.
+inline int compact_alignment(const CompactKvParams& p) {
+  uint64_t bits = 16 | uint64_t(p.stride_b) | uint64_t(p.stride_s) | uint64_t(p.stride_h) |
+                  uint64_t(p.row_bytes);
+  for (int i = 0; i < p.num_caches; ++i) bits |= reinterpret_cast<uintptr_t>(p.caches[i]);
+  return int(bits & (~bits + 1));
 }
 
 // append_kv: how many of the new rows have room behind the first lens[b].
