@@ -68,8 +68,7 @@ $(env): constraints.txt pyproject.toml tools/make_env.py
 # What the module was built for and with; changed only when that changes.
 $(flavour): FORCE
 	@mkdir -p build
-	@echo '$(VENV) $(SPECEXTEND_CUDA) $(CMAKE_ARGS)' | cmp -s - $@ || \
-	  echo '$(VENV) $(SPECEXTEND_CUDA) $(CMAKE_ARGS)' > $@
+	@is="$(VENV) $$SPECEXTEND_CUDA $$CMAKE_ARGS"; [ "$$is" = "$$(cat $@ 2>/dev/null)" ] || echo "$$is" > $@
 
 $(built): $(env) $(flavour) $(sources) $(if $(module),,FORCE)
 	@echo 'extension: building ($(if $(filter OFF,$(SPECEXTEND_CUDA)),CPU kernels,CUDA $(SPECEXTEND_CUDA)))'

@@ -54,14 +54,15 @@ class TestModule:
 class TestImportErrors:
     @pytest.fixture
     def package(self, tmp_path):
-        """The package's first file alone, with no compiled module beside it."""
-        folder = tmp_path / "specextend"
+        """The package's first file alone, with no compiled module beside it; under another name,
+        so that nothing installed takes its place."""
+        folder = tmp_path / "bare"
         folder.mkdir()
         (folder / "__init__.py").write_text((ROOT / "specextend/__init__.py").read_text())
         return folder
 
     def import_it(self, package: Path) -> str:
-        ran = python("import specextend", cwd=package.parent)
+        ran = python("import bare", cwd=package.parent)
         assert ran.returncode == 1
         return ran.stderr.splitlines()[-1]
 
