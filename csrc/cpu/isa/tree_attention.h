@@ -68,7 +68,8 @@ struct Float32Math {
 #endif
   // Elements [begin, begin + width) of the row from[0] of `dim`; 0 past its end, or if it is null.
   template <typename T>
-  SPECEXTEND_ALWAYS_INLINE static void pack_value_row(const T* const from[1], int begin, int dim,
+  SPECEXTEND_ALWAYS_INLINE static void pack_value_row(const T* const from[1], int begin,
+                                                      [[maybe_unused]] int dim,
                                                       int width, float* to) {
     for (int d = 0; d < width; d += kLanes) {
       const T* p = from[0] + begin + d;
@@ -672,7 +673,7 @@ class Item {
     } else {
       const RowState& s = state_[i];
       soften(i, at, logits, int(max_of(0, s.begin - at)), int(min_of(columns, s.end - at)), columns,
-             prefix_keys);
+             prefix_keys, p_.softcap > 0);
     }
     Math::store_weights(line_, weights_ + int64_t(r) * layout_.keys, columns);
   }
@@ -732,33 +733,35 @@ class Item {
     ++slots;
     float *in_line = line_ + 2 * layout_.keys, *by_slot = in_line;
     memcpy(in_line, logits, size_t(prefix_keys) * 4);
+    for (int j = 0; j < tree_keys; ++j) in_line[prefix_keys + j] = logits[tree_begin + slots[j]];
+    if (p_.softcap > 0)
+      for (int j = 0; j < keys; j += kLanes) store(in_line + j, softcapped(load(in_line + j)));
     for (int j = 0; j < prefix_keys && at + j < s.begin; ++j) in_line[j] = -INFINITY;
-    for (int j = 0; j < tree_keys; ++j) {
+    for (int j = 0; p_.window && j < tree_keys; ++j) {
       const int slot = slots[j];
-      bool seen = true;
-      if (p_.window) {
-        const int depth = p_.k_depths ? p_.k_depths[int64_t(item_.b) * p_.num_tree_keys + slot] : slot;
-        seen = prefix_ + depth >= s.begin;
-      }
-      in_line[prefix_keys + j] = seen ? logits[tree_begin + slot] : -INFINITY;
+      const int depth = p_.k_depths ? p_.k_depths[int64_t(item_.b) * p_.num_tree_keys + slot] : slot;
+      if (prefix_ + depth < s.begin) in_line[prefix_keys + j] = -INFINITY;
     }
-    soften(i, at, in_line, 0, keys, round_up(keys, kLanes), prefix_keys);
+    soften(i, at, in_line, 0, keys, round_up(keys, kLanes), prefix_keys, false);
     memset(by_slot, 0, size_t(columns) * 4);
     memcpy(by_slot, line_, size_t(prefix_keys) * 4);
     for (int j = 0; j < tree_keys; ++j) by_slot[tree_begin + slots[j]] = line_[prefix_keys + j];
     memcpy(line_, by_slot, size_t(columns) * 4);
   }
 
+  Floats softcapped(Floats logits) const { return simd::tanh(logits) * (p_.softcap * kLog2E); }
+
   // The softmax of one row over a block of its line, of which it sees [begin, end). Leaves the
   // weights in line_, and the factor for what was summed before in row_scale_.
-  void soften(int i, int64_t at, const float* logits, int begin, int end, int columns, int prefix_keys) {
+  void soften(int i, int64_t at, const float* logits, int begin, int end, int columns, int prefix_keys,
+              bool softcap) {
     RowState& s = state_[i];
     const float* x = logits;
-    if (begin > 0 || end < columns || p_.softcap > 0) {
+    if (begin > 0 || end < columns || softcap) {
       float* adjusted = line_ + layout_.keys;
       for (int j = 0; j < columns; j += kLanes) {
         Floats y = load(logits + j);
-        if (p_.softcap > 0) y = simd::tanh(y) * (p_.softcap * kLog2E);
+        if (softcap) y = softcapped(y);
         store(adjusted + j, keep_lanes(y, begin - j, end - j, -INFINITY));
       }
       x = adjusted;
