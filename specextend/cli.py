@@ -211,11 +211,13 @@ def load_pair(args: argparse.Namespace):
     Raises:
         ValueError: a model is not there, or only one of a pair was named.
     """
+    from huggingface_hub.utils import logging as hub_logging
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     from . import assets
 
+    hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     target, draft = args.target, args.draft
@@ -440,7 +442,7 @@ def chat(args: argparse.Namespace) -> int:
     while True:
         try:
             line = input("> " if interactive else "")
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             break
         if line.strip() == "/reset":
             messages, written = list(first), ""
