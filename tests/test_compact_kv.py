@@ -177,17 +177,41 @@ def test_thread_count_does_not_matter():
         assert same_bits(one.base, two.base)
 
 
-def test_offsets_beyond_32_bits():
+def test_offsets_beyond_32_bits(device):
     try:
-        memory = torch.empty(2**32 + 2**20, dtype=torch.uint8)  # touched at both ends only
+        memory = torch.empty(
+            2**32 + 2**20, dtype=torch.uint8, device=device
+        )  # touched at both ends
     except RuntimeError:
         pytest.skip("not enough address space")
     cache = memory.as_strided((2, 2**16, 1, 16), (2**32, 16, 16, 1))
-    cache[:, :20] = torch.randint(256, (2, 20, 1, 16), dtype=torch.uint8)
+    cache[:, :20] = torch.randint(256, (2, 20, 1, 16), dtype=torch.uint8, device=device)
     want = cache[:, :20].clone()
     want[0, 6], want[1, 10] = want[0, 9].clone(), want[1, 12].clone()
-    ops.compact_kv([cache], int32([5, 9]), int32([[0, 4], [0, 3]]), int32([1, 1]))
+    ops.compact_kv([cache], *(int32(x, device) for x in ([5, 9], [[0, 4], [0, 3]], [1, 1])))
     assert torch.equal(cache[:, :20], want)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_graph_replay_with_other_lengths(layout, device):
+    if device == "cpu":
+        pytest.skip("needs a GPU")
+    caches = [Guarded(layout, 2, 40, 2, 64, torch.float16, device, i) for i in range(4)]
+    wanted = [cache.twin() for cache in caches]
+    arguments = [int32(x, device) for x in ([0, 0], [[0] * 6] * 2, [0, 0])]
+    tensors = [cache.t for cache in caches]
+    ops.compact_kv(tensors, *arguments)  # moves nothing
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.compact_kv(tensors, *arguments)
+    for values in (([3, 9], [[0, 1, 4, 9, -1, -1], [0, 2, 3, 4, 5, 20]], [3, 5]), ([5, 8], [], [])):
+        for argument, value in zip(arguments, values, strict=True):
+            if value:
+                argument.copy_(int32(value, device))
+        graph.replay()
+        reference.compact_kv([cache.t for cache in wanted], *arguments)
+        for got, want in zip(caches, wanted, strict=True):
+            assert same_bits(got.base, want.base)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 2, 8), (2, 0, 2, 8), (2, 4, 0, 8), (2, 4, 2, 0)])

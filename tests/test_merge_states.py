@@ -135,6 +135,30 @@ def test_rows_do_not_depend_on_each_other(device):
         assert same_bits(alone[0], o[row]) and same_bits(alone_lse[0], lse[row])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unaligned_memory(dtype, device):
+    """Contiguous, but not where a wide load may begin."""
+    states = random_states((50, 64), dtype, device)
+    moved = [torch.empty(t.numel() + 1, dtype=t.dtype, device=device)[1:] for t in states]
+    moved = [m.view(t.shape).copy_(t) for m, t in zip(moved, states, strict=True)]
+    for one, two in zip(ops.merge_states(*states), ops.merge_states(*moved), strict=True):
+        assert same_bits(one, two)
+
+
+def test_graph_replay(device):
+    if device == "cpu":
+        pytest.skip("needs a GPU")
+    states = random_states((20, 64), torch.float16, device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.merge_states(*states)
+    for state, other in zip(states, random_states((20, 64), torch.float16, device, 1), strict=True):
+        state.copy_(other)
+    graph.replay()
+    for got, want in zip(captured, ops.merge_states(*states), strict=True):
+        assert same_bits(got, want)
+
+
 def test_thread_count_does_not_matter():
     states = random_states((3, 500, 8, 64))
     one = run_with_threads(1, lambda: ops.merge_states(*states))

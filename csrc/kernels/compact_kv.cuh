@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "kernels/grid.cuh"
 #include "kv_rows.h"
 #include "params.h"
 
@@ -11,7 +12,6 @@ namespace specextend {
 
 constexpr int kCompactThreads = 128;
 constexpr int kCompactInFlight = 8;  // rows that a thread has read and not yet written
-constexpr unsigned kMaxGridZ = 65535;
 
 // A thread moves the same bytes of all rows of the path, in path order, some rows at a time, so
 // that threads never meet: a row that is written lies before all rows still to be read, and nobody
@@ -50,8 +50,7 @@ template <typename Vector>
 cudaError_t launch_compact_kv_vectors(const CompactKvParams& p, cudaStream_t stream) {
   const int64_t columns = p.row_bytes / int64_t(sizeof(Vector)) * p.num_kv_heads;
   const dim3 grid(unsigned((columns + kCompactThreads - 1) / kCompactThreads),
-                  unsigned(p.num_caches),
-                  unsigned(p.batch) < kMaxGridZ ? unsigned(p.batch) : kMaxGridZ);
+                  unsigned(p.num_caches), grid_z(p.batch));
   compact_kv_kernel<Vector><<<grid, kCompactThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }

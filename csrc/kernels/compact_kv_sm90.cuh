@@ -12,7 +12,6 @@ namespace specextend {
 
 constexpr int kCompactSm90Rows = 16;            // rows in shared memory at a time, one per lane
 constexpr int kCompactSm90SegmentBytes = 1024;  // of each
-constexpr unsigned kCompactSm90MaxBatch = 65535;
 
 // One warp moves one segment of all rows of the path, in path order, through shared memory: the
 // copy engine reads up to 16 rows and then writes them, with one instruction per row. All reads of
@@ -20,7 +19,7 @@ constexpr unsigned kCompactSm90MaxBatch = 65535;
 // at least its index in the path). Grid: segments of all heads, caches, sequences.
 __global__ void __launch_bounds__(32)
     compact_kv_sm90_kernel(const __grid_constant__ CompactKvParams p) {
-  __shared__ alignas(128) unsigned char buffer[kCompactSm90Rows][kCompactSm90SegmentBytes];
+  alignas(128) __shared__ unsigned char buffer[kCompactSm90Rows][kCompactSm90SegmentBytes];
   __shared__ uint64_t loaded;
   const int lane = int(threadIdx.x);
   if (lane == 0) {
