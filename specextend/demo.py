@@ -199,20 +199,33 @@ def run_demo(args: argparse.Namespace) -> int:
     for row in rows[1:]:
         text = difference(pair[2], runs[row].tokens, runs[HUGGING_FACE].tokens, HUGGING_FACE)
         if text:
-            raise ValueError(f"{row}: {text}")
+            gap = _gap(pair[0], ids, runs[row].tokens, runs[HUGGING_FACE].tokens)
+            raise ValueError(f"{row}: {text}{gap}")
     return 0
 
 
 def _document(file: str | None, tokenizer, tokens: int) -> tuple[str, Tensor]:
-    """Name and first ``tokens`` tokens [1, tokens] of the document."""
-    if file is not None:
-        name, text = Path(file).name, Path(file).read_text(encoding="utf-8")
+    """Name and tokens [1, tokens] of the document."""
+    if file is None:
+        name, ids = assets.demo_prompt(tokenizer, tokens)
     else:
-        name, text = assets.demo_document(min_chars=max(assets.MIN_CHARS, 5 * tokens))
-    ids = tokenizer(text).input_ids[:tokens]
+        name, text = Path(file).name, Path(file).read_text(encoding="utf-8")
+        ids = tokenizer(text).input_ids[:tokens]
     if len(ids) < tokens:
         raise ValueError(f"{name} has {len(ids):,} tokens, {tokens:,} are wanted")
     return name, torch.tensor([ids])
+
+
+@torch.inference_mode()
+def _gap(model, ids: Tensor, ours: list[int], theirs: list[int]) -> str:
+    """How far apart the model itself sees the two tokens at which two continuations part."""
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+    if at is None:
+        return ""
+    context = torch.cat([ids, torch.tensor([theirs[:at]], dtype=ids.dtype)], 1)
+    logits = model(input_ids=context, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+    gap = (logits[ours[at]] - logits[theirs[at]]).abs().item()
+    return f"; in {_dtype(model)} their logits are {gap:.2g} apart"
 
 
 def _last_lines(tokenizer, prompt: list[int], count: int = 4) -> str:
