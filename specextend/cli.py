@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from . import _C, __version__
+from . import _C, __version__, assets
 from .config import SpecConfig
 
 # What the caller can put right is told in one line; all else is a bug, and shows itself whole.
@@ -103,6 +103,8 @@ def add_config_options(parser: argparse.ArgumentParser, without: tuple[str, ...]
 def config_from(args: argparse.Namespace, **defaults) -> SpecConfig:
     """The configuration that the options ask for."""
     given = {k[len("config_") :]: v for k, v in vars(args).items() if k.startswith("config_")}
+    if args.target is None and args.draft is None:
+        defaults = {**assets.SETTINGS, **defaults}
     try:
         return SpecConfig(**{**defaults, **given})
     except ValueError as error:
@@ -215,7 +217,6 @@ def load_pair(args: argparse.Namespace):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from . import assets
 
     hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
@@ -476,7 +477,6 @@ def demo(args: argparse.Namespace) -> int:
 
 def facts() -> dict:
     """What was built, and what it runs on."""
-    from . import assets
 
     archs = [arch.removesuffix("-real") for arch in _C.cuda_archs.split(",") if arch]
     if _C.has_sm90a:

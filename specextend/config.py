@@ -58,10 +58,10 @@ class SpecConfig:
         seed: key of the sampling noise; None: drawn from torch's default generator.
     """
 
-    tree_nodes: int = 12
+    tree_nodes: int = 8
     tree_depth: int = 5
     tree_top_k: int = 4
-    tree_width: int = 4
+    tree_width: int = 3
     tree_shape: Literal["opt", "top_k", "fixed"] = "opt"
     tree_threshold: float = 0.2
     tree_widths: tuple[int, ...] = (4, 16, 16, 16, 16)

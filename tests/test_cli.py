@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 import specextend
-from specextend import SpecConfig, cli, terminal
+from specextend import SpecConfig, assets, cli, terminal
 
 TEXT = "def area(width, height):\n    return width * height\n\n\ndef volume("
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
@@ -256,10 +256,16 @@ class TestOptions:
         assert cli.config_from(args) == SpecConfig(
             tree_shape="fixed", tree_widths=(2, 3), tree_attention=False,
             draft_prefill_window=None, prefill_chunk=7, tree_threshold=0.5, score_layers=(-2,),
+            **assets.SETTINGS,
         )  # fmt: skip
 
     def test_untouched(self):
-        assert cli.config_from(cli.make_parser().parse_args(["chat"])) == SpecConfig()
+        """The embedded pair has settings of its own; an option wins over them."""
+        parser = cli.make_parser()
+        assert cli.config_from(parser.parse_args(["chat"])) == SpecConfig(**assets.SETTINGS)
+        named = ["chat", "--target", "a", "--draft", "b"]
+        assert cli.config_from(parser.parse_args(named)) == SpecConfig()
+        assert cli.config_from(parser.parse_args(["chat", "--budget", "64"])).budget == 64
 
 
 class TestErrors:
