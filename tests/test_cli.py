@@ -265,7 +265,7 @@ class TestOptions:
         assert cli.config_from(parser.parse_args(["chat"])) == SpecConfig(**assets.SETTINGS)
         named = ["chat", "--target", "a", "--draft", "b"]
         assert cli.config_from(parser.parse_args(named)) == SpecConfig()
-        assert cli.config_from(parser.parse_args(["chat", "--budget", "64"])).budget == 64
+        assert cli.config_from(parser.parse_args(["chat", "--budget", "256"])).budget == 256
 
 
 class TestErrors:
