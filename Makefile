@@ -43,6 +43,9 @@ help:
 	@echo 'SPECEXTEND_CUDA=     AUTO, ON or OFF; default: AUTO where there is a GPU, else OFF'
 	@echo 'TORCH_INDEX=URL      an index to take torch from (now: $(TORCH_INDEX))'
 
+# Threads that wait by spinning lose a time slice each time when something else wants their core.
+test test-long: export OMP_WAIT_POLICY ?= PASSIVE
+
 demo: $(built)
 	@$(python) -m specextend demo $(ARGS)
 

@@ -217,7 +217,6 @@ def load_pair(args: argparse.Namespace):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-
     hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
