@@ -502,13 +502,13 @@ def test_calls_leave_no_trace(device):
 
 
 def test_every_instruction_set():
-    """The tests that go through all kernels, under each instruction set that this machine runs."""
-    tests = "prefixes or trees or row_invariance or head_dims or chunk_lse or window or softcap or fuzz"
+    """The tests that go through all kernels, by each instruction set that this machine runs."""
+    tests = "fuzz or row_invariance or head_dims or without_weight"
     for isa in _C.cpu_isas():
-        if isa == _C.cpu_isa() or os.environ.get("SPECEXTEND_CPU_ISA"):
+        if isa == _C.cpu_isa():
             continue
         run = subprocess.run(
-            [sys.executable, "-m", "pytest", __file__, "-x", "-k", f"({tests}) and not every_instruction_set"],
+            [sys.executable, "-m", "pytest", __file__, "-x", "-k", tests],
             env={**os.environ, "SPECEXTEND_CPU_ISA": isa},
             capture_output=True,
             text=True,
