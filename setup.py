@@ -21,14 +21,20 @@ class CMakeBuild(build_ext):
         prefix = Path(self.get_ext_fullpath(ext.name)).resolve().parents[1]
         build = Path(os.environ.get("SPECEXTEND_BUILD_DIR", self.build_temp)).resolve()
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            "cmake",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            "-G",
+            "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DSPECEXTEND_VERSION={self.distribution.get_version()}",
             f"-DSPECEXTEND_CUDA={os.environ.get('SPECEXTEND_CUDA', 'AUTO')}",
             "-DCMAKE_BUILD_TYPE=" + ("Debug" if self.debug else "Release"),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
-        env = dict(os.environ)  # a venv's cmake and ninja need not be on PATH when pip does not isolate
+        env = dict(os.environ)  # a venv's cmake and ninja need not be on PATH
         env["PATH"] = os.path.dirname(sys.executable) + os.pathsep + env.get("PATH", "")
         jobs = os.environ.get("MAX_JOBS")
         subprocess.check_call(configure, env=env)

@@ -1,10 +1,9 @@
 """Times every op against what this machine can do, and tree attention against torch's SDPA.
 
     python bench/bench_ops.py [--quick] [--filter 32/8/128] [--threads 2] [--json out.json]
-
-Numbers of one line come from one run, its contestants taking turns, so that ratios hold on a busy
-machine too; compare absolute times only between quiet ones. Shares are of the read bandwidth and the
-GEMM rate that torch reaches here, measured at the start.
+ Numbers of one line come from one run, its contestants taking turns, so that ratios hold on a busy
+machine too; compare absolute times only between quiet ones. Shares are of the read bandwidth and
+the GEMM rate that torch reaches here, measured at the start.
 """
 
 import argparse
@@ -50,12 +49,16 @@ class Machine:
         processor = platform.processor() or platform.machine()
         info = Path("/proc/cpuinfo")
         if info.exists():
-            names = [x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x]
+            names = [
+                x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x
+            ]
             processor = names[0] if names else processor
         git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         cores = len(os.sched_getaffinity(0))
-        return Machine(processor, cores, torch.get_num_threads(), _C.cpu_isa(), torch.__version__, commit)
+        return Machine(
+            processor, cores, torch.get_num_threads(), _C.cpu_isa(), torch.__version__, commit
+        )
 
     def measure(self, seconds: float) -> None:
         """Read bandwidth: a sum over 256 MiB. GEMM rate: 2048 x 2048 x 2048. The best decile."""
@@ -91,7 +94,9 @@ def random_tree(nodes: int) -> Tensor:
     return torch.tensor(parents)
 
 
-def attention_line(heads: Heads, prefix: int, rows: int, dtype: str, layout: str, chunk: int) -> Line:
+def attention_line(
+    heads: Heads, prefix: int, rows: int, dtype: str, layout: str, chunk: int
+) -> Line:
     type_ = DTYPES[dtype]
     capacity = prefix + max(BENCH_TREES)
     q = torch.randn(1, rows, heads.q, heads.dim).to(type_)
@@ -117,7 +122,9 @@ def attention_line(heads: Heads, prefix: int, rows: int, dtype: str, layout: str
     gqa = heads.q != heads.kv
     rivals = []
     for mask in masks:
-        rivals.append(lambda m=mask: F.scaled_dot_product_attention(query, keys, values, m, enable_gqa=gqa))
+        rivals.append(
+            lambda m=mask: F.scaled_dot_product_attention(query, keys, values, m, enable_gqa=gqa)
+        )
         if gqa:
             m = None if mask is None else mask.repeat(group, 1)
             rivals.append(lambda m=m: F.scaled_dot_product_attention(packed, keys, values, m))
@@ -171,7 +178,13 @@ def other_lines() -> Iterator[Callable[[], Line]]:
 
     def merge_states():
         o, lse = torch.randn(64, 32, dim).to(bf16), torch.randn(64, 32)
-        return Line("merge_states", "64x32x128", "bf16", lambda: ops.merge_states(o, lse, o, lse), 3 * o.numel() * size)
+        return Line(
+            "merge_states",
+            "64x32x128",
+            "bf16",
+            lambda: ops.merge_states(o, lse, o, lse),
+            3 * o.numel() * size,
+        )
 
     def chunk_scores():
         chunks = capacity // 32
@@ -194,7 +207,9 @@ def other_lines() -> Iterator[Callable[[], Line]]:
         scores, lens = torch.rand(1, capacity // 32), ints(capacity)
         return Line(
             "select_chunks", "32 of 512", "fp32",
-            lambda: ops.select_chunks(scores, lens, chunk_size=32, budget=32, num_sinks=1, num_recent=4),
+            lambda: ops.select_chunks(
+                scores, lens, chunk_size=32, budget=32, num_sinks=1, num_recent=4
+            ),
             scores.numel() * 4,
         )  # fmt: skip
 
@@ -327,7 +342,8 @@ def main() -> None:
     rates = ", ".join(f"{n} {r:.0f}" for n, r in machine.gemm_gflops.items())
     print(f"read {machine.read_gbs:.1f} GB/s; GEMM {rates} GFLOP/s\n")
     print(
-        f"{'op':24} | {'shape':32} | dtype | {'us (p10..p90)':32} |   GB/s | GFLOP/s | band. |  GEMM | torch / ours"
+        f"{'op':24} | {'shape':32} | dtype | {'us (p10..p90)':32} |   GB/s | GFLOP/s | band. | "
+        " GEMM | torch / ours"
     )
     results = []
     for make in (*attention_lines(arguments.quick), *other_lines()):

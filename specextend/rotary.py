@@ -80,8 +80,8 @@ def probe_rotary(model: PreTrainedModel) -> Rotary:
             if len({f.shape for f in chosen}) == 1:
                 return Rotary(torch.stack(chosen), interleaved)
     raise ValueError(
-        f"the draft {type(model).__name__} does not carry positions as rotary embeddings that could "
-        'be moved, which draft_cache="window" and "retrieval" need; use draft_cache="full"'
+        f"the draft {type(model).__name__} does not carry positions as rotary embeddings that "
+        'could be moved, which draft_cache="window" and "retrieval" need; use draft_cache="full"'
     )
 
 

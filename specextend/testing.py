@@ -35,8 +35,8 @@ def assert_within_twice(got: Tensor, exact: Tensor, plain: Tensor, eps: float = 
 def in_layout(t: Tensor, layout: str) -> Tensor:
     """A copy of ``t`` [B, S, H, D] with other strides and a unit last one.
 
-    ``"bshd"``: contiguous. ``"bhsd"``: head by head, as Hugging Face's caches. ``"sliced"``: some of
-    the heads and elements of a larger tensor, which holds NaN elsewhere.
+    ``"bshd"``: contiguous. ``"bhsd"``: head by head, as Hugging Face's caches. ``"sliced"``: some
+    of the heads and elements of a larger tensor, which holds NaN elsewhere.
     """
     batch, rows, heads, dim = t.shape
     if layout == "bshd":
@@ -82,7 +82,10 @@ class Timing:
 
 
 def time_calls(
-    *functions: Callable[[], object], seconds: float = 0.5, min_calls: int = 5, max_calls: int = 1000
+    *functions: Callable[[], object],
+    seconds: float = 0.5,
+    min_calls: int = 5,
+    max_calls: int = 1000,
 ) -> list[Timing]:
     """Wall-clock time of functions, called in turn so that a busy machine slows all of them alike.
 

@@ -51,7 +51,7 @@ def assert_same(cache: KVCache, expected: KVCache, length: int) -> None:
 
 @pytest.mark.parametrize("options", [dict(do_sample=False), dict(do_sample=True, top_k=0)], ids=str)
 def test_rounds_keep_the_caches_right(generations, options):
-    """After a thousand tokens of trees and compactions: the keys of a forward over the text (O15)."""
+    """After a thousand tokens of trees: the keys of one forward over the text (O15)."""
     size = dict(max_position_embeddings=2048)
     target, draft = tiny_model("llama", **size), tiny_model("llama", seed=1, **size)
     drafts = []

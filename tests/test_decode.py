@@ -97,7 +97,7 @@ class TestGreedyEqualsGenerate:
 
 class TestIdenticalDraft:
     def test_accepts_to_full_depth(self, target):
-        """The target as its own draft agrees with itself (O11, catches position and mask errors)."""
+        """The target as its own draft agrees with itself (O11): positions and masks are right."""
         config = SMALL.replace(
             draft_cache="full", tree_shape="top_k", tree_nodes=4, tree_width=1, tree_top_k=1
         )

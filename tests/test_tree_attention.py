@@ -189,7 +189,9 @@ def test_batch(dtype, device):
 @pytest.mark.parametrize("softcap", [0.5, 30.0])
 def test_softcap(softcap, dtype, device):
     Case((200,), 9, dtype=dtype, scale=3.0).check(device, softcap=softcap)
-    Case((200,), 1, dtype=dtype, scale=30.0, tree=False).check(device, softcap=softcap, chunk_size=8)
+    Case((200,), 1, dtype=dtype, scale=30.0, tree=False).check(
+        device, softcap=softcap, chunk_size=8
+    )
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.3, -0.2])
@@ -287,7 +289,10 @@ def test_fuzz(device, count=60):
         return choices[int(torch.randint(0, len(choices), (1,), generator=g))]
 
     for seed in range(count):
-        prefixes = [int(torch.randint(0, draw(3, 140, 1200), (1,), generator=g)) for _ in range(draw(1, 2, 3))]
+        prefixes = [
+            int(torch.randint(0, draw(3, 140, 1200), (1,), generator=g))
+            for _ in range(draw(1, 2, 3))
+        ]
         rows = draw(1, 1, 2, 3, 6, 11, 30, 70)
         keys = draw(None, None, rows + draw(1, 40), draw(0, 1, 70))
         kv = draw(1, 2, 3)
@@ -318,7 +323,7 @@ def test_long_fuzz(device):
     test_fuzz(device, 3000)
 
 
-# --- Properties of trees ---------------------------------------------------------------------------
+# --- Properties of trees ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -422,13 +427,13 @@ def test_two_parts_merged(dtype, device):
     torch.testing.assert_close(merged_lse.cpu(), lse, rtol=1e-5, atol=1e-5)
 
 
-# --- Bits --------------------------------------------------------------------------------------------
+# --- Bits -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads, dim", [((4, 1), 128), ((2, 2), 64), ((7, 1), 80), ((3, 3), 8)])
 def test_row_invariance(heads, dim, dtype):
-    """A row's bits depend on its query and the keys it sees, in their order, and on nothing else."""
+    """A row's bits depend on its query and the keys it sees, in order, and on nothing else."""
     for prefix in (0, 100, 127, 1020):
         case = Case((prefix,), 37, heads=heads, dim=dim, dtype=dtype, seed=prefix)
         got = case.run(chunk_size=32)
@@ -447,12 +452,16 @@ def test_row_invariance(heads, dim, dtype):
             # Plain decoding: all ancestors are in the prefix, nothing lies between them.
             path = case.visible[0, row].nonzero().flatten()
             slots = torch.cat([torch.arange(prefix), prefix + path])
-            k, v = (torch.nn.functional.pad(t[:, slots], (0, 0, 0, 0, 0, 9)) for t in (case.k, case.v))
+            k, v = (
+                torch.nn.functional.pad(t[:, slots], (0, 0, 0, 0, 0, 9)) for t in (case.k, case.v)
+            )
             lens = torch.tensor([prefix + len(path) - 1], dtype=torch.int32)
             plain = ops.tree_attention(case.q[:, row : row + 1], k, v, lens)
             assert same_bits(plain[:2], [t[:, row : row + 1] for t in got[:2]])
             # The same, all keys being called prefix.
-            prefix_only = ops.tree_attention(case.q[:, row : row + 1], k, v, lens + 1, num_tree_keys=0)
+            prefix_only = ops.tree_attention(
+                case.q[:, row : row + 1], k, v, lens + 1, num_tree_keys=0
+            )
             assert same_bits(prefix_only[:2], plain[:2])
 
 
@@ -514,10 +523,12 @@ def test_every_instruction_set():
             text=True,
         )
         runs_here = "SPECEXTEND_CPU_ISA must be one of" not in run.stdout
-        assert run.returncode == 0 or (not runs_here and isa != _C.cpu_isas()[0]), run.stdout[-3000:]
+        assert run.returncode == 0 or (not runs_here and isa != _C.cpu_isas()[0]), run.stdout[
+            -3000:
+        ]
 
 
-# --- Edges ---------------------------------------------------------------------------------------------
+# --- Edges ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -612,7 +623,9 @@ def test_error_texts(device):
 
     def fails(text, **changes):
         arguments = {**good, **changes}
-        arguments = {n: t.to(device) if isinstance(t, torch.Tensor) else t for n, t in arguments.items()}
+        arguments = {
+            n: t.to(device) if isinstance(t, torch.Tensor) else t for n, t in arguments.items()
+        }
         with pytest.raises(RuntimeError, match="tree_attention: " + text):
             ops.tree_attention(**arguments)
 
@@ -621,16 +634,22 @@ def test_error_texts(device):
     fails("v must be float32, got float64", v=case.v.double())
     fails("q must be float32, float16 or bfloat16, got float64", q=case.q.double())
     fails(r"v must have shape \[1, 27, 2, 64\], got \[1, 26, 2, 64\]", v=case.v[:, 1:])
-    fails(r"k must have shape \[1, 27, 2, 64\], got \[2, 27, 2, 64\]", k=case.k.expand(2, -1, -1, -1))
+    fails(
+        r"k must have shape \[1, 27, 2, 64\], got \[2, 27, 2, 64\]", k=case.k.expand(2, -1, -1, -1)
+    )
     fails("the heads of q must be a multiple of those of k, got 3 and 2", q=case.q[:, :, :3])
     for dim in (4, 12, 264):
         q, k = torch.zeros(1, 4, 4, dim), torch.zeros(1, 27, 2, dim)
-        fails(rf"the head dimension must be a multiple of 8 in \[8, 256\], got {dim}", q=q, k=k, v=k)
+        fails(
+            rf"the head dimension must be a multiple of 8 in \[8, 256\], got {dim}", q=q, k=k, v=k
+        )
     fails("q must have a last stride of 1, got 2", q=case.q.repeat_interleave(2, -1)[..., ::2])
     fails("prefix_lens must be int32, got int64", prefix_lens=case.prefix_lens.long())
     fails(r"prefix_lens must have shape \[1\], got \[2\]", prefix_lens=case.prefix_lens.repeat(2))
     fails("tree_mask must be int64, got bool", tree_mask=case.visible)
-    fails(r"tree_mask must have shape \[1, 4, 2\], got \[1, 4, 1\]", num_tree_keys=65, **_grown(case))
+    fails(
+        r"tree_mask must have shape \[1, 4, 2\], got \[1, 4, 1\]", num_tree_keys=65, **_grown(case)
+    )
     fails("num_tree_keys must be between 0 and the 27 rows of k, got 28", num_tree_keys=28)
     fails("num_tree_keys must be between 0 and the 27 rows of k, got -1", num_tree_keys=-1)
     fails(r"window must be in \[0, 2147483647\], got -1", window=-1)

@@ -22,7 +22,7 @@ HELD_OUT = (
     "pickletools.py",
     "statistics.py",
 )
-# What suits the pair: the draft has seen 512 tokens at most, and on a CPU every node of a tree costs.
+# What suits the pair: the draft has seen 512 tokens at most, and on a CPU every node costs.
 SETTINGS = {"budget": 512, "tree_nodes": 6}
 MIN_CHARS = 72_000  # about 18,000 tokens of the embedded tokenizer
 # In ipaddress.py the IPv6 classes repeat the IPv4 ones, 7,000 tokens after them. A prompt that ends

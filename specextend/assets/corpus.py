@@ -88,12 +88,19 @@ def read_sources(prose: Path | None, rng: random.Random) -> dict[str, list[str]]
         total = sum(map(len, documents))
         keep = min(1.0, megabytes * 1e6 / max(1, total))
         if keep < 1:  # whole folders of neighbours stay together: drop runs of eight files
-            documents = [x for i in range(0, len(documents), 8) if rng.random() < keep
-                         for x in documents[i:i + 8]]
+            documents = [
+                x
+                for i in range(0, len(documents), 8)
+                if rng.random() < keep
+                for x in documents[i : i + 8]
+            ]
         texts[name] = documents
         size = sum(map(len, documents)) / 1e6
-        print(f"data: {name}: {len(documents)} documents, {size:.1f} MB, "
-              f"{dropped} dropped as too like the held-out ones", flush=True)
+        print(
+            f"data: {name}: {len(documents)} documents, {size:.1f} MB, "
+            f"{dropped} dropped as too like the held-out ones",
+            flush=True,
+        )
     return texts
 
 
@@ -103,19 +110,34 @@ def train_tokenizer(texts: dict[str, list[str]], rng: random.Random) -> PreTrain
 
     tokenizer = Tokenizer(models.BPE())
     pattern = r" ?_?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|(?:[ \t]*\n)+[ \t]*|\s+"
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pattern), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    sample = [x for name, share in ((n, s[2]) for n, s in SOURCES.items())
-              for x in take(texts[name], 12e6 * share, rng)]
-    tokenizer.train_from_iterator(sample, trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=[END], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END,
-                                   clean_up_tokenization_spaces=False,
-                                   model_max_length=MAX_CONTEXT + 1024)
+    sample = [
+        x
+        for name, share in ((n, s[2]) for n, s in SOURCES.items())
+        for x in take(texts[name], 12e6 * share, rng)
+    ]
+    tokenizer.train_from_iterator(
+        sample,
+        trainers.BpeTrainer(
+            vocab_size=VOCAB,
+            special_tokens=[END],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END,
+        eos_token=END,
+        clean_up_tokenization_spaces=False,
+        model_max_length=MAX_CONTEXT + 1024,
+    )
 
 
 def take(documents: list[str], chars: float, rng: random.Random) -> list[str]:
@@ -139,13 +161,15 @@ def prepare(work: Path, prose: Path | None, seed: int) -> None:
     for name, documents in texts.items():
         stream: list[int] = []
         for i in range(0, len(documents), 200):
-            for ids in tokenizer(documents[i:i + 200])["input_ids"]:
+            for ids in tokenizer(documents[i : i + 200])["input_ids"]:
                 stream.append(0)
                 stream += ids
         np.save(work / f"{name.replace(' ', '_')}.npy", np.array(stream, np.uint16))
         ratio = sum(map(len, documents)) / max(1, len(stream))
-        print(f"data: {name}: {len(stream) / 1e6:.2f} M tokens, {ratio:.2f} characters each",
-              flush=True)
+        print(
+            f"data: {name}: {len(stream) / 1e6:.2f} M tokens, {ratio:.2f} characters each",
+            flush=True,
+        )
 
 
 class Windows:
@@ -161,12 +185,15 @@ class Windows:
         self.rng = np.random.default_rng(seed)
         names = [n for n in SOURCES if (work / f"{n.replace(' ', '_')}.npy").exists()]
         self.streams = [np.load(work / f"{n.replace(' ', '_')}.npy") for n in names]
-        share = np.array([SOURCES[n][2] * (len(s) > 40_000)
-                          for n, s in zip(names, self.streams, strict=True)])
+        share = np.array(
+            [SOURCES[n][2] * (len(s) > 40_000) for n, s in zip(names, self.streams, strict=True)]
+        )
         self.share = share / share.sum()
         tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
-        self.words = np.array([i for i in range(VOCAB) if re.fullmatch(
-            r"[ _]?[A-Za-z]{3,}", tokenizer.decode([i]))], np.int64)
+        self.words = np.array(
+            [i for i in range(VOCAB) if re.fullmatch(r"[ _]?[A-Za-z]{3,}", tokenizer.decode([i]))],
+            np.int64,
+        )
         self.is_word = np.zeros(VOCAB, bool)
         self.is_word[self.words] = True
 
@@ -174,7 +201,7 @@ class Windows:
         """A stretch of neighbouring files."""
         stream = self.streams[self.rng.choice(len(self.streams), p=self.share)]
         start = self.rng.integers(0, max(1, len(stream) - length))
-        return stream[start:start + length].astype(np.int64)
+        return stream[start : start + length].astype(np.int64)
 
     def copies(self, ids: np.ndarray, count: int, longest: int) -> None:
         """Copies `count` spans of 32..longest tokens to a later place, in place."""
@@ -182,7 +209,7 @@ class Windows:
             n = int(self.rng.integers(32, longest + 1))
             src = int(self.rng.integers(0, len(ids) - 2 * n))
             dst = int(self.rng.integers(src + n, len(ids) - n + 1))
-            span = ids[src:src + n].copy()
+            span = ids[src : src + n].copy()
             if self.rng.random() < 0.4:
                 known = np.unique(span[self.is_word[span]])
                 if len(known) > 2:
@@ -190,7 +217,7 @@ class Windows:
                     table = np.arange(VOCAB)
                     table[old] = self.rng.choice(self.words, len(old))
                     span = table[span]
-            ids[dst:dst + n] = span
+            ids[dst : dst + n] = span
 
     def related(self, doc: np.ndarray, length: int) -> np.ndarray:
         """Indices into `doc` of earlier passages like its end, ascending, then the end itself."""
@@ -199,8 +226,8 @@ class Windows:
         first = end - recent
         mix = np.zeros(len(doc), np.int64)
         for shift in range(6):  # a hash of the six tokens that start here
-            mix[:len(doc) - 6] = mix[:len(doc) - 6] * 4099 + doc[shift:len(doc) - 6 + shift]
-        hits = np.flatnonzero(np.isin(mix[:first - 6], mix[first:end - 6]))
+            mix[: len(doc) - 6] = mix[: len(doc) - 6] * 4099 + doc[shift : len(doc) - 6 + shift]
+        hits = np.flatnonzero(np.isin(mix[: first - 6], mix[first : end - 6]))
         chosen = np.zeros(len(doc), bool)
         chosen[first:end] = True
         room = length - recent
@@ -211,7 +238,7 @@ class Windows:
             else:
                 start = int(self.rng.integers(0, first - n))
             start = min(max(start, 0), first - n)
-            chosen[start:start + n] = True
+            chosen[start : start + n] = True
             room = length - int(chosen[:end].sum())
         return np.flatnonzero(chosen)[-length:]
 
@@ -232,8 +259,9 @@ class Windows:
                 at[cut:] += self.rng.integers(0, (MAX_CONTEXT - at[-1]) // 2 + 1)
             at += self.rng.integers(0, MAX_CONTEXT - at[-1])
             if self.rng.random() < copying:
-                self.copies(ids, int(self.rng.integers(1, 4 + length // 1024)),
-                            min(400, length // 4))
+                self.copies(
+                    ids, int(self.rng.integers(1, 4 + length // 1024)), min(400, length // 4)
+                )
         labels = np.full(length, -100)
         labels[:-1] = ids[1:]
         labels[:-1][at[1:] != at[:-1] + 1] = -100  # nobody can know where the next passage begins

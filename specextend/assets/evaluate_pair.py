@@ -48,10 +48,10 @@ def read(target: LlamaForCausalLM, ids: torch.Tensor) -> Reading:
     hidden = hidden_states(target, ids[None], at[None], last)[0]
     choice, loss = [], 0.0
     for i in range(0, len(ids), 1024):
-        logits = F.linear(hidden[i:i + 1024], target.model.embed_tokens.weight).float()
+        logits = F.linear(hidden[i : i + 1024], target.model.embed_tokens.weight).float()
         choice.append(logits.argmax(-1))
-        following = ids[i + 1:i + 1 + len(logits)]
-        loss += F.cross_entropy(logits[:len(following)], following, reduction="sum").item()
+        following = ids[i + 1 : i + 1 + len(logits)]
+        loss += F.cross_entropy(logits[: len(following)], following, reduction="sum").item()
     chosen = torch.cat(choice)
     return Reading(chosen, last[0][0], last[1][0], loss / (len(ids) - 1), chosen[:-1] == ids[1:])
 
@@ -61,7 +61,7 @@ def repeats(ids: torch.Tensor, n: int = 8, distance: int = 512) -> torch.Tensor:
     seen: dict[tuple[int, ...], int] = {}
     text, out = ids.tolist(), torch.zeros(len(ids) - 1, dtype=torch.bool)
     for i in range(n - 1, len(text) - 1):
-        gram = tuple(text[i - n + 1:i + 1])
+        gram = tuple(text[i - n + 1 : i + 1])
         first = seen.setdefault(gram, i)
         out[i] = i - first > distance
     return out
@@ -86,7 +86,8 @@ class DraftCache:
                 rows, columns = torch.arange(i, end)[:, None], torch.arange(first, end)
                 mask = (columns <= rows) & (columns > rows - span)
                 out[:, i:end] = F.scaled_dot_product_attention(
-                    q[:, i:end], k[:, first:end], v[:, first:end], attn_mask=mask)
+                    q[:, i:end], k[:, first:end], v[:, first:end], attn_mask=mask
+                )
             x = self.finish(layer, x, out)
 
     def turn(self, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
@@ -98,8 +99,10 @@ class DraftCache:
 
     def project(self, layer, x: torch.Tensor):
         a, h = layer.self_attn, norm(x, layer.input_layernorm)
-        return (p(h).unflatten(-1, (-1, self.draft.config.head_dim)).transpose(0, 1)
-                for p in (a.q_proj, a.k_proj, a.v_proj))
+        return (
+            p(h).unflatten(-1, (-1, self.draft.config.head_dim)).transpose(0, 1)
+            for p in (a.q_proj, a.k_proj, a.v_proj)
+        )
 
     def finish(self, layer, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         x = x + layer.self_attn.o_proj(out.transpose(0, 1).flatten(1))
@@ -115,14 +118,23 @@ class DraftCache:
             q, k, v = self.project(layer, x)
             k = self.turn(torch.cat((old_k[:, keep], k), 1), at)
             v = torch.cat((old_v[:, keep], v), 1)
-            x = self.finish(layer, x, F.scaled_dot_product_attention(
-                self.turn(q, at[n:]), k, v, attn_mask=mask))
-        return F.linear(norm(x, self.draft.model.norm),
-                        self.draft.model.embed_tokens.weight).argmax(-1)
+            x = self.finish(
+                layer, x, F.scaled_dot_product_attention(self.turn(q, at[n:]), k, v, attn_mask=mask)
+            )
+        return F.linear(
+            norm(x, self.draft.model.norm), self.draft.model.embed_tokens.weight
+        ).argmax(-1)
 
 
-def agreement(target: Reading, draft: LlamaForCausalLM, ids: torch.Tensor, queries: int,
-              budget: int, chunk: int, span: int) -> dict[str, float]:
+def agreement(
+    target: Reading,
+    draft: LlamaForCausalLM,
+    ids: torch.Tensor,
+    queries: int,
+    budget: int,
+    chunk: int,
+    span: int,
+) -> dict[str, float]:
     """Share of rows where draft and target choose alike, per kind of cache."""
     length = len(ids)
     rows = torch.linspace(length // 2, length - AHEAD - 1, queries).long()
@@ -130,12 +142,15 @@ def agreement(target: Reading, draft: LlamaForCausalLM, ids: torch.Tensor, queri
     caches = {"full": DraftCache(draft, ids, length), "sliding": DraftCache(draft, ids, span)}
     hits: dict[str, int] = {}
     for i, row in enumerate(rows.tolist()):
-        new, want = ids[row:row + AHEAD], target.choice[row:row + AHEAD]
-        keeps = {"everything": torch.arange(row), f"window {budget}": torch.arange(
-            row - budget, row)}
+        new, want = ids[row : row + AHEAD], target.choice[row : row + AHEAD]
+        keeps = {
+            "everything": torch.arange(row),
+            f"window {budget}": torch.arange(row - budget, row),
+        }
         for recent in (budget // 8, budget // 4, budget // 2):
             keeps[f"retrieval {budget}, recent {recent}"] = retrieved(
-                mass[i], row - 1, budget, recent, chunk)
+                mass[i], row - 1, budget, recent, chunk
+            )
         for kind, keep in keeps.items():
             for how, cache in caches.items():
                 name = f"{kind} ({how} prefill)"
@@ -159,8 +174,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    target, draft = (LlamaForCausalLM.from_pretrained(p, dtype=torch.bfloat16)
-                     for p in (args.target, args.draft))
+    target, draft = (
+        LlamaForCausalLM.from_pretrained(p, dtype=torch.bfloat16) for p in (args.target, args.draft)
+    )
     tokenizer = AutoTokenizer.from_pretrained(args.target, model_max_length=10**9)
     for length in map(int, args.lengths.split(",")):
         rows: dict[str, list[float]] = {}
@@ -173,21 +189,30 @@ def main() -> None:
             names.append(name)
             reading = read(target, ids)
             again = repeats(ids)
-            result = {"target loss": reading.loss,
-                      "target top-1": reading.right.float().mean().item(),
-                      f"target top-1 on repeats ({again.float().mean():.0%} here)":
-                          reading.right[again].float().mean().item()}
-            result |= agreement(reading, draft, ids, args.queries, args.budget, args.chunk,
-                                args.span)
-            print(f"  {length} {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in result.items()),
-                  flush=True)
+            result = {
+                "target loss": reading.loss,
+                "target top-1": reading.right.float().mean().item(),
+                f"target top-1 on repeats ({again.float().mean():.0%} here)": reading.right[again]
+                .float()
+                .mean()
+                .item(),
+            }
+            result |= agreement(
+                reading, draft, ids, args.queries, args.budget, args.chunk, args.span
+            )
+            print(
+                f"  {length} {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in result.items()),
+                flush=True,
+            )
             for k, v in result.items():
                 rows.setdefault(k.split(" (")[0] if "repeats" in k else k, []).append(v)
         print(f"\n{length} tokens, {len(names)} documents: mean (lowest to highest)")
         for key, values in rows.items():
             values = [v for v in values if v == v]
-            print(f"{key:52s} {sum(values) / max(1, len(values)):.3f}  "
-                  f"({min(values):.3f} to {max(values):.3f})")
+            print(
+                f"{key:52s} {sum(values) / max(1, len(values)):.3f}  "
+                f"({min(values):.3f} to {max(values):.3f})"
+            )
         print(flush=True)
 
 

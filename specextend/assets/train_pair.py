@@ -83,19 +83,31 @@ class CausalAttention(torch.autograd.Function):
 def new_model(role: str) -> LlamaForCausalLM:
     """The target (heavy in KV, light in weights) or the draft, in bf16, freshly initialised."""
     big = role == "target"
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCAB, hidden_size=256 if big else 128, intermediate_size=704 if big else 352,
-        num_hidden_layers=4 if big else 2, num_attention_heads=8 if big else 4,
-        num_key_value_heads=8 if big else 4, head_dim=64, tie_word_embeddings=True,
-        max_position_embeddings=MAX_CONTEXT + 1024 if big else 1024, rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0 if big else 10000.0},
-        bos_token_id=0, eos_token_id=0, pad_token_id=None, dtype="bfloat16",
-    )).to(torch.bfloat16)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=256 if big else 128,
+            intermediate_size=704 if big else 352,
+            num_hidden_layers=4 if big else 2,
+            num_attention_heads=8 if big else 4,
+            num_key_value_heads=8 if big else 4,
+            head_dim=64,
+            tie_word_embeddings=True,
+            max_position_embeddings=MAX_CONTEXT + 1024 if big else 1024,
+            rms_norm_eps=1e-5,
+            rope_parameters={"rope_type": "default", "rope_theta": 500000.0 if big else 10000.0},
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=None,
+            dtype="bfloat16",
+        )
+    ).to(torch.bfloat16)
 
 
 @torch.no_grad()
-def copying_start(model: LlamaForCausalLM, seed: int,
-                  teacher: LlamaForCausalLM | None = None) -> None:
+def copying_start(
+    model: LlamaForCausalLM, seed: int, teacher: LlamaForCausalLM | None = None
+) -> None:
     """Starts some heads as an induction circuit, and a draft with its teacher's embeddings.
 
     Heads 0 and 1 of the first layer look one and two tokens back (all embeddings share a
@@ -117,7 +129,7 @@ def copying_start(model: LlamaForCausalLM, seed: int,
     if teacher is not None:  # the principal components, in a random frame
         rows = teacher.model.embed_tokens.weight.float()
         u, scale, _ = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
-        rows = (u * scale)[:, :n - 1] @ frame(n - 1)
+        rows = (u * scale)[:, : n - 1] @ frame(n - 1)
         model.model.norm.weight.fill_(0.3)
     size = rows.norm(dim=1).mean()
     embedding.copy_(rows + common * size / 2)
@@ -147,8 +159,9 @@ def copying_start(model: LlamaForCausalLM, seed: int,
             a.o_proj.weight[:, rows] = 0.45 * size * out.T
 
 
-def hidden_states(model: LlamaForCausalLM, ids: torch.Tensor, at: torch.Tensor,
-                  last_qk: list | None = None) -> torch.Tensor:
+def hidden_states(
+    model: LlamaForCausalLM, ids: torch.Tensor, at: torch.Tensor, last_qk: list | None = None
+) -> torch.Tensor:
     """What LlamaModel computes, with the attention above. ids, at: [B, L] -> [B, L, hidden].
 
     `last_qk`, where given, receives the rotated queries (scaled) and keys of the last layer.
@@ -165,8 +178,10 @@ def hidden_states(model: LlamaForCausalLM, ids: torch.Tensor, at: torch.Tensor,
     x = F.embedding(ids, model.model.embed_tokens.weight)
     for layer in model.model.layers:
         a, h = layer.self_attn, norm(x, layer.input_layernorm)
-        q, k, v = (p(h).view(*ids.shape, -1, c.head_dim).transpose(1, 2)
-                   for p in (a.q_proj, a.k_proj, a.v_proj))
+        q, k, v = (
+            p(h).view(*ids.shape, -1, c.head_dim).transpose(1, 2)
+            for p in (a.q_proj, a.k_proj, a.v_proj)
+        )
         q, k = turn(q * c.head_dim**-0.5), turn(k)
         o = CausalAttention.apply(q, k, v.contiguous())
         x = x + a.o_proj(o.transpose(1, 2).flatten(2))
@@ -260,19 +275,26 @@ def probe(model: LlamaForCausalLM, ids: np.ndarray, length: int) -> str:
     """Held-out loss, and how often a passage is continued that was seen near the beginning."""
     ids = ids[:length].copy()
     n = min(256, length // 4)
-    ids[-n:] = ids[n // 2:n // 2 + n]
+    ids[-n:] = ids[n // 2 : n // 2 + n]
     x = torch.from_numpy(ids)[None]
     h = hidden_states(model, x, torch.arange(length)[None])[0, :-1]
     logits = torch.cat([F.linear(b, model.model.embed_tokens.weight) for b in h.split(1024)])
     loss = F.cross_entropy(logits[:-n].float(), x[0, 1:-n])
     right = (logits.argmax(-1) == x[0, 1:]).float()
-    return (f"{length}: loss {loss:.3f} top-1 {right[:-n].mean():.3f}"
-            f" copy {right[8 - n:].mean():.3f}")
+    return (
+        f"{length}: loss {loss:.3f} top-1 {right[:-n].mean():.3f} copy {right[8 - n :].mean():.3f}"
+    )
 
 
 # until this share of the time: (windows a step, tokens a window, share of windows with copies)
-TARGET_PHASES = ((0.12, 8, 512, 0.8), (0.42, 4, 1024, 0.5), (0.67, 8, 1024, 0.4),
-                 (0.79, 2, 4096, 1.0), (0.93, 1, 8192, 1.0), (1.0, 1, MAX_CONTEXT, 1.0))
+TARGET_PHASES = (
+    (0.12, 8, 512, 0.8),
+    (0.42, 4, 1024, 0.5),
+    (0.67, 8, 1024, 0.4),
+    (0.79, 2, 4096, 1.0),
+    (0.93, 1, 8192, 1.0),
+    (1.0, 1, MAX_CONTEXT, 1.0),
+)
 
 
 def train_target(work: Path, minutes: float, seed: int, resume: bool) -> LlamaForCausalLM:
@@ -304,16 +326,21 @@ def train_target(work: Path, minutes: float, seed: int, resume: bool) -> LlamaFo
         tokens += ids.numel()
         if optimizer.steps % 20 == 0 or length == MAX_CONTEXT:
             rate = ids.numel() / (time.time() - last)
-            print(f"target: step {optimizer.steps} {used / 60:.1f} min {tokens / 1e6:.2f} M tokens "
-                  f"{rate:.0f}/s window {length} loss {smooth:.3f}", flush=True)
+            print(
+                f"target: step {optimizer.steps} {used / 60:.1f} min {tokens / 1e6:.2f} M tokens "
+                f"{rate:.0f}/s window {length} loss {smooth:.3f}",
+                flush=True,
+            )
         if optimizer.steps % 100 == 0 or used - saved > 180:
             print("target:", "; ".join(probe(model, text, n) for n in (1024, 8192)), flush=True)
         now = time.time()
         used, last = used + now - last, now
         if used - saved > 180 or used >= budget:
             keep = {k: v for k, v in vars(optimizer).items() if k != "params"}
-            torch.save({"model": model.state_dict(), "optimizer": keep, "used": used,
-                        "tokens": tokens}, work / "target.pt")
+            torch.save(
+                {"model": model.state_dict(), "optimizer": keep, "used": used, "tokens": tokens},
+                work / "target.pt",
+            )
             saved = used
     return model
 
@@ -351,15 +378,19 @@ def retrieved(mass: torch.Tensor, at: int, budget: int, recent: int, chunk: int)
     return torch.cat((chunks, torch.arange(first * chunk, at + 1)))
 
 
-def retrieval_windows(target: LlamaForCausalLM, windows: Windows, rng: np.random.Generator,
-                      length: int = 512) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def retrieval_windows(
+    target: LlamaForCausalLM, windows: Windows, rng: np.random.Generator, length: int = 512
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Working caches of one long document: tokens, target's hidden states, mask of rows to learn.
 
     The target reads the whole document; the draft will see each window as if it were all.
     """
     size = MAX_CONTEXT if rng.random() < 0.25 else MAX_CONTEXT // 2
-    doc, at, _ = windows.window(size, 1.0) if size == MAX_CONTEXT else (
-        windows.document(size), np.arange(size), None)
+    doc, at, _ = (
+        windows.window(size, 1.0)
+        if size == MAX_CONTEXT
+        else (windows.document(size), np.arange(size), None)
+    )
     if size < MAX_CONTEXT:
         windows.copies(doc, 8, 400)
     ids, last = torch.from_numpy(doc), []
@@ -384,8 +415,9 @@ def retrieval_windows(target: LlamaForCausalLM, windows: Windows, rng: np.random
     return ids[pick], hidden[pick], known
 
 
-def train_draft(target: LlamaForCausalLM, work: Path, minutes: float,
-                seed: int) -> LlamaForCausalLM:
+def train_draft(
+    target: LlamaForCausalLM, work: Path, minutes: float, seed: int
+) -> LlamaForCausalLM:
     """Distils the target into the draft, on windows of at most 512 tokens.
 
     First on short windows that both read; then on working caches, for which the target reads the
@@ -401,8 +433,9 @@ def train_draft(target: LlamaForCausalLM, work: Path, minutes: float,
     while (progress := (time.time() - start) / (minutes * 60)) < 1:
         if progress < 0.45:
             length = (256, 512)[optimizer.steps % 2]
-            ids, at, labels = windows.batch((4096 if progress < 0.25 else 8192) // length,
-                                            length, 0.6)
+            ids, at, labels = windows.batch(
+                (4096 if progress < 0.25 else 8192) // length, length, 0.6
+            )
             hidden = hidden_states(target, ids, at)
             known = labels >= 0
         else:
@@ -431,9 +464,12 @@ def train_draft(target: LlamaForCausalLM, work: Path, minutes: float,
         agree += 0.2 * (sum(hits) - agree) * measure
         tokens += ids.numel()
         if optimizer.steps % 25 == 0:
-            print(f"draft: step {optimizer.steps} {(time.time() - start) / 60:.1f} min "
-                  f"{tokens / 1e6:.2f} M tokens loss {smooth:.3f} agreement "
-                  f"{agree:.3f}", flush=True)
+            print(
+                f"draft: step {optimizer.steps} {(time.time() - start) / 60:.1f} min "
+                f"{tokens / 1e6:.2f} M tokens loss {smooth:.3f} agreement "
+                f"{agree:.3f}",
+                flush=True,
+            )
     return draft
 
 
