@@ -123,7 +123,8 @@ def self_check(patched: PatchedModel) -> None:
         raise _refuse(
             model,
             f"logits of a small tree differ from the model's own by {float(error):.1e} (relative); "
-            "its attention is probably expressed in a way that specextend does not see",
+            "its attention is probably expressed in a way that specextend does not see, or not "
+            'honoured by the implementation it was loaded with (try attn_implementation="eager")',
         )
 
 
