@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kMaxRows = 256;               // of an item: their sums stay in the L2 cache
 constexpr int64_t kMaxPartials = 64 << 20;  // bytes
-constexpr int64_t kSerialWork = 2 << 20;    // about 10 microseconds: not worth a second thread
+constexpr int64_t kSerialWork = 1 << 15;    // key-row pairs that are not worth a second thread
 
 // Memory that a thread keeps from call to call.
 class Buffer {
@@ -72,7 +72,7 @@ void tree_attention(const TreeAttentionParams& p, DType dtype) {
   }
   const int segments =
       int(std::max<int64_t>(1, (longest + p.num_tree_keys + kAttentionSegment - 1) / kAttentionSegment));
-  const int64_t work = total * p.num_kv_heads * p.head_dim * (packed + 12);  // a key's own cost: 12 rows
+  const int64_t work = total * p.num_kv_heads * packed;
   const int64_t threads = work < kSerialWork ? 1 : int64_t(torch::stable::get_num_threads());
 
   const int dim = (p.head_dim + kernels.lanes - 1) / kernels.lanes * kernels.lanes;

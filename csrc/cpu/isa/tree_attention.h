@@ -134,11 +134,10 @@ struct BFloat16Math {
 };
 #endif
 
-// Cache rows that are needed soon, fetched a few lines at a time between arithmetic: a long burst of
-// prefetches would be dropped.
+// Cache rows that are needed soon, fetched a line at a time between arithmetic: a burst of prefetches
+// would be dropped.
 struct Prefetcher {
-  static constexpr int kBytes = 256;  // of one step
-  const char* row;                    // of keys, then of values
+  const char* row;  // of keys, then of values
   int64_t stride;
   int rows, at, bytes;  // rows left; where in a row; of a row
   const char* value_row;
@@ -147,12 +146,8 @@ struct Prefetcher {
 
   SPECEXTEND_ALWAYS_INLINE void step() {
     if (rows <= 0) return;
-    const char* from = row + at;
-    __builtin_prefetch(from, 0, 2);
-    if (bytes > 64) __builtin_prefetch(from + 64, 0, 2);
-    if (bytes > 128) __builtin_prefetch(from + 128, 0, 2);
-    if (bytes > 192) __builtin_prefetch(from + 192, 0, 2);
-    at += kBytes;
+    __builtin_prefetch(row + at, 0, 2);
+    at += 64;
     if (at < bytes) return;
     at = 0;
     row += stride;
@@ -180,22 +175,19 @@ SPECEXTEND_ALWAYS_INLINE void multiply_tile(const float* a, int64_t lda, const f
     for (int v = 0; v < P * NV; ++v)
       sum[r][v] = overwrite ? Floats{} : load(c + r * ldc + v * kLanes) * row_scale[r];
   const int64_t panel = int64_t(steps) * kWidth;
-  for (int s0 = 0; s0 < steps; s0 += 4) {
-    const int s1 = steps < s0 + 4 ? steps : s0 + 4;
 #pragma GCC unroll 1
-    for (int s = s0; s < s1; ++s) {
-      Floats x[P * NV];
+  for (int s = 0; s < steps; ++s) {
+    Floats x[P * NV];
 #pragma GCC unroll 8
-      for (int v = 0; v < P * NV; ++v)
-        x[v] = load(b + v / NV * panel + int64_t(s) * kWidth + v % NV * kLanes);
+    for (int v = 0; v < P * NV; ++v)
+      x[v] = load(b + v / NV * panel + int64_t(s) * kWidth + v % NV * kLanes);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const Floats w = broadcast(a[r * lda + s]);
+    for (int r = 0; r < R; ++r) {
+      const Floats w = broadcast(a[r * lda + s]);
 #pragma GCC unroll 8
-        for (int v = 0; v < P * NV; ++v) sum[r][v] = Math::multiply_add(sum[r][v], w, x[v]);
-      }
+      for (int v = 0; v < P * NV; ++v) sum[r][v] = Math::multiply_add(sum[r][v], w, x[v]);
     }
-    ahead.step();
+    ahead.steps(2 * P);
   }
   *soon = ahead;
 #pragma GCC unroll 8
@@ -280,7 +272,7 @@ __attribute__((noinline)) void pack_keys(const T* k, int64_t stride, int keys, i
         load_transposed<Math>(from + w * Math::kPerWord, stride, kLanes, kTileWords, rows);
 #pragma GCC unroll 8
         for (int i = 0; i < kTileWords; ++i) store(to + int64_t(w + i) * width, rows[i]);
-        soon->step();
+        soon->steps(kLanes / 4);
       }
     for (; w < words; w += kTileWords) {
       Floats rows[kTileWords];
@@ -304,7 +296,7 @@ __attribute__((noinline)) void pack_values(const T* v, int64_t stride, int keys,
       const bool seen = key < keys && (!live || t < 0 || (live[t >> 6] >> (t & 63) & 1));
       from[i] = seen ? v + key * stride : nullptr;
     }
-    soon->step();
+    soon->steps(3);
     for (int panel = 0; panel < columns; panel += kWidth) {
       const int width = int(min_of(kWidth, columns - panel));
       Math::pack_value_row(from, panel, dim, width, packed + int64_t(panel) * steps + int64_t(s) * width);
@@ -336,7 +328,7 @@ __attribute__((noinline)) void direct_logits(const float* q, int words, const T*
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
               sum[r][g] = Math::multiply_add(sum[r][g], broadcast(q[r * words + w + i]), rows[i]);
-          ahead.steps(2);
+          ahead.steps(8);
         }
       }
     }
@@ -371,7 +363,7 @@ __attribute__((noinline)) void direct_values(const float* weights, int64_t ldw, 
 #pragma GCC unroll 8
         for (int i = 0; i < N; ++i) sum[r][i] = Math::multiply_add(sum[r][i], w, x[i]);
       }
-      if (N > 2 || s % 2 == 1) ahead.steps(N > 4 ? N / 4 : 1);
+      ahead.steps(N);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
@@ -726,12 +718,9 @@ class Item {
   Prefetcher next_block(int64_t row) const {
     const int64_t begin = row + kBlock, end = int64_t(item_.segment_end) * kAttentionSegment;
     const int rows = int(max_of(0, min_of(kBlock, min_of(end, prefix_ + p_.num_tree_keys) - begin)));
-    const auto at = [&](const T* data, int64_t stride) {
-      return reinterpret_cast<const char*>(data + begin * stride);
-    };
-    const int64_t size = int64_t(sizeof(T));
-    return {at(k_, p_.k_stride_s), p_.k_stride_s * size, rows, 0, int(p_.head_dim * size),
-            at(v_, p_.v_stride_s), p_.v_stride_s * size, rows};
+    return {reinterpret_cast<const char*>(k_ + begin * p_.k_stride_s), p_.k_stride_s * int64_t(sizeof(T)), rows,
+            0, p_.head_dim * int(sizeof(T)),
+            reinterpret_cast<const char*>(v_ + begin * p_.v_stride_s), p_.v_stride_s * int64_t(sizeof(T)), rows};
   }
 
   // A block where masks hide tree keys: its logits, given by slot, are put in line, and the weights
