@@ -88,6 +88,45 @@ SPECEXTEND_ALWAYS_INLINE float reduce_add(Floats x) {
 #endif
 }
 
+// Lane i: the sum of the vector at p + i * kLanes.
+SPECEXTEND_ALWAYS_INLINE Floats reduce_add_each(const float* p) {
+#if defined(__AVX512F__)
+  // Halves, quarters, pairs and words are folded; the order of loading makes the lanes come out right.
+  constexpr int kOrder[16] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};
+  Floats v[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) v[kOrder[i]] = load(p + i * kLanes);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    v[i] = _mm512_shuffle_f32x4(v[i], v[i + 8], 0x44) + _mm512_shuffle_f32x4(v[i], v[i + 8], 0xee);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    v[i] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0x88) + _mm512_shuffle_f32x4(v[i], v[i + 4], 0xdd);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m512d a = _mm512_castps_pd(v[i]), b = _mm512_castps_pd(v[i + 2]);
+    v[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)) + _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+  }
+  return _mm512_shuffle_ps(v[0], v[1], 0x88) + _mm512_shuffle_ps(v[0], v[1], 0xdd);
+#else
+  Floats sums;
+  for (int i = 0; i < kLanes; ++i) sums[i] = reduce_add(load(p + i * kLanes));
+  return sums;
+#endif
+}
+
+SPECEXTEND_ALWAYS_INLINE bool any_at_least(Floats x, float y) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(x, broadcast(y), _CMP_GE_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(x, broadcast(y), _CMP_GE_OQ)) != 0;
+#else
+  for (int i = 0; i < kLanes; ++i)
+    if (x[i] >= y) return true;
+  return false;
+#endif
+}
+
 SPECEXTEND_ALWAYS_INLINE Ints lane_ids() {
   Ints ids{};
   for (int i = 0; i < kLanes; ++i) ids[i] = i;

@@ -389,6 +389,7 @@ struct RowState {
   int64_t begin, end;  // positions that it sees of the line; past the prefix a mask decides, if any
   int tree_row;        // m, from the first of the item on
   float max;           // of the logits of this segment so far, base 2
+  float* chunks;       // its row of pieces, or of chunk_lse
 };
 
 // Where things lie in an item's scratch memory, in floats.
@@ -502,6 +503,7 @@ class Item {
         }
       }
     }
+    if (num_parts_) finish_parts();
     if (item_.partials) return;
     for (int i = 0; i < item_.num_rows; ++i) {
       finish_row<T>(p_, output_row(i), total_max_[i], total_sum_[i], total_ + int64_t(i) * layout_.dim);
@@ -619,6 +621,7 @@ class Item {
     if (row_begin >= row_end || (!gathered && row_end <= first_begin_)) return;
     const int keys = int(row_end - row_begin), columns = round_up(keys, kLanes);
     const int prefix_keys = int(max_of(0, min_of(prefix_ - at, kBlock)));
+    if (p_.chunk_lse) first_chunk_ = at / p_.chunk_size, first_place_ = chunk_place(at);
     soon_ = next_block(row_begin);
     const T* k = k_ + row_begin * p_.k_stride_s;
     const T* v = v_ + row_begin * p_.v_stride_s;
@@ -786,65 +789,67 @@ class Item {
   // The log-sum-exp of each chunk's part in a block: the chunk itself if chunks divide blocks, else
   // one piece of it. `x` are the logits (base 2), line_ holds 2^(x - shift).
   void sum_chunks(int i, int64_t at, const float* x, float shift, int keys) {
-    const int64_t size = p_.chunk_size, first = at / size, last = (at + keys - 1) / size;
-    float sums[kBlock + kLanes];
-    for (int64_t c = first; c <= last; ++c) {
-      const int begin = int(max_of(0, c * size - at)), end = int(min_of(keys, (c + 1) * size - at));
+    const int64_t size = p_.chunk_size;
+    float* to = state_[i].chunks + first_place_;
+    int64_t chunk_begin = first_chunk_ * size - at;
+    for (; chunk_begin < keys; chunk_begin += size, ++to) {
+      const int begin = int(max_of(0, chunk_begin)), end = int(min_of(keys, chunk_begin + size));
       Floats sum{};
       int j = begin;
       for (; j + kLanes <= end; j += kLanes) sum += load(line_ + j);
       if (j < end) sum += keep_lanes(load(line_ + j), 0, end - j, 0.f);
-      sums[c - first] = reduce_add(sum);
-    }
-    const int count = int(last - first + 1);
-    for (int c = count; c % kLanes; ++c) sums[c] = 1.f;
-    float* to = pieces_begin(i, at);
-    for (int c = 0; c < count; c += kLanes) {
-      float lse[kLanes];
-      store(lse, (log2(load(sums + c)) + shift) * kLn2);
-      memcpy(to + c, lse, size_t(min_of(kLanes, count - c)) * 4);
-    }
-    constexpr float kTooSmall = 0x1p-80f;  // terms of such a sum may have been flushed to 0
-    for (int c = 0; c < count; ++c) {
-      if (sums[c] >= kTooSmall) continue;
-      const int begin = int(max_of(0, (first + c) * size - at));
-      const int end = int(min_of(keys, (first + c + 1) * size - at));
-      Floats top = broadcast(-INFINITY), sum{};
-      for (int j = begin; j < end; j += kLanes)
-        top = simd::max(top, keep_lanes(load(x + j), 0, end - j, -INFINITY));
-      const float max = reduce_max(top);
-      if (max == -INFINITY) {
-        to[c] = -INFINITY;
+      constexpr float kTooSmall = 0x1p-80f;  // terms of such a sum may have been flushed to 0
+      if (!any_at_least(sum, kTooSmall)) {
+        *to = exact_lse(x, begin, end);
         continue;
       }
-      for (int j = begin; j < end; j += kLanes)
-        sum += simd::exp2(keep_lanes(load(x + j), 0, end - j, -INFINITY) - max);
-      to[c] = (max + log2f(reduce_add(sum))) * kLn2;
+      store(part_sums_ + num_parts_ * kLanes, sum);
+      part_shifts_[num_parts_] = shift;
+      parts_[num_parts_] = to;
+      if (++num_parts_ == kLanes) finish_parts();
     }
   }
 
-  // Where the parts of chunks in the block at `at` go. With pieces, there is one place per chunk and
-  // one more per block border.
-  float* pieces_begin(int i, int64_t at) const {
-    const int64_t first = at / p_.chunk_size;
-    return item_.pieces ? item_.pieces + output_row(i) * item_.num_pieces + first + at / kBlock
-                        : p_.chunk_lse + output_row(i) * p_.num_chunks + first;
+  // Parts of chunks are finished by the register.
+  void finish_parts() {
+    float lse[kLanes];
+    for (int n = num_parts_; n < kLanes; ++n) {
+      store(part_sums_ + n * kLanes, broadcast(1.f));
+      part_shifts_[n] = 0.f;
+    }
+    store(lse, (log2(reduce_add_each(part_sums_)) + load(part_shifts_)) * kLn2);
+    for (int n = 0; n < num_parts_; ++n) *parts_[n] = lse[n];
+    num_parts_ = 0;
+  }
+
+  // Of logits in base 2, which may all be -inf.
+  float exact_lse(const float* x, int begin, int end) const {
+    Floats top = broadcast(-INFINITY), sum{};
+    for (int j = begin; j < end; j += kLanes)
+      top = simd::max(top, keep_lanes(load(x + j), 0, end - j, -INFINITY));
+    const float max = reduce_max(top);
+    if (max == -INFINITY) return max;
+    for (int j = begin; j < end; j += kLanes)
+      sum += simd::exp2(keep_lanes(load(x + j), 0, end - j, -INFINITY) - max);
+    return (max + log2f(reduce_add(sum))) * kLn2;
+  }
+
+  // Where the parts of chunks in the block at `at` go in a row of chunks. With pieces, there is one
+  // place per chunk and one more per block border.
+  int64_t chunk_place(int64_t at) const {
+    return at / p_.chunk_size + (item_.pieces ? at / kBlock : 0);
   }
 
   // Every part of a chunk in this item's segments: empty so far.
   void clear_chunks() {
     if (!p_.chunk_lse) return;
-    const int64_t begin = int64_t(item_.segment_begin) * kAttentionSegment;
-    const int64_t end = int64_t(item_.segment_end) * kAttentionSegment;
+    const int64_t places = item_.pieces ? item_.num_pieces : p_.num_chunks;
+    const int64_t begin = chunk_place(int64_t(item_.segment_begin) * kAttentionSegment);
+    const int64_t end = item_.last ? places : chunk_place(int64_t(item_.segment_end) * kAttentionSegment);
     for (int i = 0; i < item_.num_rows; ++i) {
-      float* stop = item_.last                ? row_end(i)
-                    : pieces_begin(i, end);
-      for (float* to = pieces_begin(i, begin); to < stop; ++to) *to = -INFINITY;
+      state_[i].chunks = (item_.pieces ? item_.pieces : p_.chunk_lse) + output_row(i) * places;
+      for (int64_t place = begin; place < end; ++place) state_[i].chunks[place] = -INFINITY;
     }
-  }
-  float* row_end(int i) const {
-    return item_.pieces ? item_.pieces + (output_row(i) + 1) * item_.num_pieces
-                        : p_.chunk_lse + (output_row(i) + 1) * p_.num_chunks;
   }
 
   void merge_pieces(int i) {
@@ -880,6 +885,10 @@ class Item {
   uint64_t* live_;  // tree keys that some row sees
   int first_tree_row_, num_tree_rows_;
   int slot_begin_, slot_end_;
+  int64_t first_chunk_, first_place_;  // of the block under way
+  int num_parts_ = 0;                  // parts of chunks that wait for finish_parts
+  float part_sums_[kLanes * kLanes], part_shifts_[kLanes];
+  float* parts_[kLanes];
   int64_t first_begin_, last_end_;  // of any row
   Prefetcher soon_;
   bool empty_;                      // no key of this segment was summed yet
