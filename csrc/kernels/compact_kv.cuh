@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/grid.cuh"
+#include "kernels/launch.cuh"
 #include "kv_rows.h"
 #include "params.h"
 
@@ -51,8 +52,7 @@ cudaError_t launch_compact_kv_vectors(const CompactKvParams& p, cudaStream_t str
   const int64_t columns = p.row_bytes / int64_t(sizeof(Vector)) * p.num_kv_heads;
   const dim3 grid(unsigned((columns + kCompactThreads - 1) / kCompactThreads),
                   unsigned(p.num_caches), grid_z(p.batch));
-  compact_kv_kernel<Vector><<<grid, kCompactThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return launch(compact_kv_kernel<Vector>, grid, kCompactThreads, 0, stream, p);
 }
 
 }  // namespace specextend

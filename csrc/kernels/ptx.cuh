@@ -1,19 +1,122 @@
 #pragma once
 
 // All inline PTX: one wrapper per instruction. Wrappers exist for the architectures that have the
-// instruction, so that a kernel which uses one does not compile for others.
+// instruction, so that a kernel which uses one does not compile for others. tests/emulation has a
+// header of the same name and functions that stands in for this one on the host.
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
 namespace specextend::ptx {
 
+// The dynamic shared memory of the block: all the shared memory that kernels use.
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(1024) unsigned char specextend_shared_memory[];
+  return specextend_shared_memory;
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// --- cp.async: global to shared memory without registers ---
+
+// 16 bytes, past L1; both addresses are multiples of 16. With `valid` false, zeros are written and
+// nothing is read.
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+               :
+               : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)),
+                 "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// What the thread has asked for since the last commit is one group.
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" : : : "memory");
+}
+
+// Until at most kPending of the thread's newest groups are under way. Others' copies need a barrier.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(kPending) : "memory");
+}
+
+// --- tensor cores. Fragments are those of the PTX manual, section "Matrix fragments for mma" ---
+
+// Four 8x8 matrices of 16-bit elements; thread 8 i + r gives the address of row r of matrix i.
+// Of matrix i, thread t gets elements 2 (t % 4) and the next of row t / 4.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// The same, each matrix transposed on the way.
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// d [16, 8] += a [16, 16] (by rows) * b [16, 8] (by columns), summed in fp32. T says what the 16-bit
+// elements are.
+template <typename T>
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1);
+
+template <>
+__device__ __forceinline__ void mma_m16n8k16<__half>(float (&d)[4], const uint32_t (&a)[4],
+                                                     uint32_t b0, uint32_t b1) {
+  asm(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <>
+__device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4],
+                                                            uint32_t b0, uint32_t b1) {
+  asm(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// --- small instructions ---
+
+// 2^x, to about 2 ulp; results below 2^-126 are 0; 2^-inf is 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Threads of the block that call it with this `id` (1 to 15) wait until `threads` of them have come.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+  asm volatile("barrier.sync %0, %1;" : : "r"(id), "r"(threads) : "memory");
+}
+
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+// --- programmatic dependent launch: does nothing in a kernel that was launched without it ---
+
+// Until the kernels before this one in the stream have ended, or have let it begin and ended.
+__device__ __forceinline__ void wait_for_predecessors() {
+  asm volatile("griddepcontrol.wait;" : : : "memory");
+}
+
+// Lets the next kernel of the stream begin as soon as every block has said so or ended.
+__device__ __forceinline__ void let_successors_begin() {
+  asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
+}
 
 // --- mbarrier: a barrier in shared memory that also counts bytes copied ---
 
