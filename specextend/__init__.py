@@ -18,7 +18,7 @@ except ImportError as error:
         f"({error}). Install the package (`pip install .` in its source folder) and do not run "
         "Python inside that folder with a package that was not built in place "
         "(`pip install --no-build-isolation -e .` builds it there)."
-    ) from error
+    ) from None  # the message has the cause; a second traceback above it would hide it
 
 if _C.version != __version__:
     raise ImportError(
