@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, PreTrainedModel
 
 from . import ops
@@ -40,8 +41,11 @@ class Pass:
         score_layers: layers that record what chunk scores need.
         chunk_size: of the recorded log-sum-exps.
         fused: tree attention by our kernel. False: SDPA with a dense mask.
+        feature_layers: hidden states to hand out, counted as `transformers` does: i is the input of
+            layer i, and the number of layers is what the head reads.
         recorded: per scored layer (chunk_lse, lse) when fused, else (queries, scale).
         calls: layers that asked for attention, in order.
+        hidden: [B, num_rows, H] per index of ``feature_layers``.
     """
 
     cache: KVCache
@@ -54,9 +58,18 @@ class Pass:
     score_layers: frozenset[int] = frozenset()
     chunk_size: int = 0
     fused: bool = True
+    feature_layers: tuple[int, ...] = ()
     recorded: dict[int, tuple] = field(default_factory=dict)
     calls: list[int] = field(default_factory=list)
+    hidden: dict[int, Tensor] = field(default_factory=dict)
     _index: int = 0
+
+    @property
+    def features(self) -> Tensor | None:
+        """[B, num_rows, F]: the hidden states of ``feature_layers`` side by side; None without."""
+        if not self.feature_layers:
+            return None
+        return torch.cat([self.hidden[i] for i in self.feature_layers], -1)
 
     def write(self, layer: KVLayer, keys: Tensor, values: Tensor) -> None:
         """Store [B, Hkv, M, D] keys and values of ``layer`` in every cache of ``writes``."""
@@ -201,8 +214,9 @@ def evaluating(model: torch.nn.Module):
 class PatchedModel:
     """A model that runs :class:`Pass` es, and is as it was outside of them.
 
-    Only the name of the attention implementation in the model's configurations is changed, only
-    during a forward, also when that forward raises.
+    Only the name of the attention implementation in the model's configurations is changed, and
+    hooks collect the features that a pass asks for, both only during a forward, also when that
+    forward raises.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -214,6 +228,7 @@ class PatchedModel:
     def _installed(self, state: Pass):
         before = [c._attn_implementation_internal for c in self._configs]
         token = _pass.set(state)
+        hooks = self._collect(state) if state.feature_layers else []
         try:
             for config in self._configs:
                 config._attn_implementation_internal = NAME
@@ -222,7 +237,30 @@ class PatchedModel:
         finally:
             for config, name in zip(self._configs, before, strict=True):
                 config._attn_implementation_internal = name
+            for hook in hooks:
+                hook.remove()
             _pass.reset(token)
+
+    def _collect(self, state: Pass) -> list[RemovableHandle]:
+        """Hooks that put the hidden states of ``state.feature_layers`` into ``state.hidden``."""
+        count = self.model.config.get_text_config().num_hidden_layers
+        decoder = self.model.get_decoder()
+        layers = next(
+            m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count
+        )
+
+        def hook_on(index: int) -> RemovableHandle:
+            def keep_input(module, args):
+                state.hidden[index] = args[0]
+
+            def keep_output(module, args, output):
+                state.hidden[index] = output[0]
+
+            if index == count:
+                return decoder.register_forward_hook(keep_output)
+            return layers[index].register_forward_pre_hook(keep_input)
+
+        return [hook_on(i) for i in set(state.feature_layers)]
 
     def forward(
         self, tokens: Tensor, positions: Tensor, state: Pass, last_only: bool = False

@@ -118,6 +118,13 @@ class SpecConfig:
         """Chunks in the draft's working cache."""
         return self.budget // self.chunk_size
 
+    @property
+    def tree_keys(self) -> int:
+        """Rows behind the committed ones that a draft's tree takes at most while it grows."""
+        if self.tree_shape == "fixed":
+            return sum(self.tree_widths)
+        return self.tree_width * self.tree_depth
+
     def replace(self, **changes) -> SpecConfig:
         """A copy with other values; an unknown name is an error that lists the known ones."""
         known = {f.name for f in fields(self)}

@@ -75,7 +75,7 @@ class SpecExtend:
         tokenizer, draft_tokenizer: if both are given they are compared, and must agree; needed when
             the heads have different sizes.
         streamer: receives the tokens of every generation, besides one given to ``generate``.
-        progress: called as ``progress(phase, done, total)`` during the prefills.
+        progress: called as ``progress("prefill", done, total)`` behind each part of the prompt.
         **options: fields of the configuration to change.
 
     Attributes:
@@ -431,29 +431,36 @@ class _Generation:
         self.prompt = prompt
         self.root = prompt[:, -1:]
         self.undrafted = [self.root]  # decided tokens that the draft has not seen
+        self.features: list[Tensor] = []  # of committed tokens, that the draft has not seen
+        self.feature_layers = () if spec.draft is None else spec.draft.feature_layers
         self.depth = self.max_depth
         self.gate = Gate(self.max_depth, config.gate == "auto" and spec.draft is not None)
         self.first = True
 
     def prefill(self) -> None:
         """All of the prompt but its last token, which is the first root."""
-        spec, tokens = self.spec, self.prompt[:, :-1]
+        spec, stats, tokens = self.spec, self.stats, self.prompt[:, :-1]
         total = tokens.shape[1]
         chunk = self.config.prefill_chunk or max(total, 1)
-        report = spec.progress or (lambda phase, done, of: None)
-        with self.stats.phase("prefill"):
-            for start in range(0, total, chunk):
-                part = tokens[:, start : start + chunk]
-                positions = torch.arange(start, start + part.shape[1], device=self.device)[None]
-                state = Pass(self.cache, [(self.cache, self.cache.lens)], part.shape[1])
+        if spec.draft is not None:
+            spec.draft.begin(self.max_length, self.cache)
+        for start in range(0, total, chunk):
+            part = tokens[:, start : start + chunk]
+            positions = torch.arange(start, start + part.shape[1], device=self.device)[None]
+            with stats.phase("prefill"):
+                state = Pass(
+                    self.cache,
+                    [(self.cache, self.cache.lens)],
+                    part.shape[1],
+                    feature_layers=self.feature_layers,
+                )
                 spec._target.forward(part, positions, state, last_only=True)
                 self.cache.advance(part.shape[1])
-                report("prefill", min(start + chunk, total), total)
-        if spec.draft is not None:
-            with self.stats.phase("draft_prefill"):
-                spec.draft.begin(
-                    tokens, self.max_length, lambda done, of: report("draft_prefill", done, of)
-                )
+            if spec.draft is not None:
+                with stats.phase("draft_prefill"):
+                    spec.draft.prefill(part, state.features)
+            if spec.progress is not None:
+                spec.progress("prefill", start + part.shape[1], total)
 
     def round(self) -> Step:
         """One target forward, and what follows from it."""
@@ -465,8 +472,9 @@ class _Generation:
             depth = min(self.gate.next_depth(), self.depth, room)
         if depth:
             with stats.phase("draft"):
-                tree = draft.propose(torch.cat(self.undrafted, 1), depth)
-            self.undrafted = []
+                features = torch.cat(self.features, 1) if self.features else None
+                tree = draft.propose(torch.cat(self.undrafted, 1), depth, features)
+            self.undrafted, self.features = [], []
         else:
             tree = Tree.root_only(self.root)
         self.first = False
@@ -484,12 +492,13 @@ class _Generation:
                 score_layers=self.spec._score_layers if scoring else frozenset(),
                 chunk_size=self.config.chunk_size,
                 fused=self.config.tree_attention,
+                feature_layers=self.feature_layers,
             )
             positions = self.cache.lens[:, None].long() + tree.depths
             logits = self.spec._target.forward(tree.tokens, positions, state)
             logits = logits[..., : self.spec._vocab]
         with stats.phase("accept"):
-            step, num_accepted, row = self._accept(tree, logits, positions)
+            step, num_accepted, row = self._accept(tree, logits, positions, state.features)
         if scoring:
             with stats.phase("retrieve"):
                 self._retrieve(state, row, num_accepted)
@@ -505,7 +514,9 @@ class _Generation:
             return False
         return first or self.stats.num_rounds % self.config.retrieve_every == 0
 
-    def _accept(self, tree: Tree, logits: Tensor, positions: Tensor) -> tuple[Step, Tensor, Tensor]:
+    def _accept(
+        self, tree: Tree, logits: Tensor, positions: Tensor, features: Tensor | None
+    ) -> tuple[Step, Tensor, Tensor]:
         """Choose at every node, walk, compact; the one host read of a round."""
         length = self.cache.length
         history = self.ids[:, :length] if self.chooser.needs_history else self.ids[:, :0]
@@ -535,6 +546,8 @@ class _Generation:
         ]
         self.root = root[:, None]
         self.undrafted.append(new)
+        if features is not None:
+            self.features.append(features[:, path[0, : accepted + 1].long()])
         row = path.gather(1, num_accepted[:, None].long())[:, 0]
         nodes = [int(n) for n in read[1 + width : 2 + width + accepted]]
         step = Step(

@@ -60,8 +60,8 @@ def _bits(first: int, count: int, words: int, device: torch.device) -> Tensor:
 
 
 # One level of the draft: (tokens [B, W], level, mask [B, W, words], number of tree keys so far,
-# these included) -> logits [B, W, V] of the children.
-Step = Callable[[Tensor, int, Tensor, int], Tensor]
+# these included, parents [B, W]: rows of the level before) -> logits [B, W, V] of the children.
+Step = Callable[[Tensor, int, Tensor, int, Tensor], Tensor]
 
 
 def grow_tree(root: Tensor, logits: Tensor, step: Step, config: SpecConfig, depth: int) -> Tree:
@@ -123,7 +123,7 @@ def grow_tree(root: Tensor, logits: Tensor, step: Step, config: SpecConfig, dept
             mask = mask.gather(1, parent_slot[..., None].expand(-1, -1, words)) | own
         num_keys += width
         key_words = (num_keys + 63) // 64
-        logits = step(beam_tokens, level, mask[..., :key_words].contiguous(), num_keys)
+        logits = step(beam_tokens, level, mask[..., :key_words].contiguous(), num_keys, parent_slot)
 
     logp = torch.cat(pool_logp, 1)
     num_nodes = pool_size if fixed else min(config.tree_nodes, pool_size)

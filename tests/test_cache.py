@@ -10,6 +10,7 @@ import specextend.decode
 from specextend import SpecConfig, SpecExtend
 from specextend.attention import Pass, PatchedModel
 from specextend.cache import KVCache
+from specextend.draft.working_cache import WorkingCache
 
 CONFIG = SpecConfig(
     draft_cache="full", gate="off", tree_nodes=9, tree_depth=4, prefill_chunk=32, seed=0,
@@ -56,7 +57,7 @@ def test_rounds_keep_the_caches_right(generations, options):
     target, draft = tiny_model("llama", **size), tiny_model("llama", seed=1, **size)
     drafts = []
     spec = SpecExtend(target, draft, CONFIG)
-    spec.draft.end = lambda: drafts.append(spec.draft._full)
+    spec.draft.end = lambda: drafts.append(spec.draft._caches.full)
     out = spec.generate(prompt(60), max_new_tokens=1000, **options)
     cache = generations[0].cache
     # All but the last token, which is decided but was not run, and what was cut.
@@ -69,17 +70,16 @@ def test_rounds_keep_the_caches_right(generations, options):
     assert torch.equal(generations[0].ids[:, : length + 1], out)
 
 
-def test_working_cache_holds_the_selected_chunks():
+def test_working_cache_holds_the_selected_chunks(monkeypatch):
     """Values bit for bit; keys of recent chunks too; older keys rotated to compact positions."""
     draft, target = tiny_model("llama", seed=1), tiny_model("llama")
     config = CONFIG.replace(draft_cache="retrieval")
     spec = SpecExtend(target, draft, config)
     checked = []
-    gather = spec.draft._gather
+    refill = WorkingCache.refill
 
-    def checking(ids):
-        gather(ids)
-        full, work = spec.draft._full, spec.draft._work
+    def checking(self, scores=None):
+        ids, full, work = refill(self, scores), self.full, self.work
         chosen = [i for i in ids[0].tolist() if i >= 0]
         rows = torch.cat([torch.arange(8 * i, min(8 * i + 8, full.length)) for i in chosen])
         assert len(rows) == work.length == int(work.lens) <= 32
@@ -88,8 +88,9 @@ def test_working_cache_holds_the_selected_chunks():
             stay = [j for j, row in enumerate(rows.tolist()) if full.length - row == len(rows) - j]
             assert stay and torch.equal(ours.keys[:, :, stay], theirs.keys[:, :, rows[stay]])
         checked.append(chosen)
+        return ids
 
-    spec.draft._gather = checking
+    monkeypatch.setattr(WorkingCache, "refill", checking)
     spec.generate(prompt(150), max_new_tokens=40, do_sample=False)
     assert len(checked) > 5 and all(c[0] == 0 and len(c) == 4 for c in checked)
 

@@ -28,7 +28,7 @@ class ToyDraft:
     def root(self) -> torch.Tensor:
         return self.row(())[None, None]
 
-    def step(self, tokens, level, mask, num_keys):
+    def step(self, tokens, level, mask, num_keys, parents):
         first = num_keys - tokens.shape[1]
         self.paths = self.paths[:first]
         for slot, token in enumerate(tokens[0].tolist()):

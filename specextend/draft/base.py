@@ -3,40 +3,58 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 from torch import Tensor
 
+from ..cache import KVCache
 from ..tree import Tree
 
 
 class Draft(ABC):
     """Proposes trees of tokens. One object serves one model for any number of generations.
 
-    The loop calls ``begin`` once per generation, then per round ``propose`` with the tokens that
-    have been decided since the last call, and on its schedule ``retrieve``. Whatever a draft
-    proposes, the output is the target's.
+    The loop calls ``begin`` once per generation and ``prefill`` with each part of the prompt but
+    its last token, behind the target's own forward over that part. Then per round it calls
+    ``propose`` with the tokens that have been decided since the last call, the prompt's last one
+    first, and on its schedule ``retrieve``. Whatever a draft proposes, the output is the target's.
     """
 
     #: chunk scores from the target's attention are of use
     wants_scores = False
 
+    #: hidden states of the target that ``prefill`` and ``propose`` want, counted as `transformers`
+    #: counts them: i is the input of layer i, and the number of layers is what the head reads
+    feature_layers: tuple[int, ...] = ()
+
     @abstractmethod
-    def begin(
-        self, prompt: Tensor, max_length: int, progress: Callable[[int, int], None] | None = None
-    ) -> None:
-        """Forget every earlier generation and take in a prompt.
+    def begin(self, max_length: int, cache: KVCache) -> None:
+        """Forget every earlier generation.
 
         Args:
-            prompt: [1, L] int64, all of the prompt but its last token; may be empty.
             max_length: tokens, prompt included, that the generation will have at most.
-            progress: called with (tokens done, tokens in all) as the prompt is taken in.
+            cache: the target's, empty; its committed rows may be read until ``end``.
+        """
+
+    def prefill(self, tokens: Tensor, features: Tensor | None) -> None:  # noqa: B027
+        """Take in the next part of the prompt.
+
+        Args:
+            tokens: [1, T] int64, committed in the target's cache.
+            features: [1, T, F] of these tokens, the hidden states of ``feature_layers`` side by
+                side; None without.
         """
 
     @abstractmethod
-    def propose(self, tokens: Tensor, depth: int) -> Tree:
-        """Take in ``tokens`` [1, T] int64, decided since the last call, and grow a tree of at most
-        ``depth`` >= 1 levels below the last of them."""
+    def propose(self, tokens: Tensor, depth: int, features: Tensor | None) -> Tree:
+        """Take in the decided tokens and grow a tree of at most ``depth`` >= 1 levels.
+
+        Args:
+            tokens: [1, T] int64, decided since the last call. The last one is the root that the
+                tree grows from, which the target has not seen yet.
+            depth: levels.
+            features: [1, R, F] of the tokens committed since the last call (or the prefill), which
+                are one behind: they end before the root. None without ``feature_layers``.
+        """
 
     def retrieve(self, scores: Tensor) -> Tensor | None:
         """Choose what to attend to from ``scores`` [1, C] fp32, the target's attention mass per

@@ -1,0 +1,141 @@
+"""What a draft attends to: its full cache, a recent window of it, or retrieved chunks.
+
+Two caches: the full one has the keys of every token at its absolute position; the working one is
+what the draft attends to. A gather takes chunks from the full cache into the working one and moves
+their keys to compact positions that end where the newest chunk ends: distances are those of a short
+input, and new tokens go on at their absolute positions, so their keys are the same in both caches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..attention import Pass
+from ..cache import KVCache
+from ..config import SpecConfig
+from ..rotary import Rotary
+
+
+class WorkingCache:
+    """The full and the working cache of one generation; one and the same with "full".
+
+    Args:
+        full: keys and values of every token; its rows are filled through :meth:`fill` or by its
+            owner.
+        config: cache and tree options.
+        rotary: how keys carry positions; None where the draft cache is "full".
+
+    Attributes:
+        work: what the draft attends to; empty until the first :meth:`refill`.
+    """
+
+    def __init__(self, full: KVCache, config: SpecConfig, rotary: Rotary | None):
+        self.full = full
+        self.config = config
+        self.rotary = rotary
+        self.work = full
+        if config.draft_cache != "full":
+            # Between two gathers a round adds at most a whole path and the next root.
+            room = max((config.retrieve_every + 1) * (config.tree_depth + 2), config.chunk_size)
+            capacity = config.budget + room + config.tree_keys
+            self.work = KVCache(len(full.layers), capacity, 1, full.lens.device)
+        self._scores: Tensor | None = None
+
+    @property
+    def needs_refill(self) -> bool:
+        """Whether the working cache has yet to be filled from the full one."""
+        return self.work.length == 0 and self.full.length > 0 and self.work is not self.full
+
+    def fits(self, count: int) -> bool:
+        """Whether ``count`` more tokens and a tree behind them fit the working cache."""
+        return (
+            self.work is self.full
+            or self.work.length + count + self.config.tree_keys <= self.work.capacity
+        )
+
+    def fill(self, count: int) -> Pass:
+        """A pass that takes the next ``count`` tokens of the prompt into the full cache alone."""
+        config = self.config
+        window = 0 if config.draft_cache == "full" else config.draft_prefill_window or 0
+        return Pass(self.full, [(self.full, self.full.lens)], count, window=window)
+
+    def extend(self, count: int) -> Pass:
+        """A pass over the next ``count`` decided tokens, into both caches."""
+        caches = [self.work] if self.work is self.full else [self.work, self.full]
+        return Pass(self.work, [(cache, cache.lens) for cache in caches], count)
+
+    def advance(self, count: int) -> None:
+        """Commit what :meth:`extend` wrote."""
+        self.work.advance(count)
+        if self.work is not self.full:
+            self.full.advance(count)
+
+    def grow(self, level: int, mask: Tensor, num_keys: int) -> Pass:
+        """A pass over a level of a growing tree, as ``grow_tree`` describes it to its step."""
+        count = mask.shape[1]
+        depths = torch.full((1, count), level, dtype=torch.int32, device=mask.device)
+        self._depths = depths if level == 0 else torch.cat([self._depths, depths], 1)
+        return Pass(
+            self.work,
+            [(self.work, self.work.lens + (num_keys - count))],
+            num_keys,
+            mask=mask,
+            q_depths=depths,
+            k_depths=self._depths,
+        )
+
+    def refill(self, scores: Tensor | None = None) -> Tensor:
+        """Fill the working cache anew from the full one, which is not empty.
+
+        Args:
+            scores: [1, C] fp32 per chunk; None: the last ones, or recency if there are none.
+
+        Returns:
+            [1, budget] int32 chunk ids with a -1 tail.
+        """
+        if scores is not None:
+            self._scores = scores
+        ids, counts = self._select()
+        self._gather(ids, counts)
+        return ids
+
+    def _select(self) -> tuple[Tensor, Tensor]:
+        config, full, scores = self.config, self.full, self._scores
+        recent = max(1, config.recent_chunks)  # the newest chunk anchors positions
+        if scores is None:
+            num_chunks = -(-full.capacity // config.chunk_size)
+            scores = torch.zeros(1, num_chunks, device=full.lens.device)
+            recent = config.budget_chunks - config.sink_chunks
+        return ops.select_chunks(
+            scores,
+            full.lens,
+            chunk_size=config.chunk_size,
+            budget=config.budget_chunks,
+            num_sinks=config.sink_chunks,
+            num_recent=recent,
+        )
+
+    def _gather(self, ids: Tensor, counts: Tensor) -> None:
+        config, full, work = self.config, self.full, self.work
+        for ours, source in zip(work.layers, full.layers, strict=True):
+            if not ours.is_initialized:
+                ours.like(source)
+        work.lens = ops.gather_chunks(
+            [layer.k for layer in full.layers],
+            [layer.v for layer in full.layers],
+            [layer.k for layer in work.layers],
+            [layer.v for layer in work.layers],
+            ids,
+            counts,
+            full.lens,
+            self.rotary.inv_freq,
+            chunk_size=config.chunk_size,
+            interleaved=self.rotary.interleaved,
+            right_aligned=True,
+        )
+        # The host knows the length that the device computes: the newest chunk is always selected.
+        num_chunks = -(-full.length // config.chunk_size)
+        dropped = max(0, num_chunks - config.budget_chunks)
+        work.length = full.length - dropped * config.chunk_size
