@@ -4,7 +4,10 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
+
 #include "params.h"
+#include "work_partition.h"
 
 namespace specextend {
 
@@ -15,5 +18,19 @@ cudaError_t launch_compact_kv(const CompactKvParams& p, cudaStream_t stream);
 
 // With the bulk copies of Hopper, for caches of 16-byte alignment; on compute capability 9.0.
 cudaError_t launch_compact_kv_sm90(const CompactKvParams& p, cudaStream_t stream);
+
+// How an attention is laid out on a device, from shapes alone.
+struct AttentionPlan {
+  WorkCut cut;
+  size_t workspace_bytes;  // scratch memory of the launch, bounded by the grid
+};
+
+cudaError_t plan_tree_attention(const TreeAttentionParams& p, DType dtype, int device,
+                                AttentionPlan* plan);
+
+// Two kernels. `workspace` is aligned to 16 bytes and may hold anything. With chunk_lse wanted,
+// p.v may be null: no values are read and p.out is not written.
+cudaError_t launch_tree_attention(const TreeAttentionParams& p, DType dtype,
+                                  const AttentionPlan& plan, void* workspace, cudaStream_t stream);
 
 }  // namespace specextend
