@@ -41,7 +41,15 @@ SPECEXTEND_ALWAYS_INLINE Floats load(const void* p) {
   return x;
 }
 SPECEXTEND_ALWAYS_INLINE void store(void* p, Floats x) { memcpy(p, &x, sizeof(x)); }
-SPECEXTEND_ALWAYS_INLINE Floats broadcast(float x) { return Floats{} + x; }
+SPECEXTEND_ALWAYS_INLINE Floats broadcast(float x) {
+#if defined(__AVX512F__)
+  return _mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return _mm256_set1_ps(x);
+#else
+  return Floats{} + x;
+#endif
+}
 SPECEXTEND_ALWAYS_INLINE Floats as_floats(Ints x) { return reinterpret_cast<Floats>(x); }
 SPECEXTEND_ALWAYS_INLINE Ints as_ints(Floats x) { return reinterpret_cast<Ints>(x); }
 
@@ -91,7 +99,8 @@ SPECEXTEND_ALWAYS_INLINE float reduce_add(Floats x) {
 // Lane i: the sum of the vector at p + i * kLanes.
 SPECEXTEND_ALWAYS_INLINE Floats reduce_add_each(const float* p) {
 #if defined(__AVX512F__)
-  // Halves, quarters, pairs and words are folded; the order of loading makes the lanes come out right.
+  // Halves, quarters, pairs and words are folded; the order of loading makes the lanes come out
+  // right.
   constexpr int kOrder[16] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};
   Floats v[16];
 #pragma GCC unroll 16
@@ -295,8 +304,8 @@ SPECEXTEND_ALWAYS_INLINE Floats load_floats(const T* p) {
 }
 #endif
 
-// A tile of keys x words: as loaded, register i holds kTileWords words of key i (with AVX-512, of keys
-// i and i + 8); transposed, register i holds word i of kLanes keys.
+// A tile of keys x words: as loaded, register i holds kTileWords words of key i (with AVX-512, of
+// keys i and i + 8); transposed, register i holds word i of kLanes keys.
 SPECEXTEND_ALWAYS_INLINE void transpose(Floats rows[kTileWords]) {
 #if defined(__AVX512F__)
   __m512d u[8];

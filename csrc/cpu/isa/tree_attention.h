@@ -26,10 +26,13 @@ constexpr int kBlock = kAttentionBlock;
 constexpr int kTileRows = 6;
 constexpr int kPart = 64;  // keys
 #if defined(__AVX512F__)
-constexpr int kPanel = 4;  // 6 x 4 sums, 4 of B and one of A: 29 of 32 registers
+constexpr int kPanel = 4;   // 6 x 4 sums, 4 of B and one of A: 29 of 32 registers
+constexpr int kFetches = 8;  // cache lines fetched ahead in kUnroll steps of a product
 #else
 constexpr int kPanel = 2;  // 6 x 2 sums, 2 of B and one of A: 15 of 16
+constexpr int kFetches = 2;
 #endif
+constexpr int kUnroll = 4;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 SPECEXTEND_ALWAYS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -175,20 +178,26 @@ SPECEXTEND_ALWAYS_INLINE void multiply_tile(const float* a, int64_t lda, const f
     for (int v = 0; v < P * NV; ++v)
       sum[r][v] = overwrite ? Floats{} : load(c + r * ldc + v * kLanes) * row_scale[r];
   const int64_t panel = int64_t(steps) * kWidth;
-#pragma GCC unroll 1
-  for (int s = 0; s < steps; ++s) {
+  const auto step = [&](const float* upper, const float* lower, const float* words) {
     Floats x[P * NV];
 #pragma GCC unroll 8
-    for (int v = 0; v < P * NV; ++v)
-      x[v] = load(b + v / NV * panel + int64_t(s) * kWidth + v % NV * kLanes);
+    for (int v = 0; v < P * NV; ++v) x[v] = load(words + v / NV * panel + v % NV * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Floats w = broadcast(a[r * lda + s]);
+      const Floats w = broadcast(r < 3 ? upper[r * lda] : lower[(r - 3) * lda]);
 #pragma GCC unroll 8
       for (int v = 0; v < P * NV; ++v) sum[r][v] = Math::multiply_add(sum[r][v], w, x[v]);
     }
-    ahead.steps(2 * P);
+  };
+  const float *upper = a, *lower = a + 3 * lda;  // rows by two pointers: integer registers are few
+  int s = 0;
+  for (; s + kUnroll <= steps; s += kUnroll) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kUnroll; ++i) step(upper + i, lower + i, b + i * kWidth);
+    upper += kUnroll, lower += kUnroll, b += kUnroll * kWidth;
+    ahead.steps(P * kFetches);
   }
+  for (; s < steps; ++s, b += kWidth) step(upper++, lower++, b);
   *soon = ahead;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
