@@ -1,20 +1,28 @@
 """Times every op against what this machine can do, and tree attention against torch's SDPA.
 
-    python bench/bench_ops.py [--quick] [--filter 32/8/128] [--threads 2] [--json out.json]
+    python bench/bench_ops.py [--device cuda] [--quick] [--filter 32/8/128] [--json out.json]
 
 Of SDPA there are two columns. "torch" is the call that a user writes: the same inputs,
 `enable_gqa`, the mask it needs, boolean or additive, whichever is faster. "packed" is what an
 expert makes of it: the query rows of a KV head folded into one sequence by hand.
 
 Numbers of one line come from one run, its contestants taking turns, so that ratios hold on a busy
-machine too; compare absolute times only between quiet ones. Shares are of the read bandwidth and
-the GEMM rate that torch reaches here, measured at the start.
+machine too; compare absolute times only between quiet ones. The bound is the time that a line's
+bytes and arithmetic take at the bandwidth and the GEMM rate that torch reaches here, measured at
+the start: of reading on a CPU, of copying (bytes read and written) on a GPU.
+
+On a GPU, calls are timed in CUDA graphs of twenty or more, over buffers that rotate through more
+than twice its L2 cache, and there are more rivals: "split" is the papers' own way (flash attention
+over the prefix with its log-sum-exp, the tree under its mask, a merge by sigmoid), "flex" is
+FlexAttention, "flashinfer" its custom mask where that package is installed.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -31,7 +39,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from cases import BENCH_PREFIXES, BENCH_TREES, LAYERS, Heads  # noqa: E402
 
 from specextend import _C, ops  # noqa: E402
-from specextend.testing import Timing, ancestor_mask, pack_mask, time_calls  # noqa: E402
+from specextend.testing import (  # noqa: E402
+    Timing,
+    ancestor_mask,
+    pack_mask,
+    time_calls,
+    time_graphs,
+)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -46,11 +60,14 @@ class Machine:
     isa: str
     torch: str
     commit: str
-    read_gbs: float = 0.0
+    gpu: str = ""
+    driver: str = ""
+    l2_bytes: int = 0
+    bandwidth_gbs: float = 0.0
     gemm_gflops: dict[str, float] | None = None
 
     @staticmethod
-    def describe() -> "Machine":
+    def describe(device: str) -> "Machine":
         processor = platform.processor() or platform.machine()
         info = Path("/proc/cpuinfo")
         if info.exists():
@@ -61,15 +78,23 @@ class Machine:
         git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         cores = len(os.sched_getaffinity(0))
-        return Machine(
+        machine = Machine(
             processor, cores, torch.get_num_threads(), _C.cpu_isa(), torch.__version__, commit
         )
+        if device == "cuda":
+            properties = torch.cuda.get_device_properties(0)
+            machine.gpu, machine.l2_bytes = properties.name, properties.L2_cache_size
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            machine.driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+        return machine
 
     def measure(self, seconds: float) -> None:
         """Read bandwidth: a sum over 256 MiB. GEMM rate: square matrices of 2048, or as large as
         two seconds allow. The best decile."""
+        if self.gpu:
+            return self._measure_gpu(seconds)
         x = torch.ones(64 << 20)
-        self.read_gbs = x.numel() * 4 / time_calls(x.sum, seconds=seconds)[0].p10 / 1e9
+        self.bandwidth_gbs = x.numel() * 4 / time_calls(x.sum, seconds=seconds)[0].p10 / 1e9
         self.gemm_gflops = {}
         for name in ("fp32", "bf16"):
             for size in (512, 1024, 2048):  # without instructions for bf16, torch takes its time
@@ -81,6 +106,18 @@ class Machine:
         # Half precision is computed in fp32 where that is faster.
         self.gemm_gflops["bf16"] = max(self.gemm_gflops.values())
         self.gemm_gflops["fp16"] = self.gemm_gflops["fp32"]
+
+    def _measure_gpu(self, seconds: float) -> None:
+        """Copies of 2 GiB, bytes read and written; a matrix product of 8192."""
+        x = torch.ones(1 << 29)
+        y = torch.empty_like(x)
+        timing = time_graphs([lambda: y.copy_(x)], seconds=seconds)[0]
+        self.bandwidth_gbs = 2 * x.numel() * 4 / timing.median / 1e9
+        self.gemm_gflops = {}
+        for name in ("bf16", "fp16", "fp32"):
+            a, b = (torch.randn(8192, 8192).to(DTYPES[name]) for _ in range(2))
+            timing = time_graphs([lambda a=a, b=b: a @ b], seconds=seconds)[0]
+            self.gemm_gflops[name] = 2 * 8192**3 / timing.median / 1e9
 
 
 @dataclass
@@ -95,19 +132,21 @@ class Line:
     flops: int = 0
     torch: tuple[Callable[[], object], ...] = ()  # the same by torch, in the ways there are
     packed: tuple[Callable[[], object], ...] = ()  # by torch, rows packed by hand
+    peers: tuple[tuple[str, Callable[[], object]], ...] = ()  # on a GPU: name, and how they do it
 
 
 def random_tree(nodes: int) -> Tensor:
     """[nodes] parents of a tree like those that drafts propose: half chains, half branches."""
-    g = torch.Generator().manual_seed(nodes)
+    g = torch.Generator("cpu").manual_seed(nodes)
     parents = [-1]
     for node in range(1, nodes):
-        parents.append(node - 1 if node % 2 else int(torch.randint(0, node, (1,), generator=g)))
-    return torch.tensor(parents)
+        any_before = torch.randint(0, node, (1,), generator=g, device="cpu")
+        parents.append(node - 1 if node % 2 else int(any_before))
+    return torch.tensor(parents, device="cpu")
 
 
 def attention_line(
-    heads: Heads, prefix: int, rows: int, dtype: str, layout: str, chunk: int
+    heads: Heads, prefix: int, rows: int, dtype: str, layout: str, chunk: int, flex: bool = False
 ) -> Line:
     type_ = DTYPES[dtype]
     capacity = prefix + max(BENCH_TREES)
@@ -120,7 +159,7 @@ def attention_line(
         k_bhsd, v_bhsd = (torch.randn(shape).to(type_) for _ in range(2))
         k, v = k_bhsd.transpose(1, 2), v_bhsd.transpose(1, 2)
     lens = torch.tensor([prefix], dtype=torch.int32)
-    visible = ancestor_mask(random_tree(rows))
+    visible = ancestor_mask(random_tree(rows)).to(q.device)
     tree_mask = pack_mask(visible)[None] if rows > 1 else None
 
     total, group = prefix + rows, heads.q // heads.kv
@@ -132,7 +171,9 @@ def attention_line(
     if rows > 1:
         masks = [seen, torch.zeros(seen.shape, dtype=type_).masked_fill(~seen, -torch.inf)]
     gqa = heads.q != heads.kv
-    by_torch, by_hand = [], []
+    by_torch, by_hand, peers = [], [], ()
+    if q.is_cuda and dtype != "fp32" and not chunk:
+        peers = tuple(gpu_peers(q, k_bhsd, v_bhsd, prefix, visible, flex))
     for mask in masks:
         by_torch.append(
             lambda m=mask: F.scaled_dot_product_attention(query, keys, values, m, enable_gqa=gqa)
@@ -149,7 +190,101 @@ def attention_line(
         4 * total * rows * heads.q * heads.dim,
         tuple(by_torch),
         tuple(by_hand),
+        peers,
     )
+
+
+def gpu_peers(
+    q: Tensor, k: Tensor, v: Tensor, prefix: int, visible: Tensor, flex: bool
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """How others attend to a prefix and a tree: q [1, M, Hq, D], k and v [1, Hkv, S, D]."""
+    rows, group = q.shape[1], q.shape[2] // k.shape[1]
+    total, scale = prefix + rows, q.shape[-1] ** -0.5
+    k_rows, v_rows = k.transpose(1, 2), v.transpose(1, 2)
+    tree_k = k[0, :, prefix:total].repeat_interleave(group, 0)
+    tree_v = v[0, :, prefix:total].repeat_interleave(group, 0)
+
+    def split():
+        flash = torch.ops.aten._flash_attention_forward(
+            q, k_rows[:, :prefix], v_rows[:, :prefix], None, None, rows, prefix, 0.0, False, False,
+            scale=scale,
+        )  # fmt: skip
+        logits = (q[0].transpose(0, 1) @ tree_k.transpose(1, 2)).float() * scale
+        logits = logits.masked_fill(~visible, -torch.inf)
+        tree = (logits.softmax(-1).to(q.dtype) @ tree_v).transpose(0, 1)
+        share = torch.sigmoid(flash[1][0] - logits.logsumexp(-1)).T[..., None].to(q.dtype)
+        return flash[0][0] * share + tree * (1 - share)
+
+    yield "split", split
+    if flex:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        def seen(b, h, row, key):
+            in_tree = (key - prefix).clamp(0, rows - 1)
+            return (key < prefix) | visible[row.clamp(max=rows - 1), in_tree]
+
+        blocks = create_block_mask(seen, None, None, rows, total, device=q.device.type)
+        compiled = torch.compile(flex_attention)
+        query, keys, values = q.transpose(1, 2), k[:, :, :total], v[:, :, :total]
+        yield (
+            "flex",
+            lambda: compiled(query, keys, values, block_mask=blocks, enable_gqa=group > 1),
+        )
+    if importlib.util.find_spec("flashinfer"):
+        import flashinfer
+
+        seen_all = torch.cat([visible.new_ones(rows, prefix), visible], 1)
+        yield (
+            "flashinfer",
+            lambda: flashinfer.single_prefill_with_kv_cache(
+                q[0], k_rows[0, :total], v_rows[0, :total], custom_mask=seen_all
+            ),
+        )
+
+
+# What an H200 shall reach (microseconds, or a share of the bound), by heads, prefix, tree.
+GOALS_US = {
+    ("32/8/128", 16384, 8): 21.0, ("32/8/128", 16384, 32): 22.0, ("32/8/128", 2048, 32): 9.0,
+    ("32/8/128", 65536, 32): 70.0, ("32/8/128", 65536, 64): 118.0, ("32/8/128", 65536, 128): 235.0,
+}  # fmt: skip
+GOALS_SHARE = {
+    ("32/8/128", 65536): 8, ("32/32/128", 16384): 64, ("32/32/128", 65536): 64,
+    ("28/4/128", 131072): 8,
+}  # fmt: skip
+GOAL_SHARE = 0.85  # of the bandwidth, for the trees up to those sizes
+
+
+def goal(op: str, shape: str) -> tuple[str, float] | None:
+    """("us" or "share", value) of a line, None without a goal."""
+    found = re.fullmatch(r"(\S+) P=(\d+) tree=(\d+)", shape)
+    if op in ("select_chunks", "gather_chunks"):
+        return "us", 8.0
+    if op != "tree_attention" or found is None:
+        return None
+    heads, prefix, rows = found[1], int(found[2]), int(found[3])
+    if rows <= GOALS_SHARE.get((heads, prefix), 0):
+        return "share", GOAL_SHARE
+    us = GOALS_US.get((heads, prefix, rows))
+    return None if us is None else ("us", us)
+
+
+def gpu_attention_lines(quick: bool, flex: bool) -> Iterator[Callable[[], Line]]:
+    """The lines with goals, and around them what shows where time goes."""
+    llama, vicuna, qwen = LAYERS[:3]
+    cases = [(llama, prefix, rows, 0) for prefix in (2048, 16384, 65536) for rows in (8, 32)]
+    cases += [(llama, 65536, rows, 0) for rows in (1, 64, 128)]
+    cases += [(vicuna, 16384, 8, 0), (vicuna, 16384, 64, 0), (qwen, 131072, 8, 0)]
+    cases += [(llama, 16384, 32, 32), (llama, 65536, 8, 32), (llama, 65536, 64, 32)]
+    if not quick:
+        cases += [(vicuna, 65536, rows, 0) for rows in (8, 64)]
+        cases += [(heads, 16384, rows, 0) for heads in (vicuna, qwen) for rows in (1, 16, 32, 128)]
+        cases += [(llama, 16384, rows, 0) for rows in (1, 4, 16, 64, 128)]
+        cases += [(llama, 16384, rows, 32) for rows in (8, 64)]
+    for heads, prefix, rows, chunk in cases:
+        arguments = heads, prefix, rows, "bf16", "bhsd", chunk, flex and rows == 32
+        yield lambda arguments=arguments: attention_line(*arguments)
+    for dtype in ("fp16", "fp32"):
+        yield lambda dtype=dtype: attention_line(llama, 16384, 32, dtype, "bhsd", 0)
 
 
 def attention_lines(quick: bool) -> Iterator[Callable[[], Line]]:
@@ -217,9 +352,9 @@ def other_lines() -> Iterator[Callable[[], Line]]:
         )  # fmt: skip
 
     def select_chunks():
-        scores, lens = torch.rand(1, capacity // 32), ints(capacity)
+        scores, lens = torch.rand(1, 4096), ints(4096 * 32)
         return Line(
-            "select_chunks", "32 of 512", "fp32",
+            "select_chunks", "32 of 4096", "fp32",
             lambda: ops.select_chunks(
                 scores, lens, chunk_size=32, budget=32, num_sinks=1, num_recent=4
             ),
@@ -301,15 +436,44 @@ def other_lines() -> Iterator[Callable[[], Line]]:
     yield from (lambda: sample_nodes(False), lambda: sample_nodes(True), compact_kv, append_kv)
 
 
-def report(line: Line, machine: Machine, seconds: float) -> dict:
-    own, *rivals = time_calls(line.run, *line.torch, *line.packed, seconds=seconds, min_calls=3)
+def best(timings: list[Timing]) -> float | None:
+    """The shortest median; None for no timings."""
+    return min((t.median for t in timings), default=None)
 
-    def best(timings: list[Timing]) -> float | None:
-        return min((t.median for t in timings), default=None)
 
-    by_torch, by_hand = best(rivals[: len(line.torch)]), best(rivals[len(line.torch) :])
+def measure(line: Line, make: Callable[[], Line], machine: Machine, seconds: float) -> list[Timing]:
+    """Of ours, torch's, packed ones, peers; ``make`` makes the line again, with other buffers."""
+
+    def contestants(line: Line) -> list[Callable[[], object]]:
+        return [line.run, *line.torch, *line.packed, *(run for _, run in line.peers)]
+
+    if not machine.gpu:
+        return time_calls(*contestants(line), seconds=seconds, min_calls=3)
+    copies = min(max(-(-2 * machine.l2_bytes // max(line.bytes, 1)), 1), 32)
+    each = [contestants(line), *(contestants(make()) for _ in range(copies - 1))]
+    return time_graphs(*map(list, zip(*each, strict=True)), seconds=seconds)
+
+
+def report(line: Line, make: Callable[[], Line], machine: Machine, seconds: float) -> dict:
+    own, *others = measure(line, make, machine, seconds)
+    by_torch = best(others[: len(line.torch)])
+    by_hand = best(others[len(line.torch) : len(line.torch) + len(line.packed)])
+    peers = {
+        name: timing.median * 1e6
+        for (name, _), timing in zip(
+            line.peers, others[len(line.torch) + len(line.packed) :], strict=True
+        )
+    }
     gbs, gflops = line.bytes / own.median / 1e9, line.flops / own.median / 1e9
     peak = (machine.gemm_gflops or {}).get(line.dtype, 0.0)
+    bound = max(line.bytes / machine.bandwidth_gbs / 1e3, line.flops / peak / 1e3 if peak else 0.0)
+    wanted = goal(line.op, line.shape) if "H200" in machine.gpu else None
+    share = bound / (own.median * 1e6)
+    met = None
+    if wanted is not None:
+        kind, value = wanted
+        got = own.median * 1e6 if kind == "us" else gbs / machine.bandwidth_gbs
+        met = got <= value if kind == "us" else got >= value
     result = {
         "op": line.op,
         "shape": line.shape,
@@ -317,32 +481,54 @@ def report(line: Line, machine: Machine, seconds: float) -> dict:
         "us": own.median * 1e6,
         "us_p10": own.p10 * 1e6,
         "us_p90": own.p90 * 1e6,
+        "bound_us": bound,
+        "bound_share": share,
         "gb_per_s": gbs,
         "gflop_per_s": gflops,
-        "bandwidth_share": gbs / machine.read_gbs,
+        "bandwidth_share": gbs / machine.bandwidth_gbs,
         "gemm_share": gflops / peak if peak else None,
         "torch_us": by_torch and by_torch * 1e6,
         "packed_us": by_hand and by_hand * 1e6,
         "ratio_to_torch": by_torch and by_torch / own.median,
         "ratio_to_packed": by_hand and by_hand / own.median,
+        "peers_us": peers,
+        "goal": wanted,
+        "goal_met": met,
     }
     cells = [
         f"{line.op:24}",
         f"{line.shape:32}",
         f"{line.dtype:5}",
         f"{own.median * 1e6:9.1f} ({own.p10 * 1e6:.1f}..{own.p90 * 1e6:.1f})".ljust(32),
+        f"{bound:9.1f}",
+        f"{100 * share:4.0f} %",
         f"{gbs:6.1f}",
         f"{gflops:6.0f}" if line.flops else "     -",
-        f"{100 * gbs / machine.read_gbs:4.0f} %",
-        f"{100 * gflops / peak:4.0f} %" if line.flops else "     -",
         *(f"{t / own.median:6.1f}" if t else "     -" for t in (by_torch, by_hand)),
+        *(f"{name} {us / own.median / 1e6:.1f}" for name, us in peers.items()),
     ]
+    if wanted is not None:
+        limit = f"<= {value:g} us" if kind == "us" else f">= {100 * value:.0f} % of bandwidth"
+        cells.append(f"{limit}: {'met' if met else 'MISSED'}")
     print(" | ".join(cells), flush=True)
     return result
 
 
+def chunk_overhead(results: list[dict]) -> None:
+    """What the log-sum-exps of chunks cost: lines with them against the same without."""
+    plain = {(r["shape"], r["dtype"]): r for r in results if r["op"] == "tree_attention"}
+    for r in results:
+        without = plain.get((r["shape"], r["dtype"]))
+        if r["op"].startswith("tree_attention+chunks") and without:
+            r["chunk_overhead"] = r["us"] / without["us"] - 1
+            print(f"{r['shape']}: chunks cost {100 * r['chunk_overhead']:+.1f} %")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    here = "cuda" if _C.has_cuda and torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=here)
+    parser.add_argument("--flex", action="store_true", help="FlexAttention, too; it compiles long")
     parser.add_argument("--filter", default="", help="only lines that contain this text")
     parser.add_argument("--quick", action="store_true", help="fewer shapes, less time for each")
     parser.add_argument("--seconds", type=float, help="per line (default 2, quick 0.5)")
@@ -354,21 +540,31 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
 
-    machine = Machine.describe()
+    torch.set_default_device(arguments.device)
+    machine = Machine.describe(arguments.device)
     machine.measure(seconds)
     print(f"{machine.processor}, {machine.cores} cores, {machine.threads} threads, {machine.isa}")
     print(f"torch {machine.torch}, specextend {machine.commit}")
     rates = ", ".join(f"{n} {r:.0f}" for n, r in machine.gemm_gflops.items())
-    print(f"read {machine.read_gbs:.1f} GB/s; GEMM {rates} GFLOP/s\n")
+    if machine.gpu:
+        print(f"{machine.gpu}, driver {machine.driver}, CUDA {torch.version.cuda}")
+    kind = "copy" if machine.gpu else "read"
+    print(f"{kind} {machine.bandwidth_gbs:.1f} GB/s; GEMM {rates} GFLOP/s\n")
     print(
-        f"{'op':24} | {'shape':32} | dtype | {'us (p10..p90)':32} |   GB/s | GFLOP/s | band. | "
-        " GEMM |  torch | packed"
+        f"{'op':24} | {'shape':32} | dtype | {'us (p10..p90)':32} |  bound us | share  |   GB/s | "
+        "GFLOP/s |  torch | packed"
     )
     results = []
-    for make in (*attention_lines(arguments.quick), *other_lines()):
+    if machine.gpu:
+        attention = gpu_attention_lines(arguments.quick, arguments.flex)
+    else:
+        attention = attention_lines(arguments.quick)
+    for make in (*attention, *other_lines()):
         line = make()
         if arguments.filter in f"{line.op} {line.shape} {line.dtype}":
-            results.append(report(line, machine, seconds))
+            results.append(report(line, make, machine, seconds))
+        del line
+    chunk_overhead(results)
     if arguments.json:
         text = json.dumps({"machine": asdict(machine), "results": results}, indent=2)
         arguments.json.write_text(text + "\n")

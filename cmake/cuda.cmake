@@ -53,5 +53,7 @@ function(specextend_add_kernels name)
   set_target_properties(${name} PROPERTIES CUDA_ARCHITECTURES "${arg_ARCHS}")
   target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR}/csrc)
   target_compile_options(${name} PRIVATE
-    $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo --expt-relaxed-constexpr -Xfatbin=-compress-all>)
+    $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo --expt-relaxed-constexpr -Xfatbin=-compress-all -Xptxas=-v>)
+  set_target_properties(${name} PROPERTIES
+    RULE_LAUNCH_COMPILE "sh ${PROJECT_SOURCE_DIR}/cmake/ptxas_report.sh <OBJECT>")
 endfunction()

@@ -106,3 +106,51 @@ def time_calls(
             function()
             own.append(time.perf_counter() - start)
     return [Timing(own) for own in samples]
+
+
+def time_graphs(
+    *contestants: list[Callable[[], object]], seconds: float = 0.5, min_calls: int = 20
+) -> list[Timing]:
+    """Time of calls on a GPU, without the host's share: each contestant is captured in a CUDA graph
+    of many calls, and the graphs are replayed in turn. Synchronises.
+
+    Args:
+        contestants: variants of one call each, on buffers of their own, which take turns: as many
+            as make their buffers larger than the L2 cache, so that it is cold.
+        seconds: time for all of them together, once each has had five replays.
+        min_calls: calls in a graph at least. What cannot be captured is launched as often instead.
+    """
+    replays, counts = [], []
+    stream = torch.cuda.Stream()
+    for variants in contestants:
+        count = max(min_calls, len(variants))
+
+        def calls(variants=variants, count=count):
+            for i in range(count):
+                variants[i % len(variants)]()
+
+        for variant in variants:
+            variant()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                calls()
+            replays.append(graph.replay)
+        except RuntimeError:
+            torch.cuda.synchronize()
+            replays.append(calls)
+        counts.append(count)
+    for replay in replays:
+        replay()
+    torch.cuda.synchronize()
+    samples: list[list[float]] = [[] for _ in contestants]
+    end = time.perf_counter() + seconds
+    while len(samples[0]) < 5 or time.perf_counter() < end:
+        for replay, count, own in zip(replays, counts, samples, strict=True):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            replay()
+            stop.record()
+            stop.synchronize()
+            own.append(start.elapsed_time(stop) / 1e3 / count)
+    return [Timing(own) for own in samples]
