@@ -37,6 +37,10 @@ class SpecConfig:
         tree_attention: verify through the split-prefix tree kernel. False: torch's SDPA over the
             whole cache with a dense mask, the standard way.
 
+    N-gram look-up:
+        ngram_size: tokens of the longest match; shorter ones count less. Trees as above: the
+            continuations of several matches, ``tree_width`` nodes per level at most.
+
     Draft's context:
         draft_cache: what the draft attends to: all of the context, a recent window (with sinks),
             or chunks retrieved by the target's attention (with sinks and recent chunks).
@@ -67,6 +71,8 @@ class SpecConfig:
     tree_widths: tuple[int, ...] = (4, 16, 16, 16, 16)
     tree_attention: bool = True
 
+    ngram_size: int = 4
+
     draft_cache: Literal["full", "window", "retrieval"] = "retrieval"
     chunk_size: int = 32
     budget: int = 1024
@@ -87,7 +93,7 @@ class SpecConfig:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         at_least_one = (
             "tree_nodes", "tree_depth", "tree_top_k", "tree_width", "chunk_size", "retrieve_every",
-            "draft_prefill_window", "prefill_chunk",
+            "draft_prefill_window", "prefill_chunk", "ngram_size",
         )  # fmt: skip
         for name in at_least_one:
             value = getattr(self, name)

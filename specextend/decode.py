@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,13 +31,11 @@ from . import ops
 from .attention import Pass, PatchedModel
 from .cache import KVCache
 from .config import SpecConfig
-from .draft import CausalLMDraft, Draft
+from .draft import CausalLMDraft, Draft, load_draft
 from .gate import Gate
 from .guard import check_length, self_check
-from .rotary import probe_rotary
 from .sampling import TokenChooser
 from .stats import SpecStats
-from .tokenizers import check_same_tokenizer
 from .tree import Tree
 
 Progress = Callable[[str, int, int], None]
@@ -70,7 +69,9 @@ class SpecExtend:
     Args:
         model: the target, a decoder-only causal LM of `transformers`, used where it lies and left
             as it came. It is tried on a few tokens first.
-        draft: a causal LM with the same tokenizer; or None for plain decoding on the same kernels.
+        draft: a causal LM with the same tokenizer; a folder or hub id of one, or of a trained head
+            (EAGLE-1/2/3); ``"ngram"``: look-up in prompt and output; ``"self"``: the target on a
+            part of its own cache; or None for plain decoding on the same kernels.
         config: options; a :class:`SpecConfig` or a dict of its fields.
         tokenizer, draft_tokenizer: if both are given they are compared, and must agree; needed when
             the heads have different sizes.
@@ -92,7 +93,7 @@ class SpecExtend:
     def __init__(
         self,
         model: PreTrainedModel,
-        draft: PreTrainedModel | Draft | None = None,
+        draft: PreTrainedModel | Draft | str | Path | None = None,
         config: SpecConfig | dict | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -114,8 +115,7 @@ class SpecExtend:
         self._score_layers = self._resolve_layers(self.config.score_layers)
         self_check(self._target)
         self._vocab = model.config.get_text_config().vocab_size
-        self._tokenizers = (tokenizer, draft_tokenizer)
-        self.draft = self._make_draft(draft)
+        self.draft = load_draft(draft, self._target, self.config, (tokenizer, draft_tokenizer))
         self._running = False
 
     def _resolve_layers(self, layers: tuple[int, ...]) -> frozenset[int]:
@@ -124,34 +124,6 @@ class SpecExtend:
         if wrong:
             raise ValueError(f"score_layers must be in [{-n}, {n}) for this model, got {wrong[0]}")
         return frozenset(i % n for i in layers)
-
-    def _make_draft(self, draft: PreTrainedModel | Draft | None) -> Draft | None:
-        if draft is None or isinstance(draft, Draft):
-            return draft
-        if not isinstance(draft, PreTrainedModel):
-            raise TypeError(
-                "draft must be a causal LM of transformers, a specextend.draft.Draft or None, got "
-                f"{type(draft).__name__}"
-            )
-        if draft.device != self.model.device:
-            raise ValueError(
-                f"the draft must be on the target's device {self.model.device}, got {draft.device}"
-            )
-        self._check_vocabulary(draft)
-        self_check(PatchedModel(draft))
-        rotary = None if self.config.draft_cache == "full" else probe_rotary(draft)
-        return CausalLMDraft(draft, self.config, rotary, vocab=self._vocab)
-
-    def _check_vocabulary(self, draft: PreTrainedModel) -> None:
-        size = draft.config.get_text_config().vocab_size
-        if None not in self._tokenizers:
-            check_same_tokenizer(*self._tokenizers)
-        elif size != self._vocab:
-            raise ValueError(
-                f"the target's vocabulary has {self._vocab} entries, the draft's {size}: either "
-                "their tokenizers differ, or a head is padded; pass tokenizer= and "
-                "draft_tokenizer= to have them compared"
-            )
 
     # ---- the three ways in -----------------------------------------------------------------------
 
@@ -443,7 +415,7 @@ class _Generation:
         total = tokens.shape[1]
         chunk = self.config.prefill_chunk or max(total, 1)
         if spec.draft is not None:
-            spec.draft.begin(self.max_length, self.cache)
+            spec.draft.begin(self.prompt, self.max_length, self.cache)
         for start in range(0, total, chunk):
             part = tokens[:, start : start + chunk]
             positions = torch.arange(start, start + part.shape[1], device=self.device)[None]
@@ -546,6 +518,8 @@ class _Generation:
         ]
         self.root = root[:, None]
         self.undrafted.append(new)
+        if self.spec.draft is not None:
+            self.spec.draft.observe(tokens)
         if features is not None:
             self.features.append(features[:, path[0, : accepted + 1].long()])
         row = path.gather(1, num_accepted[:, None].long())[:, 0]

@@ -2,5 +2,8 @@
 
 from .base import Draft
 from .causal_lm import CausalLMDraft
+from .load import load_draft
+from .ngram import NGramDraft
+from .self_draft import SelfDraft
 
-__all__ = ["CausalLMDraft", "Draft"]
+__all__ = ["CausalLMDraft", "Draft", "NGramDraft", "SelfDraft", "load_draft"]

@@ -27,10 +27,11 @@ class Draft(ABC):
     feature_layers: tuple[int, ...] = ()
 
     @abstractmethod
-    def begin(self, max_length: int, cache: KVCache) -> None:
+    def begin(self, prompt: Tensor, max_length: int, cache: KVCache) -> None:
         """Forget every earlier generation.
 
         Args:
+            prompt: [1, L] int64, all of it.
             max_length: tokens, prompt included, that the generation will have at most.
             cache: the target's, empty; its committed rows may be read until ``end``.
         """
@@ -55,6 +56,10 @@ class Draft(ABC):
             features: [1, R, F] of the tokens committed since the last call (or the prefill), which
                 are one behind: they end before the root. None without ``feature_layers``.
         """
+
+    def observe(self, tokens: list[int]) -> None:  # noqa: B027
+        """See the tokens that a round has decided, once the host has read them. For drafts that
+        work on the host: a read of their own would make it wait once more."""
 
     def retrieve(self, scores: Tensor) -> Tensor | None:
         """Choose what to attend to from ``scores`` [1, C] fp32, the target's attention mass per

@@ -37,7 +37,7 @@ class CausalLMDraft(Draft):
         self._vocab = min(vocab, text_config.vocab_size)
         self.wants_scores = config.draft_cache == "retrieval"
 
-    def begin(self, max_length, cache) -> None:
+    def begin(self, prompt, max_length, cache) -> None:
         capacity = max_length + 1 + self.config.tree_keys
         full = KVCache(self.num_layers, capacity, batch=1, device=self.device)
         self._caches = WorkingCache(full, self.config, self.rotary)
@@ -67,14 +67,14 @@ class CausalLMDraft(Draft):
         count = tokens.shape[1]
         logits = self._forward(tokens, caches.full.length, caches.extend(count), last_only=True)
         caches.advance(count)
+        self._first = caches.full.length
         if self.config.tree_shape == "fixed":
             depth = min(depth, len(self.config.tree_widths))
         return grow_tree(tokens[:, -1:], logits, self._step, self.config, depth)
 
     def _step(self, tokens: Tensor, level: int, mask: Tensor, num_keys: int, parents) -> Tensor:
-        caches = self._caches
-        positions = torch.full_like(tokens, caches.full.length + level)
-        return self._logits(tokens, positions, caches.grow(level, mask, num_keys))
+        positions = torch.full_like(tokens, self._first + level)
+        return self._logits(tokens, positions, self._caches.grow(level, mask, num_keys))
 
     def _forward(self, tokens: Tensor, first: int, state: Pass, last_only: bool = False) -> Tensor:
         positions = torch.arange(first, first + tokens.shape[1], device=self.device)[None]

@@ -1,0 +1,130 @@
+"""The target as its own draft: losslessness, full depth, its working cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import prompt, tiny_model
+
+from specextend import SpecConfig, SpecExtend
+from specextend.draft.working_cache import WorkingCache
+
+SMALL = SpecConfig(
+    chunk_size=8, budget=32, sink_chunks=1, recent_chunks=1, retrieve_every=2, prefill_chunk=40,
+    gate="off", tree_nodes=6, tree_depth=3, tree_width=2, tree_top_k=2, tree_threshold=0.0, seed=7,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_model("llama")
+
+
+def greedy(model, ids, n=40, **kwargs):
+    return model.generate(ids, max_new_tokens=n, do_sample=False, **kwargs)
+
+
+class TestLossless:
+    @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi", "gpt_oss", "glm4"])
+    def test_greedy_families(self, family):
+        model, ids = tiny_model(family), prompt(90)
+        expected = greedy(model, ids)
+        for draft_cache in ("retrieval", "window"):
+            spec = SpecExtend(model, "self", SMALL, draft_cache=draft_cache)
+            assert torch.equal(spec.generate(ids, max_new_tokens=40, do_sample=False), expected)
+            assert spec.stats.num_draft_tokens > 0
+
+    @pytest.mark.parametrize("length", [1, 2, 31, 33, 200])
+    @pytest.mark.parametrize("shape", ["opt", "fixed"])
+    def test_lengths(self, target, length, shape):
+        ids = prompt(length)
+        spec = SpecExtend(target, "self", SMALL, tree_shape=shape, tree_widths=(2, 2))
+        assert torch.equal(
+            spec.generate(ids, max_new_tokens=50, do_sample=False), greedy(target, ids, 50)
+        )
+
+    def test_sampled(self, target):
+        ids = prompt(90)
+        options = dict(max_new_tokens=40, do_sample=True, temperature=0.7, top_p=0.9)
+        plain = SpecExtend(target, None, SMALL).generate(ids, **options)
+        for draft_cache in ("retrieval", "window"):
+            spec = SpecExtend(target, "self", SMALL, draft_cache=draft_cache)
+            assert torch.equal(spec.generate(ids, **options), plain)
+
+    def test_gate(self, target, monkeypatch):
+        """Rests of the gate: many tokens that the working cache has not seen."""
+        from specextend.gate import Gate
+
+        depths = iter([2] * 3 + [0] * 50 + [2] * 3 + [0] * 3 + [2] * 500)
+        monkeypatch.setattr(Gate, "next_depth", lambda self: next(depths))
+        spec = SpecExtend(target, "self", SMALL)
+        ids = prompt(60)
+        out = spec.generate(ids, max_new_tokens=150, do_sample=False)
+        assert torch.equal(out, greedy(target, ids, 150))
+        assert spec.stats.num_plain_rounds > 50
+
+
+@pytest.mark.parametrize("draft_cache", ["retrieval", "window"])
+def test_a_cache_that_holds_everything_accepts_to_full_depth(target, draft_cache):
+    config = SMALL.replace(
+        draft_cache=draft_cache, budget=160, tree_shape="top_k", tree_nodes=4, tree_depth=4,
+        tree_width=1, tree_top_k=1,
+    )  # fmt: skip
+    spec = SpecExtend(target, "self", config)
+    spec.generate(prompt(60), max_new_tokens=41, do_sample=False)
+    assert spec.stats.acceptance_histogram == {4: 8}
+
+
+def test_working_cache_has_the_targets_keys(target, monkeypatch):
+    """Behind every gather and every copy: the target's values, and its keys where they stay."""
+    config = SMALL.replace(retrieve_every=3)
+    spec = SpecExtend(target, "self", config)
+    refill, grow = WorkingCache.refill, WorkingCache.grow
+    state = {"rows": [], "checks": 0}
+
+    def refilling(self, scores=None):
+        ids = refill(self, scores)
+        chosen = [i for i in ids[0].tolist() if i >= 0]
+        rows = [r for i in chosen for r in range(8 * i, min(8 * i + 8, self.full.length))]
+        state.update(rows=rows, length=self.full.length)
+        return ids
+
+    def growing(self, level, mask, num_keys):
+        if level == 0:
+            full, work = self.full, self.work
+            rows = state["rows"] + list(range(state.get("length", 0), full.length))
+            assert work.length == len(rows) + 1 == int(work.lens)  # and the root
+            recent = [j for j, row in enumerate(rows) if full.length - row == len(rows) - j]
+            for ours, theirs in zip(work.layers, full.layers, strict=True):
+                n = len(rows)
+                assert torch.equal(ours.values[:, :, :n], theirs.values[:, :, rows])
+                at = [rows[j] for j in recent]
+                assert torch.equal(ours.keys[:, :, recent], theirs.keys[:, :, at])
+            state["checks"] += 1
+        return grow(self, level, mask, num_keys)
+
+    monkeypatch.setattr(WorkingCache, "refill", refilling)
+    monkeypatch.setattr(WorkingCache, "grow", growing)
+    spec.generate(prompt(100), max_new_tokens=40, do_sample=False)
+    assert state["checks"] > 20 and spec.stats.num_retrievals > 3  # trees of one level do not grow
+
+
+def test_generations_do_not_know_each_other(target):
+    spec = SpecExtend(target, "self", SMALL)
+
+    def steps(spec, ids):
+        return [
+            (s.tokens, s.num_accepted) for s in spec.stream(ids, max_new_tokens=30, do_sample=False)
+        ]
+
+    first = steps(spec, prompt(200))
+    short = steps(spec, prompt(20))
+    assert steps(spec, prompt(200)) == first
+    assert steps(SpecExtend(target, "self", SMALL), prompt(20)) == short
+
+
+def test_what_it_needs(target):
+    with pytest.raises(ValueError, match='draft="self" needs draft_cache="retrieval" or "window"'):
+        SpecExtend(target, "self", SMALL, draft_cache="full")
+    with pytest.raises(ValueError, match="rotary"):
+        SpecExtend(tiny_model("gpt2"), "self", SMALL)
