@@ -1,15 +1,46 @@
+from collections.abc import Iterator
+
+import emulation
 import pytest
-import torch
-
-from specextend import _C
-
-DEVICES = ["cpu"] + (["cuda"] if _C.has_cuda and torch.cuda.is_available() else [])
+from backends import BACKENDS, Scheduler, draw_schedule, emulated
 
 
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    """Each device that this build and this machine have."""
-    return request.param
+def pytest_configure(config: pytest.Config):
+    config.addinivalue_line("markers", "not_emulated(why): not to be run on the emulation")
+
+
+@pytest.fixture(scope="session")
+def emulated_library() -> emulation.Library:
+    """The CUDA branch of all ops, compiled for this machine's processor."""
+    try:
+        return emulation.build_ops("specextend_emulated")
+    except emulation.ToolMissing as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[tuple[str, Scheduler]]:
+    """Each backend of this build and this machine, as its device and its schedule: backends.py."""
+    if request.param != "emulated":
+        yield request.param, Scheduler()
+        return
+    marker = request.node.get_closest_marker("not_emulated")
+    if marker is not None:
+        pytest.skip(f"not emulated: {marker.args[0]}")
+    drawn = draw_schedule(request.node.nodeid)
+    print(drawn)  # shown if the test fails
+    with emulated(request.getfixturevalue("emulated_library"), drawn) as schedule:
+        yield "cpu", schedule
+
+
+@pytest.fixture
+def device(backend) -> str:
+    return backend[0]
+
+
+@pytest.fixture
+def schedule(backend) -> Scheduler:
+    return backend[1]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,0 +1,102 @@
+"""What the tests of an op run on: the CPU kernels, the CUDA kernels emulated, the CUDA kernels.
+
+A test that takes the fixture ``device`` runs once on each that there is:
+
+    def test_sum(shape, device):
+        ops.f(torch.zeros(shape, device=device))   # `ops` is specextend.ops, as always
+
+On ``emulated`` the device is "cpu", and the functions of ``specextend.ops`` run the CUDA branch
+there; all CPU tensors made in the test are poisoned and end at a page that must not be touched.
+Launches follow a schedule drawn from the test's name and printed when it fails;
+``SPECEXTEND_EMULATION_SEED=n`` draws others, and the fixture ``schedule`` says which:
+
+    def test_races(device, schedule):
+        for kind in KINDS:
+            with schedule(kind=kind, seed=3, multiprocessors=2):   # nothing on other backends
+                ...
+
+An op without a CUDA kernel is skipped. Cases that say nothing about the kernel or take too long
+(a thread costs about 0.1 us, and as much at each barrier or shuffle; an mma about 10 us) are marked
+``@pytest.mark.not_emulated("why")``; where a loop inside a test is too long, the test asks
+``schedule.emulated``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import pkgutil
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from emulation import KINDS, Library, Schedule
+
+from specextend import _C, ops
+
+BACKENDS = ["cpu", "emulated"] + (["cuda"] if _C.has_cuda and torch.cuda.is_available() else [])
+
+
+class Scheduler:
+    """Changes the schedule of the test that runs: ``with schedule(kind="ahead"):``.
+
+    Attributes:
+        emulated: whether there is one to change.
+    """
+
+    def __init__(self, library: Library | None = None, drawn: Schedule | None = None):
+        self.emulated = library is not None
+        self._library = library
+        self._drawn = drawn
+
+    @contextlib.contextmanager
+    def __call__(self, **changed) -> Iterator[None]:
+        if self._library is None:
+            yield
+            return
+        with self._library.schedule(replace(self._drawn, **changed)):
+            yield
+
+
+def draw_schedule(test: str) -> Schedule:
+    """The same for a test on every machine."""
+    base = os.environ.get("SPECEXTEND_EMULATION_SEED", "")
+    seed = zlib.crc32((test + base).encode())
+    return Schedule(seed, KINDS[seed % len(KINDS)])
+
+
+def _without_kernel(name: str):
+    def skip(*args, **kwargs):
+        pytest.skip(f"{name}: no CUDA kernel for it yet")
+
+    return skip
+
+
+def _counterpart(op: torch._ops.OpOverload, namespace: str):
+    name, overload = op._schema.name.split("::")[1], op._overloadname
+    full = f"{namespace}::{name}" + ("" if overload == "default" else f".{overload}")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(full, "CPU"):
+        return _without_kernel(name)
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload)
+
+
+@contextlib.contextmanager
+def emulated(library: Library, schedule: Schedule) -> Iterator[Scheduler]:
+    """Inside, the functions of ``specextend.ops`` call the library's ops, on guarded memory."""
+    replaced = []
+    for info in pkgutil.iter_modules(ops.__path__):
+        module = importlib.import_module(f"specextend.ops.{info.name}")
+        for attribute, op in vars(module).items():
+            if isinstance(op, torch._ops.OpOverload) and op.namespace == "specextend":
+                replaced.append((module, attribute, op))
+    try:
+        for module, attribute, op in replaced:
+            setattr(module, attribute, _counterpart(op, library.namespace))
+        with library.guarded_memory(), library.schedule(schedule):
+            yield Scheduler(library, schedule)
+    finally:
+        for module, attribute, op in replaced:
+            setattr(module, attribute, op)

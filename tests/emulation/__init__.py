@@ -1,0 +1,179 @@
+"""The CUDA branch of the ops on a machine without a GPU.
+
+The CUDA sources are compiled for the host, unchanged, against the headers of ``include/``. A
+library built so registers ``torch.ops.<namespace>.<op>`` with the schemas of the real ops, for CPU
+tensors: checks, allocation, launch and kernel are those of a GPU. The threads of a block are fibers
+(``block.cpp``), and a schedule draws their order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+HERE = ROOT / "tests/emulation"
+BUILD = ROOT / "build/emulation"
+RUNTIME = [HERE / name for name in ("block.cpp", "fiber.cpp", "guarded_memory.cpp", "host.cpp")]
+
+
+class ToolMissing(Exception):
+    """There is no compiler, or no ninja."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the threads of a launch, and its blocks, take turns.
+
+    Attributes:
+        seed: of all that is drawn: the order of threads and blocks, when copies land.
+        kind: ``"random"``; ``"ahead"`` or ``"behind"``: one warp, and one lane of each, is always
+            as far ahead or behind as barriers allow, and copies land as late as they may.
+        multiprocessors: of the device, which decide the size of many grids.
+        capability: of the device, ten times major plus minor.
+    """
+
+    seed: int = 0
+    kind: str = "random"
+    multiprocessors: int = 4
+    capability: int = 80
+
+
+KINDS = ["random", "ahead", "behind"]
+
+
+class Library:
+    """A compiled emulation, loaded."""
+
+    def __init__(self, path: Path, namespace: str | None = None):
+        self.namespace = namespace
+        self.handle = ctypes.CDLL(str(path))
+        self._set = self.handle.specextend_emulation_set
+        self._set.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_int]
+        self._guard = self.handle.specextend_emulation_guard
+        self._guard.argtypes = [ctypes.c_int]
+        self._schedules = [Schedule()]
+
+    @contextlib.contextmanager
+    def schedule(self, schedule: Schedule) -> Iterator[None]:
+        """Launches inside follow it."""
+        self._schedules.append(schedule)
+        self._apply()
+        try:
+            yield
+        finally:
+            self._schedules.pop()
+            self._apply()
+
+    def _apply(self) -> None:
+        s = self._schedules[-1]
+        self._set(s.seed, KINDS.index(s.kind), s.multiprocessors, s.capability)
+
+    @contextlib.contextmanager
+    def guarded_memory(self) -> Iterator[None]:
+        """CPU tensors made inside are poisoned and end where memory must not be touched."""
+        self._guard(1)
+        try:
+            yield
+        finally:
+            self._guard(0)
+
+
+def _tool(*names: str) -> str | None:
+    beside = os.path.dirname(sys.executable)  # a venv's programs need not be on PATH
+    path = os.pathsep.join([beside, os.environ.get("PATH", "")])
+    return next(filter(None, (shutil.which(name, path=path) for name in names)), None)
+
+
+def build(
+    name: str, shared: Sequence[Path], own: Sequence[Path] = (), options: Sequence[str] = ()
+) -> Path:
+    """Compile what has changed since the last time, and link it.
+
+    Args:
+        name: of the library.
+        shared: C++ and CUDA files whose objects libraries share.
+        own: those whose objects are this library's alone, and come first.
+        options: of the compiler, for ``own``; what they include comes before ``csrc/``.
+
+    Raises:
+        ToolMissing: without a C++ compiler or ninja.
+        RuntimeError: with the compiler's words.
+    """
+    ninja, compiler = _tool("ninja"), os.environ.get("CXX") or _tool("g++", "c++", "clang++")
+    if not (ninja and compiler):
+        raise ToolMissing(f"emulation: no {'ninja' if compiler else 'C++ compiler'} on PATH")
+    torch_folder = Path(torch.__file__).parent
+    target = BUILD / f"{name}.so"
+    lines = [
+        f"builddir = {BUILD}",
+        f"cxx = {_tool('ccache', 'sccache') or ''} {compiler}",
+        "rule compile",
+        "  command = $cxx -std=c++17 -O2 -fPIC -w -fno-gnu-unique -ffp-contract=off "
+        f"-fmacro-prefix-map={ROOT}/= -I{HERE}/include $options -I{HERE} -I{ROOT}/csrc "
+        f"-isystem {torch_folder}/include -DTORCH_TARGET_VERSION=0x020a000000000000 "
+        "-DSPECEXTEND_HAS_CUDA -MMD -MF $out.d -x c++ -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = $in",
+        "rule link",
+        "  command = $cxx -shared -Wl,-Bsymbolic,--no-undefined -o $out $in "
+        f"-L{torch_folder}/lib -ltorch_cpu -lc10 -ldl -lpthread",
+        "  description = $out",
+    ]
+    objects = []
+    for sources, folder, chosen in ((own, name, options), (shared, "shared", ())):
+        for source in sources:
+            more = [*chosen]
+            if source.suffix != ".cu":  # of which the kernels are seen, so that errors name them
+                more.append("-fvisibility=hidden")
+            if source.name == "guarded_memory.cpp":  # it alone needs torch's unstable headers
+                more.append("-std=c++20")
+            objects.append(f"{BUILD}/{folder}/{source.parent.name}/{source.stem}.o")
+            lines += [f"build {objects[-1]}: compile {source}", f"  options = {' '.join(more)}"]
+    lines += [f"build {target}: link {' '.join(objects)}", f"default {target}", ""]
+
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (BUILD / f"{name}.ninja").write_text("\n".join(lines))
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        command = [ninja, "-f", str(BUILD / f"{name}.ninja"), *jobs]
+        ran = subprocess.run(command, capture_output=True, text=True)
+    if ran.returncode != 0:
+        raise RuntimeError(f"emulation: {name} does not compile\n{ran.stdout}{ran.stderr}")
+    return target
+
+
+def ops_sources() -> list[Path]:
+    """The host side of every op, and every CUDA file that a host can run."""
+    kernels = (ROOT / "csrc/cuda").glob("*.cu")
+    kernels = [path for path in kernels if not path.stem.endswith("_sm90")]
+    return sorted([*(ROOT / "csrc/ops").glob("*.cpp"), *kernels])
+
+
+def build_ops(namespace: str, own: Sequence[Path] = (), options: Sequence[str] = ()) -> Library:
+    """All ops, as ``torch.ops.<namespace>.*``.
+
+    Args:
+        own, options: as for ``build``: sources that take the place of those of the same name.
+    """
+    replaced = {path.name for path in own}
+    shared = [path for path in ops_sources() if path.name not in replaced]
+    path = build(
+        namespace,
+        [*RUNTIME, *shared],
+        [*own, HERE / "namespace.cpp"],
+        [*options, f'-DSPECEXTEND_EMULATION_NAMESPACE=\\"{namespace}\\"'],
+    )
+    return Library(path, namespace)

@@ -1,0 +1,558 @@
+// The scheduler: runs the blocks of a grid one after the other, the threads of a block as fibers.
+
+#include "emulation/block.h"
+
+#include <cxxabi.h>
+#include <dlfcn.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/time.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "fiber.h"
+#include "host.h"
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace specextend::emulation {
+
+Settings settings;
+
+namespace {
+
+constexpr int kBarriers = 16;
+constexpr int kSecondsPerBlock = 60;
+constexpr int kFairPolls = 1024;  // from here on no thread is favoured
+constexpr int kMaxPolls = 1 << 22;
+constexpr size_t kSharedGuardBytes = 16 << 20;
+constexpr size_t kSharedAlignment = 1024;
+constexpr size_t kPage = 4096;
+
+struct Place {
+  const char* name = "";
+  const char* file = "";
+  int line = 0;
+
+  bool operator==(const Place& o) const {
+    return line == o.line && strcmp(file, o.file) == 0 && strcmp(name, o.name) == 0;
+  }
+  std::string string() const {
+    return std::string(name) + " (" + file + ":" + std::to_string(line) + ")";
+  }
+};
+
+enum class State { kReady, kInWarp, kAtBarrier, kExited };
+
+struct AsyncCopy {
+  unsigned char* shared;
+  const unsigned char* global;
+  bool valid, read;  // `read`: the bytes are here already
+  int group;
+  unsigned char bytes[16];
+};
+
+struct Thread {
+  Fiber fiber;
+  uint3 index;
+  State state;
+  Place place;    // where it waits
+  unsigned mask;  // in a warp call
+  void* operand;  // likewise
+  int barrier;    // at a barrier
+  int sum;        // what the barrier gave
+  int group;      // of cp.async, that is being filled
+  std::vector<AsyncCopy> copies;
+};
+
+struct Barrier {
+  int threads, arrived, sum;
+  bool uniform;
+  std::vector<int> waiting;
+};
+
+// Everything about the launch that runs. One at a time.
+struct Run {
+  std::mutex mutex;
+  Thread threads[kMaxThreads];
+  unsigned char* shared_end;  // of all shared memory; a guard follows, and one comes before
+  unsigned char* shared;      // of the block
+  size_t shared_bytes;
+  size_t shared_open;  // bytes before the end that may be touched
+
+  std::string kernel, error;
+  void (*body)(void*);
+  void* argument;
+  int count, exited, current, polls;
+  unsigned ready[kMaxThreads / kWarp];  // lanes of each warp
+  unsigned ready_warps;
+  Barrier barriers[kBarriers];
+  int favourite_warp, favourite_lane;
+  uint64_t random;
+
+  pthread_t host;
+  sigjmp_buf abandon;
+  int signal;
+  void* address;
+
+  Run() {
+    const size_t bytes = (kMaxSharedBytes + kPage - 1) / kPage * kPage;
+    void* memory = mmap(nullptr, bytes + 2 * kSharedGuardBytes, PROT_NONE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) abort();
+    shared_end = static_cast<unsigned char*>(memory) + kSharedGuardBytes + bytes;
+    shared_open = 0;
+  }
+
+  Thread& me() { return threads[current]; }
+
+  uint64_t next() {  // splitmix64
+    uint64_t x = random += 0x9e3779b97f4a7c15;
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
+    x = (x ^ x >> 27) * 0x94d049bb133111eb;
+    return x ^ x >> 31;
+  }
+
+  void set_ready(int thread) {
+    threads[thread].state = State::kReady;
+    ready[thread / kWarp] |= 1u << thread % kWarp;
+    ready_warps |= 1u << thread / kWarp;
+  }
+
+  void set_waiting(State state, const Place& place) {
+    me().state = state;
+    me().place = place;
+    ready[current / kWarp] &= ~(1u << current % kWarp);
+    if (ready[current / kWarp] == 0) ready_warps &= ~(1u << current / kWarp);
+  }
+
+  // One of the bits, as the schedule wants it.
+  int choose(unsigned bits, int favourite) {
+    const unsigned favoured = polls < kFairPolls ? bits & 1u << favourite : 0;
+    if (settings.kind == Kind::kAhead && favoured) return favourite;
+    if (settings.kind == Kind::kBehind && bits != favoured) bits &= ~favoured;
+    const unsigned turn = unsigned(next() >> 32) % 32;
+    const unsigned turned = bits >> turn | bits << (32 - turn) % 32;
+    return (__builtin_ctz(turned) + int(turn)) % 32;
+  }
+
+  void run_block();
+  std::string report() const;
+  std::string where() const;
+};
+
+Run& run() {
+  static Run* const the_run = new Run;  // its stacks outlive static destructors
+  return *the_run;
+}
+
+std::string triple(uint3 v) {
+  return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
+}
+
+std::string Run::where() const {
+  return kernel + ", block " + triple(blockIdx) + ", thread " + triple(threads[current].index) +
+         ": ";
+}
+
+// "0-31, 40"
+std::string ranges(const std::vector<int>& sorted) {
+  std::string text;
+  for (size_t i = 0; i < sorted.size();) {
+    size_t j = i;
+    while (j + 1 < sorted.size() && sorted[j + 1] == sorted[j] + 1) ++j;
+    text += (text.empty() ? "" : ", ") + std::to_string(sorted[i]);
+    if (j > i) text += "-" + std::to_string(sorted[j]);
+    i = j + 1;
+  }
+  return text;
+}
+
+// Who waits where, when nobody can go on.
+std::string Run::report() const {
+  std::map<std::string, std::vector<int>> groups;
+  for (int i = 0; i < count; ++i) {
+    const Thread& t = threads[i];
+    std::string what = "have ended";
+    char mask[32];
+    if (t.state == State::kInWarp) {
+      snprintf(mask, sizeof(mask), "0x%08x", t.mask);
+      what = "wait at " + t.place.string() + " for lanes " + mask;
+    } else if (t.state == State::kAtBarrier) {
+      what = "wait at " + t.place.string() + " for " + std::to_string(barriers[t.barrier].threads) +
+             " threads at barrier " + std::to_string(t.barrier);
+    }
+    groups[what].push_back(i);
+  }
+  std::string text = kernel + ", block " + triple(blockIdx) + ": no thread can go on";
+  for (const auto& [what, who] : groups) text += "; threads " + ranges(who) + " " + what;
+  return text;
+}
+
+void thread_main(void*) {
+  Run& r = run();
+  r.body(r.argument);
+  r.set_waiting(State::kExited, {});
+  ++r.exited;
+  r.me().fiber.suspend();
+}
+
+void Run::run_block() {
+  exited = polls = 0;
+  ready_warps = 0;
+  std::fill(std::begin(ready), std::end(ready), 0);
+  for (Barrier& b : barriers) {
+    b.arrived = b.sum = 0;
+    b.waiting.clear();
+  }
+  const int warps = (count + kWarp - 1) / kWarp;
+  favourite_warp = int(next() >> 32) % warps;
+  favourite_lane = int((next() >> 32) % kWarp);
+  for (int i = 0; i < count; ++i) {
+    threads[i].group = 0;
+    threads[i].copies.clear();
+    threads[i].fiber.start(thread_main, nullptr);
+    set_ready(i);
+  }
+  memset(shared_end - shared_open, kPoison, shared_open);
+  while (exited < count && error.empty()) {
+    if (ready_warps == 0) {
+      error = report();
+      return;
+    }
+    const int warp = choose(ready_warps, favourite_warp);
+    current = warp * kWarp + choose(ready[warp], favourite_lane);
+    threadIdx = me().index;
+    me().fiber.resume();
+  }
+  const auto untouched = [](const unsigned char* begin, const unsigned char* end) {
+    return std::all_of(begin, end, [](unsigned char c) { return c == kPoison; });
+  };
+  if (error.empty() && !(untouched(shared_end - shared_open, shared) &&
+                         untouched(shared + shared_bytes, shared_end))) {
+    error = kernel + ", block " + triple(blockIdx) +
+            ": a write next to shared memory, of which it has " + std::to_string(shared_bytes) +
+            " bytes";
+  }
+}
+
+// --- faults ---
+
+const int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGVTALRM};
+
+void on_signal(int signal, siginfo_t* info, void*) {
+  Run& r = run();
+  if (!pthread_equal(pthread_self(), r.host)) {
+    if (signal == SIGVTALRM) {
+      pthread_kill(r.host, signal);
+    } else {
+      ::signal(signal, SIG_DFL);  // not ours: comes again as soon as this returns
+    }
+    return;
+  }
+  r.signal = signal;
+  r.address = info->si_addr;
+  siglongjmp(r.abandon, 1);
+}
+
+// Signal handlers while a grid runs, on a stack of their own.
+class Handlers {
+ public:
+  Handlers() {
+    static unsigned char* const memory = new unsigned char[64 * 1024];
+    stack_t stack{};
+    stack.ss_sp = memory;
+    stack.ss_size = 64 * 1024;
+    sigaltstack(&stack, &stack_);
+    struct sigaction action {};
+    action.sa_sigaction = on_signal;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    for (size_t i = 0; i < std::size(kSignals); ++i) sigaction(kSignals[i], &action, &before_[i]);
+  }
+  ~Handlers() {
+    set_timer(0);
+    for (size_t i = 0; i < std::size(kSignals); ++i) sigaction(kSignals[i], &before_[i], nullptr);
+    sigaltstack(&stack_, nullptr);
+  }
+  void set_timer(int seconds) {
+    itimerval timer{};
+    timer.it_value.tv_sec = seconds;
+    setitimer(ITIMER_VIRTUAL, &timer, nullptr);
+  }
+
+ private:
+  stack_t stack_{};
+  struct sigaction before_[std::size(kSignals)];
+};
+
+std::string describe_fault(const Run& r) {
+  if (r.signal == SIGVTALRM) {
+    return "the block has run for " + std::to_string(kSecondsPerBlock) +
+           " seconds; does it wait for another block?";
+  }
+  if (r.signal == SIGFPE) return "an integer division by zero";
+  const auto* address = static_cast<const unsigned char*>(r.address);
+  if (address >= r.shared_end - kMaxSharedBytes - kSharedGuardBytes &&
+      address < r.shared_end + kSharedGuardBytes) {
+    return "access to byte " + std::to_string(address - r.shared) +
+           " of shared memory, which has " + std::to_string(r.shared_bytes) + " bytes";
+  }
+  for (int i = 0; i < r.count; ++i) {
+    if (r.threads[i].fiber.overflows(address)) return "stack overflow";
+  }
+  return "access to " + describe_address(address);
+}
+
+// "merge_states_kernel<float, 4>"
+std::string kernel_name(const void* kernel) {
+  Dl_info info{};
+  dladdr(kernel, &info);
+  const char* name = info.dli_sname;
+  if (name == nullptr) return "a kernel";
+  int status = 0;
+  char* text = abi::__cxa_demangle(name, nullptr, nullptr, &status);
+  std::string result = status == 0 ? text : name;
+  free(text);
+  // "void specextend::kernel<...>(specextend::Params)": without the type, namespace and parameters
+  if (result.rfind("void ", 0) == 0) result.erase(0, 5);
+  if (!result.empty() && result.back() == ')') {
+    int depth = 0;
+    size_t i = result.size();
+    do {
+      --i;
+      depth += result[i] == ')' ? 1 : result[i] == '(' ? -1 : 0;
+    } while (i > 0 && depth > 0);
+    result.erase(i);
+  }
+  for (size_t at; (at = result.find("specextend::")) != std::string::npos;) result.erase(at, 12);
+  return result;
+}
+
+// The memory in front of what the block does not have becomes inaccessible.
+void open_shared(Run& r, size_t bytes) {
+  const size_t aligned = (bytes + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
+  const size_t open = (aligned + kPage - 1) / kPage * kPage;
+  r.shared_bytes = bytes;
+  r.shared = r.shared_end - aligned;
+  if (open != r.shared_open) {
+    const size_t all = (kMaxSharedBytes + kPage - 1) / kPage * kPage;
+    if (mprotect(r.shared_end - all, all - open, PROT_NONE) != 0 ||
+        mprotect(r.shared_end - open, open, PROT_READ | PROT_WRITE) != 0) {
+      abort();
+    }
+    r.shared_open = open;
+  }
+}
+
+void land(const AsyncCopy& c) {
+  if (!c.valid) {
+    memset(c.shared, 0, 16);
+  } else {
+    memcpy(c.shared, c.read ? c.bytes : c.global, 16);
+  }
+}
+
+// Copies of the thread land early, if the schedule wants it.
+void maybe_land_early() {
+  std::vector<AsyncCopy>& copies = run().me().copies;
+  if (settings.kind != Kind::kRandom || copies.empty() || draw(8) != 0) return;
+  const size_t i = draw(unsigned(copies.size()));
+  land(copies[i]);
+  copies.erase(copies.begin() + long(i));
+}
+
+}  // namespace
+
+const std::string& last_error() { return run().error; }
+
+cudaError_t run_grid(const void* kernel, const cudaLaunchConfig_t& config, void (*body)(void*),
+                     void* argument) {
+  Run& r = run();
+  const std::lock_guard<std::mutex> lock(r.mutex);
+  if (const cudaError_t error = check_launch_config(kernel, config)) return error;
+  const dim3 grid = config.gridDim, block = config.blockDim;
+  r.kernel = kernel_name(kernel);
+  r.error.clear();
+  r.body = body;
+  r.argument = argument;
+  r.count = int(block.x * block.y * block.z);
+  r.random = settings.seed * 2 + 1;
+  gridDim = grid;
+  blockDim = block;
+  for (int i = 0; i < r.count; ++i) {
+    const unsigned x = unsigned(i);
+    r.threads[i].index = {x % block.x, x / block.x % block.y, x / block.x / block.y};
+  }
+  open_shared(r, config.dynamicSmemBytes);
+
+  std::vector<uint64_t> order(uint64_t(grid.x) * grid.y * grid.z);
+  for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+  for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[r.next() % i]);
+
+  Handlers handlers;
+  r.host = pthread_self();
+  if (sigsetjmp(r.abandon, 1) == 0) {
+    for (const uint64_t i : order) {
+      blockIdx = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y),
+                  unsigned(i / grid.x / grid.y)};
+      handlers.set_timer(kSecondsPerBlock);
+      r.run_block();
+      if (!r.error.empty()) return cudaErrorLaunchFailure;
+    }
+    return cudaSuccess;
+  }
+  r.error = r.where() + describe_fault(r);
+  return cudaErrorIllegalAddress;
+}
+
+void fail(const std::string& what) {
+  Run& r = run();
+  r.error = r.where() + what;
+  r.me().fiber.suspend();  // for ever
+  abort();
+}
+
+unsigned lane() { return unsigned(run().current) % kWarp; }
+
+unsigned draw(unsigned bound) { return unsigned(run().next() >> 32) % bound; }
+
+void yield() {
+  Run& r = run();
+  if (++r.polls == kMaxPolls) {
+    fail("atomic operations without end; does the block wait for another one?");
+  }
+  if (settings.kind != Kind::kRandom || draw(4) == 0) r.me().fiber.suspend();
+}
+
+void warp_call(const char* name, const char* file, int line, unsigned mask, void* operand,
+               void (*function)(void* const* operands, unsigned mask)) {
+  Run& r = run();
+  Thread& me = r.me();
+  const Place place{name, file, line};
+  const int first = r.current / kWarp * kWarp, lanes = std::min(kWarp, r.count - first);
+  if (!(mask >> lane() & 1)) fail(place.string() + ": the mask does not name the caller");
+  if (lanes < kWarp && mask >> lanes != 0 && mask != 0xffffffffu) {
+    fail(place.string() + ": the mask names lanes that the block does not have");
+  }
+  if (lanes < kWarp) mask &= (1u << lanes) - 1;
+  me.mask = mask;
+  me.operand = operand;
+  r.set_waiting(State::kInWarp, place);
+  void* operands[kWarp] = {};
+  bool all = true;
+  for (int i = 0; i < lanes && all; ++i) {
+    if (!(mask >> i & 1)) continue;
+    const Thread& t = r.threads[first + i];
+    all = t.state == State::kInWarp && t.mask == mask && t.place == place;
+    operands[i] = t.operand;
+  }
+  if (all) {
+    function(operands, mask);
+    for (int i = 0; i < lanes; ++i) {
+      if (mask >> i & 1) r.set_ready(first + i);
+    }
+    r.polls = 0;
+  }
+  me.fiber.suspend();
+}
+
+int barrier(const char* name, const char* file, int line, int id, int threads, bool uniform,
+            int value) {
+  Run& r = run();
+  Thread& me = r.me();
+  const Place place{name, file, line};
+  if (threads == 0) threads = r.count;
+  if (id < 0 || id >= kBarriers)
+    fail(place.string() + ": there is no barrier " + std::to_string(id));
+  if (id > 0 && threads % kWarp != 0) fail(place.string() + ": threads must be whole warps");
+  Barrier& b = r.barriers[id];
+  if (b.arrived > 0) {
+    const Place& other = r.threads[b.waiting[0]].place;
+    if (b.threads != threads) {
+      fail(place.string() + " wants " + std::to_string(threads) + " threads, others that wait at " +
+           other.string() + " want " + std::to_string(b.threads));
+    }
+    if ((uniform || b.uniform) && !(place == other)) {
+      fail("divergence: one thread is at " + place.string() + ", others wait at " + other.string());
+    }
+  }
+  maybe_land_early();
+  b.threads = threads;
+  b.uniform = uniform;
+  b.sum += value;
+  b.waiting.push_back(r.current);
+  me.barrier = id;
+  r.set_waiting(State::kAtBarrier, place);
+  if (++b.arrived == threads) {
+    for (const int i : b.waiting) {
+      r.threads[i].sum = b.sum;
+      r.set_ready(i);
+    }
+    b.waiting.clear();
+    b.arrived = b.sum = 0;
+    r.polls = 0;
+  }
+  me.fiber.suspend();
+  return me.sum;
+}
+
+unsigned char* shared_memory() { return run().shared; }
+
+void check_shared(const char* what, const void* p, size_t bytes) {
+  const Run& r = run();
+  const auto* address = static_cast<const unsigned char*>(p);
+  const int64_t offset = address - r.shared;
+  if (offset < 0 || offset + int64_t(bytes) > int64_t(r.shared_bytes)) {
+    fail(std::string(what) + " at byte " + std::to_string(offset) +
+         " of shared memory, which has " + std::to_string(r.shared_bytes) + " bytes");
+  }
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) {
+    fail(std::string(what) + " at byte " + std::to_string(offset) +
+         " of shared memory, which is not a multiple of " + std::to_string(bytes));
+  }
+}
+
+void async_copy(void* shared, const void* global, bool valid) {
+  check_shared("cp.async", shared, 16);
+  AsyncCopy c{};
+  c.shared = static_cast<unsigned char*>(shared);
+  c.global = static_cast<const unsigned char*>(global);
+  c.valid = valid;
+  c.group = run().me().group;
+  if (valid) {
+    if (reinterpret_cast<uintptr_t>(global) % 16 != 0) {
+      fail("cp.async from an address that is not a multiple of 16");
+    }
+    memcpy(c.bytes, global, 16);  // an access out of bounds shows here
+    c.read = draw(2) == 0;
+  }
+  memset(shared, kPoison, 16);
+  run().me().copies.push_back(c);
+  maybe_land_early();
+}
+
+void async_commit() {
+  ++run().me().group;
+  maybe_land_early();
+}
+
+void async_wait(int pending) {
+  Thread& me = run().me();
+  const auto covered = [&me, pending](const AsyncCopy& c) { return c.group < me.group - pending; };
+  for (const AsyncCopy& c : me.copies) {
+    if (covered(c)) land(c);
+  }
+  me.copies.erase(std::remove_if(me.copies.begin(), me.copies.end(), covered), me.copies.end());
+}
+
+}  // namespace specextend::emulation

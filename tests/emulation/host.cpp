@@ -1,0 +1,139 @@
+// The host's side: the runtime API, what csrc/ops/ asks of csrc/stream.h, and the settings.
+
+#include "host.h"
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+
+#include "emulation/block.h"
+#include "stream.h"
+
+namespace specextend {
+namespace emulation {
+namespace {
+
+constexpr int kSharedBytesUnasked = 48 * 1024;
+constexpr int kSharedBytesOfMultiprocessor = 228 * 1024;
+constexpr int kReservedSharedBytes = 1024;  // of each block
+constexpr int kThreadsOfMultiprocessor = 2048;
+constexpr int kBlocksOfMultiprocessor = 32;
+
+// What kernels were allowed to use.
+std::map<const void*, int>& shared_limits() {
+  static std::map<const void*, int> limits;
+  return limits;
+}
+
+}  // namespace
+
+cudaError_t check_launch_config(const void* kernel, const cudaLaunchConfig_t& config) {
+  const auto it = shared_limits().find(kernel);
+  const size_t limit = it == shared_limits().end() ? kSharedBytesUnasked : it->second;
+  const dim3 grid = config.gridDim, block = config.blockDim;
+  if (config.dynamicSmemBytes > limit) return cudaErrorInvalidValue;
+  const bool fits = grid.x >= 1 && grid.y >= 1 && grid.z >= 1 && grid.x <= 0x7fffffff &&
+                    grid.y <= 65535 && grid.z <= 65535 && block.x >= 1 && block.y >= 1 &&
+                    block.z >= 1 && block.x <= 1024 && block.y <= 1024 && block.z <= 64 &&
+                    uint64_t(block.x) * block.y * block.z <= uint64_t(kMaxThreads);
+  return fits ? cudaSuccess : cudaErrorInvalidConfiguration;
+}
+
+}  // namespace emulation
+
+cudaStream_t current_stream(int32_t) { return nullptr; }
+
+bool has_compute_capability(int32_t, int major, int minor) {
+  return emulation::settings.capability == 10 * major + minor;
+}
+
+void check_launch(const char* op, cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, op,
+                  ": the CUDA launch failed: ", cudaGetErrorString(error));
+}
+
+}  // namespace specextend
+
+using namespace specextend::emulation;
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMaxThreadsPerBlock:
+      *value = kMaxThreads;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlock:
+      *value = kSharedBytesUnasked;
+      break;
+    case cudaDevAttrMultiProcessorCount:
+      *value = settings.multiprocessors;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = settings.capability / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = settings.capability % 10;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = kSharedBytesOfMultiprocessor;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = int(kMaxSharedBytes);
+      break;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  if (value < 0 || value > int(kMaxSharedBytes)) return cudaErrorInvalidValue;
+  shared_limits()[kernel] = value;
+  return cudaSuccess;
+}
+
+// Without registers, of which the host knows nothing.
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads,
+                                                          size_t shared_bytes) {
+  if (threads < 1 || threads > kMaxThreads) return cudaErrorInvalidValue;
+  *blocks = std::min({kBlocksOfMultiprocessor, kThreadsOfMultiprocessor / threads,
+                      kSharedBytesOfMultiprocessor / (int(shared_bytes) + kReservedSharedBytes)});
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  memset(memory, value, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorNoKernelImageForDevice:
+      return "no kernel image is available for execution on the device";
+    case cudaErrorIllegalAddress:
+    case cudaErrorLaunchFailure:
+      return last_error().c_str();
+  }
+  return "unknown error";
+}
+
+// Called from Python.
+extern "C" __attribute__((visibility("default"))) void specextend_emulation_set(uint64_t seed,
+                                                                                int kind,
+                                                                                int multiprocessors,
+                                                                                int capability) {
+  settings = {seed, Kind(kind), multiprocessors, capability};
+}

@@ -1,0 +1,71 @@
+#pragma once
+
+// What the stand-in headers ask of the thread block that runs (block.cpp). A thread is a fiber: it
+// runs until it waits for others, and the schedule then says who is next.
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+// The last parameters of whatever threads do together: the place in the kernel that calls it.
+#define SPECEXTEND_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+namespace specextend::emulation {
+
+constexpr int kWarp = 32;
+constexpr int kMaxThreads = 1024;
+constexpr size_t kMaxSharedBytes = 227 * 1024;  // of a block
+constexpr unsigned char kPoison = 0xff;         // every element a NaN, every integer -1
+
+enum class Kind : int { kRandom, kAhead, kBehind };
+
+// How the next launches run.
+struct Settings {
+  uint64_t seed = 0;
+  Kind kind = Kind::kRandom;
+  int multiprocessors = 4;
+  int capability = 80;  // ten times major plus minor
+};
+extern Settings settings;
+
+// Runs a grid: body(argument) in every thread. What went wrong, if anything, is in last_error().
+cudaError_t run_grid(const void* kernel, const cudaLaunchConfig_t& config, void (*body)(void*),
+                     void* argument);
+const std::string& last_error();
+
+// --- for the thread that runs ---
+
+// Ends the launch with an error that names kernel, block and thread.
+[[noreturn]] void fail(const std::string& what);
+
+unsigned lane();
+
+// Numbers of the schedule, below `bound`.
+unsigned draw(unsigned bound);
+
+// Another thread may run here.
+void yield();
+
+// All threads of the warp that `mask` names come to this place; the last one calls
+// run(operands, mask), operands[i] being that of lane i.
+void warp_call(const char* name, const char* file, int line, unsigned mask, void* operand,
+               void (*run)(void* const* operands, unsigned mask));
+
+// Waits until `threads` threads of the block have come to barrier `id`, all at one place of the
+// kernel if `uniform`; the sum of their values.
+int barrier(const char* name, const char* file, int line, int id, int threads, bool uniform,
+            int value);
+
+unsigned char* shared_memory();
+
+// Fails unless [p, p + bytes) lies in shared memory and p is a multiple of `bytes`.
+void check_shared(const char* what, const void* p, size_t bytes);
+
+// cp.async of 16 bytes, its groups, and the wait for all but the newest ones.
+void async_copy(void* shared, const void* global, bool valid);
+void async_commit();
+void async_wait(int pending);
+
+}  // namespace specextend::emulation
