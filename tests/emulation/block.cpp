@@ -45,7 +45,8 @@ struct Place {
   int line = 0;
 
   bool operator==(const Place& o) const {
-    return line == o.line && strcmp(file, o.file) == 0 && strcmp(name, o.name) == 0;
+    const auto same = [](const char* a, const char* b) { return a == b || strcmp(a, b) == 0; };
+    return line == o.line && same(file, o.file) && same(name, o.name);
   }
   std::string string() const {
     return std::string(name) + " (" + file + ":" + std::to_string(line) + ")";
@@ -96,6 +97,7 @@ struct Run {
   int count, exited, current, polls;
   unsigned ready[kMaxThreads / kWarp];  // lanes of each warp
   unsigned ready_warps;
+  unsigned calling[kMaxThreads / kWarp];  // lanes of each warp that wait in a warp call
   Barrier barriers[kBarriers];
   int favourite_warp, favourite_lane;
   uint64_t random;
@@ -211,12 +213,13 @@ void Run::run_block() {
   exited = polls = 0;
   ready_warps = 0;
   std::fill(std::begin(ready), std::end(ready), 0);
+  std::fill(std::begin(calling), std::end(calling), 0);
   for (Barrier& b : barriers) {
     b.arrived = b.sum = 0;
     b.waiting.clear();
   }
   const int warps = (count + kWarp - 1) / kWarp;
-  favourite_warp = int(next() >> 32) % warps;
+  favourite_warp = int((next() >> 32) % unsigned(warps));
   favourite_lane = int((next() >> 32) % kWarp);
   for (int i = 0; i < count; ++i) {
     threads[i].group = 0;
@@ -448,16 +451,19 @@ void warp_call(const char* name, const char* file, int line, unsigned mask, void
   me.mask = mask;
   me.operand = operand;
   r.set_waiting(State::kInWarp, place);
+  unsigned& calling = r.calling[r.current / kWarp];
+  calling |= 1u << lane();
   void* operands[kWarp] = {};
-  bool all = true;
+  bool all = (calling & mask) == mask;
   for (int i = 0; i < lanes && all; ++i) {
     if (!(mask >> i & 1)) continue;
     const Thread& t = r.threads[first + i];
-    all = t.state == State::kInWarp && t.mask == mask && t.place == place;
+    all = t.mask == mask && t.place == place;
     operands[i] = t.operand;
   }
   if (all) {
     function(operands, mask);
+    calling &= ~mask;
     for (int i = 0; i < lanes; ++i) {
       if (mask >> i & 1) r.set_ready(first + i);
     }
