@@ -18,7 +18,7 @@ from ..rotary import Rotary
 from ..tree import Tree, grow_tree
 from .base import Draft
 from .checkpoint import Checkpoint
-from .eagle_head import EagleHead, head_version
+from .eagle_head import Attend, EagleHead, head_version
 from .working_cache import WorkingCache
 
 
@@ -110,26 +110,24 @@ class EagleDraft(Draft):
     def _forward(self, tokens: Tensor, hidden: Tensor, state: Pass) -> tuple[Tensor, Tensor]:
         first = self._caches.full.length
         positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
-        return self.head(tokens, hidden, positions, _attend(state))
+        return self.head(tokens, hidden, positions, attend(state, self.head.config.windows))
 
     def _step(self, tokens: Tensor, level: int, mask: Tensor, num_keys: int, parents) -> Tensor:
         rows = parents[..., None].expand(-1, -1, self._hidden.shape[-1])
         positions = torch.full_like(tokens, self._caches.full.length + level)
-        out, self._hidden = self.head(
-            tokens,
-            self._hidden.gather(1, rows),
-            positions,
-            _attend(self._caches.grow(level, mask, num_keys)),
-        )
+        attention = attend(self._caches.grow(level, mask, num_keys), self.head.config.windows)
+        hidden = self._hidden.gather(1, rows)
+        out, self._hidden = self.head(tokens, hidden, positions, attention)
         return self.head.logits(out)
 
 
-def _attend(state: Pass):
-    """Attention of the head's layers in a pass, on our kernels."""
+def attend(state: Pass, windows: tuple[int, ...]) -> Attend:
+    """Attention of a head's layers in a pass, on our kernels."""
 
-    def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         layer = state.cache.layers[index]
         state.write(layer, k.transpose(1, 2), v.transpose(1, 2))
+        window = min((w for w in (windows[index], state.window) if w), default=0)
         out, _, _ = ops.tree_attention(
             q,
             layer.k,
@@ -137,8 +135,10 @@ def _attend(state: Pass):
             state.cache.lens,
             state.mask,
             num_tree_keys=state.num_tree_keys,
-            window=state.window,
+            window=window,
+            q_depths=state.q_depths if window else None,
+            k_depths=state.k_depths if window else None,
         )
         return out
 
-    return attend
+    return attention

@@ -58,6 +58,7 @@ class HeadConfig:
         max_position_embeddings: which some kinds of ``rope`` ask for.
         hidden_act, rms_norm_eps: as in Llama.
         norm_before_residual: the first layer's residual is the normed hidden state.
+        windows: per layer, the positions that a row sees (its own counts); 0: all.
         norm_output: the output goes back in behind the last norm, not before it.
         tied: the head is the embedding.
     """
@@ -74,6 +75,7 @@ class HeadConfig:
     draft_vocab_size: int
     feature_layers: tuple[int, ...]
     rope: dict
+    windows: tuple[int, ...] = (0,)
     max_position_embeddings: int = 2048
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
@@ -107,10 +109,11 @@ class HeadConfig:
                 f"{target.hidden_size}"
             )
         speculators = "speculators_model_type" in said
+        layers = said.get("num_hidden_layers") or 1
         return HeadConfig(
             version=version,
             hidden_size=hidden,
-            num_layers=said.get("num_hidden_layers") or 1,
+            num_layers=layers,
             num_heads=heads,
             num_kv_heads=said.get("num_key_value_heads") or heads,
             head_dim=said.get("head_dim") or hidden // heads,
@@ -120,6 +123,7 @@ class HeadConfig:
             draft_vocab_size=said.get("draft_vocab_size") or target.vocab_size,
             feature_layers=_feature_layers(said, target.num_hidden_layers, version),
             rope=_rope(said),
+            windows=_windows(said, layers),
             max_position_embeddings=said.get("max_position_embeddings") or 2048,
             hidden_act=said.get("hidden_act") or "silu",
             rms_norm_eps=said.get("rms_norm_eps") or 1e-6,
@@ -145,6 +149,15 @@ def _feature_layers(said: dict, depth: int, version: int) -> tuple[int, ...]:
             f"none of index {wrong[0]}"
         )
     return ids
+
+
+def _windows(said: dict, layers: int) -> tuple[int, ...]:
+    window = said.get("sliding_window") or 0
+    kinds = said.get("layer_types")
+    if kinds is None:
+        kinds = ["sliding_attention" if said.get("use_sliding_window") else "full_attention"]
+        kinds = kinds * layers
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds[:layers])
 
 
 def _rope(said: dict) -> dict:
@@ -418,7 +431,7 @@ class EagleHead(nn.Module):
             Per step s = 0 ..: logits [B, L - 1 - s, draft vocabulary] and hidden states [B, .., H].
             Row t predicts token t + 2 + s, having been given features up to t. Differentiable.
         """
-        attention = _ChainAttention()
+        attention = _ChainAttention(self.config.windows)
         hidden, results = self.fuse(features[:, :-1]), []
         for step in range(steps):
             inputs = tokens[:, 1 + step :]
@@ -466,6 +479,8 @@ class EagleHead(nn.Module):
             "max_position_embeddings": config.max_position_embeddings,
             "rope_parameters": config.rope,
             "rope_theta": config.rope["rope_theta"],
+            "sliding_window": max(config.windows) or None,
+            "layer_types": ["sliding_attention" if w else "full_attention" for w in config.windows],
             "norm_before_residual": config.norm_before_residual,
             "norm_output": config.norm_output,
             "fc_norm": self.fc_norm is not None,
@@ -491,7 +506,8 @@ class _ChainAttention:
     """Attention of :meth:`EagleHead.unroll`: the first step's keys under a causal mask, and of each
     further step the key of the same row."""
 
-    def __init__(self):
+    def __init__(self, windows: tuple[int, ...]):
+        self.windows = windows
         self.keys: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def __call__(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -501,11 +517,14 @@ class _ChainAttention:
         steps.append((k, v))
         q = q / q.shape[-1] ** 0.5
         first = torch.einsum("bthd,bshd->bhts", q, steps[0][0])
-        ahead = torch.ones(first.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        logits = [first.masked_fill(ahead, -torch.inf)]
-        logits += [
-            torch.einsum("bthd,bthd->bht", q, later[:, :rows])[..., None] for later, _ in steps[1:]
-        ]
+        # Row t of step s is at position t + s, which is what windows are measured in.
+        step, window = len(steps) - 1, self.windows[index] or first.shape[-1] + len(steps)
+        seen = torch.ones(first.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        seen = seen.triu(step + 1 - window)
+        logits = [first.masked_fill(~seen, -torch.inf)]
+        for i, (later, _) in enumerate(steps[1:], 1):
+            own = torch.einsum("bthd,bthd->bht", q, later[:, :rows])[..., None]
+            logits.append(own if step - i < window else torch.full_like(own, -torch.inf))
         weights = torch.cat(logits, -1).softmax(-1)
         count = first.shape[-1]
         out = torch.einsum("bhts,bshd->bthd", weights[..., :count], steps[0][1])
