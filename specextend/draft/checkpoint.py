@@ -34,10 +34,16 @@ class Checkpoint:
     def open(name: str | Path) -> Checkpoint:
         """Read the configuration and the names of the tensors; what is no folder is downloaded.
 
+        A file ``*.pth`` holds tensors alone, without a configuration.
+
         Raises:
             ValueError: nothing of this name, or no readable configuration or weights in it.
         """
         folder = Path(name)
+        if folder.suffix == ".pth" and folder.is_file():
+            return Checkpoint(
+                str(name), folder.parent, {}, dict.fromkeys(_read_names(folder), folder)
+            )
         if not folder.is_dir():
             folder = _download(str(name))
         found = sorted(path.name for path in folder.iterdir())
@@ -56,11 +62,7 @@ class Checkpoint:
                 f"the folder has {found}"
             )
         for path in paths:
-            try:
-                names = _names(path)
-            except Exception as error:  # of many types: a pickle, a zip, a header may be broken
-                raise ValueError(f"{path} cannot be read: {error}") from error
-            checkpoint.files.update(dict.fromkeys(names, path))
+            checkpoint.files.update(dict.fromkeys(_read_names(path), path))
         return checkpoint
 
     def tensors(self) -> dict[str, Tensor]:
@@ -104,6 +106,13 @@ def _weight_files(folder: Path) -> list[Path]:
     return []
 
 
+def _read_names(path: Path) -> list[str]:
+    try:
+        return _names(path)
+    except Exception as error:  # of many types: a pickle, a zip, a header may be broken
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
 def _names(path: Path) -> list[str]:
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
@@ -113,4 +122,7 @@ def _names(path: Path) -> list[str]:
 
 def _load_bin(path: Path) -> dict[str, Tensor]:
     # weights_only: unpickling anything else would run code of the file.
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ValueError(f"a dict of tensors is wanted, got {type(state).__name__}")
+    return state

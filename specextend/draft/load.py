@@ -15,12 +15,12 @@ from ..tokenizers import check_same_tokenizer
 from .base import Draft
 from .causal_lm import CausalLMDraft
 from .checkpoint import Checkpoint
-from .eagle import EagleDraft
+from .longspec import LongSpecDraft
 from .ngram import NGramDraft
 from .self_draft import SelfDraft
 
 #: kinds of trained heads, each asked in turn whether a checkpoint is one of its own
-HEADS: tuple[type[Draft], ...] = (EagleDraft,)
+HEADS: tuple[type[Draft], ...] = (LongSpecDraft,)
 
 
 def load_draft(
@@ -35,8 +35,8 @@ def load_draft(
     """The draft that ``draft`` stands for.
 
     Args:
-        draft: a causal LM; a folder or hub id of one, or of a trained head (EAGLE); ``"ngram"``;
-            ``"self"``; a :class:`Draft`, or None, as it is.
+        draft: a causal LM; a folder or hub id of one, or of a trained head (EAGLE, LongSpec), or
+            a LongSpec ``.pth`` file; ``"ngram"``; ``"self"``; a :class:`Draft`, or None, as it is.
         target: the model of the loop.
         config: options of the loop.
         tokenizers: of target and draft; where both are given they must agree.
@@ -59,7 +59,8 @@ def load_draft(
                 return head.from_checkpoint(checkpoint, target, config)
         if checkpoint.config.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise ValueError(
-                f"no draft of a known kind (causal LM, EAGLE-1/2/3) in {checkpoint.describe()}"
+                "no draft of a known kind (causal LM, EAGLE-1/2/3, LongSpec) in "
+                f"{checkpoint.describe()}"
             )
         draft = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=target.model.dtype)
         draft = draft.to(target.model.device).eval()

@@ -1,0 +1,59 @@
+"""The frozen target, as the training of a draft reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..attention import Pass, PatchedModel
+from ..cache import KVCache
+from ..guard import self_check
+
+
+@dataclass
+class Reading:
+    """What the target makes of a batch of windows.
+
+    Attributes:
+        keys, values: [B, L, Hkv, D] of the last layer, keys with their rotation.
+        logits: [B, L, V], when asked for.
+        hidden: per layer asked for, [B, L, h]: its input.
+    """
+
+    keys: Tensor
+    values: Tensor
+    logits: Tensor | None
+    hidden: list[Tensor]
+
+
+class FrozenTarget:
+    """Reads windows without gradients, on our cache and kernel, which take any positions."""
+
+    def __init__(self, model: PreTrainedModel):
+        model.requires_grad_(False)
+        self.model = model
+        self.patched = PatchedModel(model)
+        self_check(self.patched)
+        self.embedding = model.get_input_embeddings()
+        self.head = model.get_output_embeddings()
+        config = model.config.get_text_config()
+        self.num_layers, self.vocab = config.num_hidden_layers, config.vocab_size
+        self.max_positions = getattr(config, "max_position_embeddings", None)
+        self._cache: KVCache | None = None
+
+    @torch.no_grad()
+    def read(
+        self, ids: Tensor, positions: Tensor, logits: bool, layers: tuple[int, ...] = ()
+    ) -> Reading:
+        """Read ``ids`` [B, L] at ``positions`` [B, L]; the result lives until the next call."""
+        batch, length = ids.shape
+        cache = self._cache
+        if cache is None or cache.capacity != length or cache.lens.shape[0] != batch:
+            cache = self._cache = KVCache(self.num_layers, length, batch, ids.device)
+        state = Pass(cache, [(cache, cache.lens)], length)
+        out = self.patched.forward(ids, positions, state, last_only=not logits)
+        last = cache.layers[-1]
+        return Reading(last.k, last.v, out[..., : self.vocab] if logits else None, [])
