@@ -64,7 +64,14 @@ def _bits(first: int, count: int, words: int, device: torch.device) -> Tensor:
 Step = Callable[[Tensor, int, Tensor, int, Tensor], Tensor]
 
 
-def grow_tree(root: Tensor, logits: Tensor, step: Step, config: SpecConfig, depth: int) -> Tree:
+def grow_tree(
+    root: Tensor,
+    logits: Tensor,
+    step: Step,
+    config: SpecConfig,
+    depth: int,
+    vocabulary: Tensor | None = None,
+) -> Tree:
     """Grow a tree below ``root`` level by level, in log space, without reading anything back.
 
     ``tree_shape`` "opt" and "top_k": every node of the beam offers its ``tree_top_k`` best
@@ -77,6 +84,7 @@ def grow_tree(root: Tensor, logits: Tensor, step: Step, config: SpecConfig, dept
         logits: [B, 1, V] of the draft at the root.
         step: runs the draft on a level; called ``depth - 1`` times.
         depth: levels, at least 1.
+        vocabulary: [V] int64, the target's id of each entry of ``logits``; None: the same ids.
     """
     fixed = config.tree_shape == "fixed"
     vocab = logits.shape[-1]
@@ -94,7 +102,7 @@ def grow_tree(root: Tensor, logits: Tensor, step: Step, config: SpecConfig, dept
         top_k = min(vocab, widths[level] if fixed else config.tree_top_k)
         width = min(widths[level], beam_size * top_k)
         tokens, logp, beam, beam_logp = ops.expand_tree(logits, beam_logp, top_k=top_k, width=width)
-        flat = tokens.flatten(1)
+        flat = tokens.flatten(1) if vocabulary is None else vocabulary[tokens.flatten(1)]
         parent_slot = beam.long() // top_k
         beam_tokens = flat.gather(1, beam.long())
         if fixed:  # only the beam is proposed

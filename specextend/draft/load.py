@@ -15,12 +15,13 @@ from ..tokenizers import check_same_tokenizer
 from .base import Draft
 from .causal_lm import CausalLMDraft
 from .checkpoint import Checkpoint
+from .eagle import EagleDraft
 from .longspec import LongSpecDraft
 from .ngram import NGramDraft
 from .self_draft import SelfDraft
 
 #: kinds of trained heads, each asked in turn whether a checkpoint is one of its own
-HEADS: tuple[type[Draft], ...] = (LongSpecDraft,)
+HEADS: tuple[type[Draft], ...] = (EagleDraft, LongSpecDraft)
 
 
 def load_draft(

@@ -1,0 +1,144 @@
+"""EAGLE heads as drafts (EAGLE-1, 2, 3 and 3.1), with retrieval on the head's own keys.
+
+A row of the head's cache pairs the target's hidden state at a position with the token behind it.
+Rows of proposed nodes, made from the head's own guesses of hidden states, stay behind the committed
+ones; after each verification the decided tokens' rows are made anew from the true ones.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..attention import Pass, PatchedModel
+from ..cache import KVCache
+from ..config import SpecConfig
+from ..rotary import Rotary
+from ..tree import Tree, grow_tree
+from .base import Draft
+from .checkpoint import Checkpoint
+from .eagle_head import Attend, EagleHead, head_version
+from .working_cache import WorkingCache
+
+
+class EagleDraft(Draft):
+    """A head trained for the target.
+
+    Args:
+        head: on the target's device, in its dtype.
+        config: tree and cache options.
+    """
+
+    def __init__(self, head: EagleHead, config: SpecConfig):
+        self.head = head
+        self.config = config
+        self.feature_layers = head.config.feature_layers
+        self.wants_scores = config.draft_cache == "retrieval"
+
+    @staticmethod
+    def recognises(checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint is, or is meant to be, an EAGLE head."""
+        return head_version(checkpoint) is not None
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, target: PatchedModel, config: SpecConfig
+    ) -> EagleDraft:
+        """Load a head for ``target``."""
+        return cls(EagleHead.load(checkpoint, target.model), config)
+
+    def begin(self, prompt, max_length, cache) -> None:
+        layers, device = self.head.config.num_layers, prompt.device
+        full = KVCache(layers, max_length + 1 + self.config.tree_keys, batch=1, device=device)
+        frequencies = self.head.rope(device).inv_freq.float()
+        rotary = Rotary(frequencies.expand(layers, -1).contiguous(), interleaved=False)
+        self._caches = WorkingCache(full, self.config, rotary)
+        self._features: Tensor | None = None  # of the last tokens, whose next ones are not decided
+        self._skip = 1  # the prompt's first token stands behind no hidden state
+
+    def end(self) -> None:
+        self._caches = self._features = self._hidden = None
+
+    def prefill(self, tokens, features) -> None:
+        tokens, hidden = self._pair(tokens, features)
+        if tokens.shape[1]:
+            self._fill(tokens, hidden)
+
+    def retrieve(self, scores: Tensor) -> Tensor:
+        return self._caches.refill(scores)
+
+    def propose(self, tokens, depth, features) -> Tree:
+        caches = self._caches
+        tokens, hidden = self._pair(tokens, features)
+        if not caches.fits(tokens.shape[1]):
+            # After a rest of the gate: more tokens than the working cache has room for.
+            if tokens.shape[1] > 1:
+                self._fill(tokens[:, :-1], hidden[:, :-1])
+            tokens, hidden = tokens[:, -1:], hidden[:, -1:]
+            caches.refill()
+        elif caches.needs_refill:
+            caches.refill()
+        count = tokens.shape[1]
+        out, hidden = self._forward(tokens, hidden, caches.extend(count))
+        caches.advance(count)
+        self._hidden = hidden[:, -1:]
+        return grow_tree(
+            tokens[:, -1:],
+            self.head.logits(out[:, -1:]),
+            self._step,
+            self.config,
+            depth,
+            self.head.vocabulary,
+        )
+
+    def _pair(self, tokens: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Each token and the fused hidden state of the one before it; the rest is kept."""
+        if self._features is not None:
+            features = torch.cat([self._features, features], 1)
+        tokens, self._skip = tokens[:, self._skip :], 0
+        count = tokens.shape[1]
+        self._features = features[:, count:].clone()  # what it is part of can be freed
+        return tokens, self.head.fuse(features[:, :count])
+
+    def _fill(self, tokens: Tensor, hidden: Tensor) -> None:
+        """Tokens into the full cache alone."""
+        full, count = self._caches.full, tokens.shape[1]
+        self._forward(tokens, hidden, self._caches.fill(count))
+        full.advance(count)
+
+    def _forward(self, tokens: Tensor, hidden: Tensor, state: Pass) -> tuple[Tensor, Tensor]:
+        first = self._caches.full.length
+        positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
+        return self.head(tokens, hidden, positions, attend(state, self.head.config.windows))
+
+    def _step(self, tokens: Tensor, level: int, mask: Tensor, num_keys: int, parents) -> Tensor:
+        rows = parents[..., None].expand(-1, -1, self._hidden.shape[-1])
+        positions = torch.full_like(tokens, self._caches.full.length + level)
+        attention = attend(self._caches.grow(level, mask, num_keys), self.head.config.windows)
+        hidden = self._hidden.gather(1, rows)
+        out, self._hidden = self.head(tokens, hidden, positions, attention)
+        return self.head.logits(out)
+
+
+def attend(state: Pass, windows: tuple[int, ...]) -> Attend:
+    """Attention of a head's layers in a pass, on our kernels."""
+
+    def attention(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        layer = state.cache.layers[index]
+        state.write(layer, k.transpose(1, 2), v.transpose(1, 2))
+        window = min((w for w in (windows[index], state.window) if w), default=0)
+        out, _, _ = ops.tree_attention(
+            q,
+            layer.k,
+            layer.v,
+            state.cache.lens,
+            state.mask,
+            num_tree_keys=state.num_tree_keys,
+            window=window,
+            q_depths=state.q_depths if window else None,
+            k_depths=state.k_depths if window else None,
+        )
+        return out
+
+    return attention
