@@ -31,6 +31,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 
+import emulation
 import pytest
 import torch
 from emulation import KINDS, Library, Schedule
@@ -66,6 +67,14 @@ def draw_schedule(test: str) -> Schedule:
     base = os.environ.get("SPECEXTEND_EMULATION_SEED", "")
     seed = zlib.crc32((test + base).encode())
     return Schedule(seed, KINDS[seed % len(KINDS)])
+
+
+def build_or_skip(*args) -> Library:
+    """The ops as ``emulation.build_ops`` makes them; what does not compile is a failure."""
+    try:
+        return emulation.build_ops(*args)
+    except emulation.ToolMissing as missing:
+        pytest.skip(str(missing))
 
 
 def _without_kernel(name: str):

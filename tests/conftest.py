@@ -1,8 +1,8 @@
 from collections.abc import Iterator
 
-import emulation
 import pytest
-from backends import BACKENDS, Scheduler, draw_schedule, emulated
+from backends import BACKENDS, Scheduler, build_or_skip, draw_schedule, emulated
+from emulation import Library
 
 
 def pytest_configure(config: pytest.Config):
@@ -10,12 +10,9 @@ def pytest_configure(config: pytest.Config):
 
 
 @pytest.fixture(scope="session")
-def emulated_library() -> emulation.Library:
+def emulated_library() -> Library:
     """The CUDA branch of all ops, compiled for this machine's processor."""
-    try:
-        return emulation.build_ops("specextend_emulated")
-    except emulation.ToolMissing as missing:
-        pytest.skip(str(missing))
+    return build_or_skip("specextend_emulated")
 
 
 @pytest.fixture(params=BACKENDS)

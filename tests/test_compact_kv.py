@@ -1,7 +1,9 @@
 import random
 
+import emulation
 import pytest
 import torch
+from backends import build_or_skip, emulated
 from kv_cases import DTYPES, LAYOUTS, Guarded, int32, run_with_threads, same_bits
 from tree_cases import ancestors, random_parents
 
@@ -221,6 +223,32 @@ def test_empty(shape, length, device):
     path = torch.full((batch, length), 2, dtype=torch.int32, device=device)
     lens = torch.zeros(batch, dtype=torch.int32, device=device)
     ops.compact_kv([torch.zeros(shape, device=device)], lens, path, lens + 2)
+
+
+@pytest.fixture(scope="module")
+def hopper_library():
+    """The emulation, with the bulk copies of Hopper."""
+    own = [
+        emulation.ROOT / f"csrc/{name}"
+        for name in ("ops/compact_kv.cpp", "cuda/compact_kv_sm90.cu")
+    ]
+    return build_or_skip("specextend_emulated_sm90", own, ["-DSPECEXTEND_HAS_SM90A"])
+
+
+@pytest.mark.parametrize("kind", emulation.KINDS)
+@pytest.mark.parametrize("layout", ["bshd", "bhsd", "kv_packed"])
+def test_bulk_copies(layout, kind, hopper_library):
+    rng = random.Random(0)
+    for length, dim in ((1, 8), (16, 80), (17, 256), (50, 600)):
+        schedule = emulation.Schedule(length, kind, capability=90)
+        with emulated(hopper_library, schedule):
+            caches = [Guarded(layout, 2, 70, 3, dim, DTYPES[i], seed=i) for i in range(3)]
+            paths = [
+                [0, *range(2, length + 1)],
+                [0, *sorted(rng.sample(range(1, 60), length - 1))],
+            ]
+            check(caches, [3, 8], paths, [length - 1, length - 1])
+            check(caches, [11, 4], paths, [length // 2, -1])
 
 
 @pytest.mark.not_emulated("the registered op is asked")

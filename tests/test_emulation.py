@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import emulation
 import pytest
+import test_compact_kv
+import test_merge_states
 import torch
+from backends import build_or_skip, emulated
 from emulation import KINDS, Schedule
+from kv_cases import DTYPES, LAYOUTS, Guarded
 
 SCHEDULES = [Schedule(seed, kind) for kind in KINDS for seed in range(6)]
 
@@ -310,7 +317,7 @@ class TestErrors:
 
     def test_waiting_for_another_block(self, probes, schedule):
         text = probes.error(schedule, "wait_for_blocks", ints(1).zero_(), grid=2, block=1, fault=1)
-        assert "does the block wait for another one?" in text
+        assert "waits without end" in text and "another block?" in text
 
     def test_launches_no_device_takes(self, probes, schedule):
         out = ints(2048)
@@ -340,3 +347,135 @@ def test_the_same_schedule_is_the_same_run(probes):
             )
 
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
+
+
+# ---- faults in the kernels of the ops ------------------------------------------------------------
+
+
+def merge_states_of(seed):
+    shape = [(3, 2, 64), (5, 72), (7, 33)][seed % 3]
+    test_merge_states.check(test_merge_states.random_states(shape, DTYPES[seed % 3], seed=seed))
+
+
+def compact_kv_of(seed):
+    caches = [Guarded(LAYOUTS[seed % 4], 2, 70, 3, 40, DTYPES[i], seed=i) for i in range(3)]
+    paths = [[0, *range(2, 51)], [0, *range(11, 60)]]
+    test_compact_kv.check(caches, [3, 8], paths, [49, 30])
+
+
+def compact_kv_aligned_of(seed):
+    caches = [Guarded("bhsd", 2, 70, 3, 600, seed=i) for i in range(2)]
+    paths = [[0, *range(2, 51)], [0, *range(11, 60)]]
+    test_compact_kv.check(caches, [3, 8], paths, [49, 30])
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A change of a kernel's source that a test of its op must notice.
+
+    Attributes:
+        name: what is wrong.
+        header: of ``csrc/``, in which the only ``old`` becomes ``new``.
+        sources: of ``csrc/``, that include it.
+        check: runs the op on data drawn from a seed, and compares.
+        options: of the compiler.
+        capability: of the device.
+    """
+
+    name: str
+    header: str
+    old: str
+    new: str
+    sources: tuple[str, ...]
+    check: Callable[[int], None]
+    options: tuple[str, ...] = ()
+    capability: int = 80
+
+    def unchanged(self) -> emulation.Library:
+        if not self.options:
+            return build_or_skip("specextend_emulated")
+        own = [emulation.ROOT / "csrc" / source for source in self.sources]
+        return build_or_skip(f"specextend_emulated_sm{self.capability}", own, self.options)
+
+    def library(self) -> emulation.Library:
+        text = (emulation.ROOT / "csrc" / self.header).read_text()
+        assert text.count(self.old) == 1, (
+            f"{self.header} has changed: {self.old!r} is not there once"
+        )
+        namespace = "specextend_mutant_" + re.sub(r"\W+", "_", self.name)
+        changed = emulation.BUILD / namespace / "overlay" / self.header
+        text = text.replace(self.old, self.new)
+        if not (changed.exists() and changed.read_text() == text):
+            changed.parent.mkdir(parents=True, exist_ok=True)
+            changed.write_text(text)
+        own = [emulation.ROOT / "csrc" / source for source in self.sources]
+        overlay = emulation.BUILD / namespace / "overlay"
+        return build_or_skip(namespace, own, [f"-I{overlay}", *self.options])
+
+
+SM90 = {
+    "header": "kernels/compact_kv_sm90.cuh",
+    "sources": ("ops/compact_kv.cpp", "cuda/compact_kv_sm90.cu"),
+    "check": compact_kv_aligned_of,
+    "options": ("-DSPECEXTEND_HAS_SM90A",),
+    "capability": 90,
+}
+MUTATIONS = [
+    Mutation(
+        "merge_states: the second part is read with the strides of one row",
+        "kernels/merge_states.cuh",
+        "static_cast<const Vector*>(p.o_b) + row * vectors",
+        "static_cast<const Vector*>(p.o_b) + row * (vectors - 1)",
+        ("cuda/merge_states_float.cu", "cuda/merge_states_half.cu", "cuda/merge_states_bf16.cu"),
+        merge_states_of,
+    ),
+    Mutation(
+        "compact_kv: strides swapped",
+        "kernels/compact_kv.cuh",
+        "rows + source * p.stride_s",
+        "rows + source * p.stride_h",
+        ("cuda/compact_kv.cu",),
+        compact_kv_of,
+    ),
+    Mutation(
+        "compact_kv: the last row of the path stays where it is",
+        "kernels/compact_kv.cuh",
+        "const int64_t source = first + i < count ?",
+        "const int64_t source = first + i + 1 < count ?",
+        ("cuda/compact_kv.cu",),
+        compact_kv_of,
+    ),
+    Mutation(
+        "compact_kv_sm90: no wait",
+        old="while (!ptx::mbarrier_try_wait_parity",
+        new="if (!ptx::mbarrier_try_wait_parity",
+        **SM90,
+    ),
+    Mutation(
+        "compact_kv_sm90: buffers used too early",
+        old="ptx::bulk_wait_group_read<0>();",
+        new="",
+        **SM90,
+    ),
+    Mutation(
+        "compact_kv_sm90: half a row",
+        old="uint32_t(rest < kCompactSm90SegmentBytes ? rest",
+        new="uint32_t(rest < kCompactSm90SegmentBytes ? rest / 2",
+        **SM90,
+    ),
+]
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
+def test_mutations_are_found(mutation):
+    def finds(library, schedule):
+        with emulated(library, replace(schedule, capability=mutation.capability)):
+            try:
+                mutation.check(schedule.seed)
+            except (AssertionError, RuntimeError):
+                return True
+        return False
+
+    unchanged, changed = mutation.unchanged(), mutation.library()
+    assert not any(finds(unchanged, schedule) for schedule in SCHEDULES)
+    assert any(finds(changed, schedule) for schedule in SCHEDULES), "no test notices"

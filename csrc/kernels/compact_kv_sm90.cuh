@@ -12,6 +12,8 @@ namespace specextend {
 
 constexpr int kCompactSm90Rows = 16;            // rows in shared memory at a time, one per lane
 constexpr int kCompactSm90SegmentBytes = 1024;  // of each
+constexpr int kCompactSm90Shared =
+    kCompactSm90Rows * kCompactSm90SegmentBytes + int(sizeof(uint64_t));
 
 // One warp moves one segment of all rows of the path, in path order, through shared memory: the
 // copy engine reads up to 16 rows and then writes them, with one instruction per row. All reads of
@@ -19,11 +21,12 @@ constexpr int kCompactSm90SegmentBytes = 1024;  // of each
 // at least its index in the path). Grid: segments of all heads, caches, sequences.
 __global__ void __launch_bounds__(32)
     compact_kv_sm90_kernel(const __grid_constant__ CompactKvParams p) {
-  alignas(128) __shared__ unsigned char buffer[kCompactSm90Rows][kCompactSm90SegmentBytes];
-  __shared__ uint64_t loaded;
+  auto* const buffer =
+      reinterpret_cast<unsigned char(*)[kCompactSm90SegmentBytes]>(ptx::shared_memory());
+  auto* const loaded = reinterpret_cast<uint64_t*>(buffer[kCompactSm90Rows]);
   const int lane = int(threadIdx.x);
   if (lane == 0) {
-    ptx::mbarrier_init(&loaded, 1);
+    ptx::mbarrier_init(loaded, 1);
     ptx::fence_mbarrier_init();
   }
   __syncwarp();
@@ -45,12 +48,12 @@ __global__ void __launch_bounds__(32)
       const int64_t source = lane < kCompactSm90Rows && i < count ? compact_source(p, b, i) : -1;
       const unsigned moving = __ballot_sync(0xffffffffu, source >= 0);
       if (moving == 0) continue;
-      if (lane == 0) ptx::mbarrier_arrive_expect_tx(&loaded, bytes * __popc(moving));
+      if (lane == 0) ptx::mbarrier_arrive_expect_tx(loaded, bytes * __popc(moving));
       __syncwarp();
       if (source >= 0) {
-        ptx::bulk_copy_to_shared(buffer[lane], rows + source * p.stride_s, bytes, &loaded);
+        ptx::bulk_copy_to_shared(buffer[lane], rows + source * p.stride_s, bytes, loaded);
       }
-      while (!ptx::mbarrier_try_wait_parity(&loaded, parity)) {
+      while (!ptx::mbarrier_try_wait_parity(loaded, parity)) {
       }
       parity ^= 1;
       if (source >= 0) {

@@ -24,7 +24,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "tests/emulation"
 BUILD = ROOT / "build/emulation"
-RUNTIME = [HERE / name for name in ("block.cpp", "fiber.cpp", "guarded_memory.cpp", "host.cpp")]
+RUNTIME = [HERE / f"{name}.cpp" for name in ("block", "copies", "fiber", "guarded_memory", "host")]
 
 
 class ToolMissing(Exception):

@@ -13,14 +13,13 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <map>
-#include <memory>
 #include <mutex>
 #include <vector>
 
 #include "fiber.h"
 #include "host.h"
+#include "run.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -55,14 +54,6 @@ struct Place {
 
 enum class State { kReady, kInWarp, kAtBarrier, kExited };
 
-struct AsyncCopy {
-  unsigned char* shared;
-  const unsigned char* global;
-  bool valid, read;  // `read`: the bytes are here already
-  int group;
-  unsigned char bytes[16];
-};
-
 struct Thread {
   Fiber fiber;
   uint3 index;
@@ -72,8 +63,6 @@ struct Thread {
   void* operand;  // likewise
   int barrier;    // at a barrier
   int sum;        // what the barrier gave
-  int group;      // of cp.async, that is being filled
-  std::vector<AsyncCopy> copies;
 };
 
 struct Barrier {
@@ -204,6 +193,7 @@ std::string Run::report() const {
 void thread_main(void*) {
   Run& r = run();
   r.body(r.argument);
+  end_copies_of_thread();
   r.set_waiting(State::kExited, {});
   ++r.exited;
   r.me().fiber.suspend();
@@ -222,12 +212,11 @@ void Run::run_block() {
   favourite_warp = int((next() >> 32) % unsigned(warps));
   favourite_lane = int((next() >> 32) % kWarp);
   for (int i = 0; i < count; ++i) {
-    threads[i].group = 0;
-    threads[i].copies.clear();
     threads[i].fiber.start(thread_main, nullptr);
     set_ready(i);
   }
   memset(shared_end - shared_open, kPoison, shared_open);
+  forget_copies();
   while (exited < count && error.empty()) {
     if (ready_warps == 0) {
       error = report();
@@ -357,23 +346,6 @@ void open_shared(Run& r, size_t bytes) {
   }
 }
 
-void land(const AsyncCopy& c) {
-  if (!c.valid) {
-    memset(c.shared, 0, 16);
-  } else {
-    memcpy(c.shared, c.read ? c.bytes : c.global, 16);
-  }
-}
-
-// Copies of the thread land early, if the schedule wants it.
-void maybe_land_early() {
-  std::vector<AsyncCopy>& copies = run().me().copies;
-  if (settings.kind != Kind::kRandom || copies.empty() || draw(8) != 0) return;
-  const size_t i = draw(unsigned(copies.size()));
-  land(copies[i]);
-  copies.erase(copies.begin() + long(i));
-}
-
 }  // namespace
 
 const std::string& last_error() { return run().error; }
@@ -429,13 +401,18 @@ unsigned lane() { return unsigned(run().current) % kWarp; }
 
 unsigned draw(unsigned bound) { return unsigned(run().next() >> 32) % bound; }
 
-void yield() {
+int yield() {
   Run& r = run();
   if (++r.polls == kMaxPolls) {
-    fail("atomic operations without end; does the block wait for another one?");
+    fail("waits without end for what no thread of the block does; for another block?");
   }
   if (settings.kind != Kind::kRandom || draw(4) == 0) r.me().fiber.suspend();
+  return r.polls;
 }
+
+void note_progress() { run().polls = 0; }
+
+int thread() { return run().current; }
 
 void warp_call(const char* name, const char* file, int line, unsigned mask, void* operand,
                void (*function)(void* const* operands, unsigned mask)) {
@@ -526,39 +503,6 @@ void check_shared(const char* what, const void* p, size_t bytes) {
     fail(std::string(what) + " at byte " + std::to_string(offset) +
          " of shared memory, which is not a multiple of " + std::to_string(bytes));
   }
-}
-
-void async_copy(void* shared, const void* global, bool valid) {
-  check_shared("cp.async", shared, 16);
-  AsyncCopy c{};
-  c.shared = static_cast<unsigned char*>(shared);
-  c.global = static_cast<const unsigned char*>(global);
-  c.valid = valid;
-  c.group = run().me().group;
-  if (valid) {
-    if (reinterpret_cast<uintptr_t>(global) % 16 != 0) {
-      fail("cp.async from an address that is not a multiple of 16");
-    }
-    memcpy(c.bytes, global, 16);  // an access out of bounds shows here
-    c.read = draw(2) == 0;
-  }
-  memset(shared, kPoison, 16);
-  run().me().copies.push_back(c);
-  maybe_land_early();
-}
-
-void async_commit() {
-  ++run().me().group;
-  maybe_land_early();
-}
-
-void async_wait(int pending) {
-  Thread& me = run().me();
-  const auto covered = [&me, pending](const AsyncCopy& c) { return c.group < me.group - pending; };
-  for (const AsyncCopy& c : me.copies) {
-    if (covered(c)) land(c);
-  }
-  me.copies.erase(std::remove_if(me.copies.begin(), me.copies.end(), covered), me.copies.end());
 }
 
 }  // namespace specextend::emulation

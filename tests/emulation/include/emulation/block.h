@@ -45,8 +45,9 @@ unsigned lane();
 // Numbers of the schedule, below `bound`.
 unsigned draw(unsigned bound);
 
-// Another thread may run here.
-void yield();
+// Another thread may run here: what a thread does that polls for others. The number of calls since
+// the block last got anywhere; too many are an error.
+int yield();
 
 // All threads of the warp that `mask` names come to this place; the last one calls
 // run(operands, mask), operands[i] being that of lane i.
@@ -63,9 +64,19 @@ unsigned char* shared_memory();
 // Fails unless [p, p + bytes) lies in shared memory and p is a multiple of `bytes`.
 void check_shared(const char* what, const void* p, size_t bytes);
 
-// cp.async of 16 bytes, its groups, and the wait for all but the newest ones.
-void async_copy(void* shared, const void* global, bool valid);
-void async_commit();
-void async_wait(int pending);
+// --- copies: the functions of ptx.cuh of the same names (copies.cpp) ---
+
+void cp_async_16(void* shared, const void* global, bool valid);
+void cp_async_commit();
+void cp_async_wait(int pending);
+
+void mbarrier_init(uint64_t* barrier, uint32_t count);
+void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes);
+bool mbarrier_try_wait_parity(uint64_t* barrier, uint32_t parity);
+
+void bulk_copy_to_shared(void* shared, const void* global, uint32_t bytes, uint64_t* barrier);
+void bulk_copy_to_global(void* global, const void* shared, uint32_t bytes);
+void bulk_commit_group();
+void bulk_wait_group(int pending, bool only_read);
 
 }  // namespace specextend::emulation

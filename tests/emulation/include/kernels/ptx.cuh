@@ -13,15 +13,12 @@ namespace specextend::ptx {
 
 inline unsigned char* shared_memory() { return emulation::shared_memory(); }
 
-inline void cp_async_16(void* shared, const void* global, bool valid) {
-  emulation::async_copy(shared, global, valid);
-}
-
-inline void cp_async_commit() { emulation::async_commit(); }
+using emulation::cp_async_16;
+using emulation::cp_async_commit;
 
 template <int kPending>
 void cp_async_wait() {
-  emulation::async_wait(kPending);
+  emulation::cp_async_wait(kPending);
 }
 
 namespace detail {
@@ -117,5 +114,24 @@ inline void named_barrier(int id, int threads, SPECEXTEND_SITE) {
 // Launches follow one another here, so that there is nothing to wait for.
 inline void wait_for_predecessors() {}
 inline void let_successors_begin() {}
+
+using emulation::mbarrier_arrive_expect_tx;
+using emulation::mbarrier_init;
+using emulation::mbarrier_try_wait_parity;
+inline void fence_mbarrier_init() {}
+
+using emulation::bulk_commit_group;
+using emulation::bulk_copy_to_global;
+using emulation::bulk_copy_to_shared;
+
+template <int kPending>
+void bulk_wait_group_read() {
+  emulation::bulk_wait_group(kPending, true);
+}
+
+template <int kPending>
+void bulk_wait_group() {
+  emulation::bulk_wait_group(kPending, false);
+}
 
 }  // namespace specextend::ptx
