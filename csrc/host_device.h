@@ -5,3 +5,16 @@
 #else
 #define SPECEXTEND_HOST_DEVICE inline
 #endif
+
+namespace specextend {
+
+// a * b, rounded: not fused into the sum that it goes to.
+SPECEXTEND_HOST_DEVICE float rounded_product(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+}  // namespace specextend

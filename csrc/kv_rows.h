@@ -11,6 +11,23 @@
 
 namespace specextend {
 
+// The first byte of a row of one head.
+SPECEXTEND_HOST_DEVICE char* kv_row(const KvRows& t, int64_t b, int64_t row, int64_t head) {
+  return static_cast<char*>(t.data) + b * t.stride_b + row * t.stride_s + head * t.stride_h;
+}
+
+// The largest power of two, at most 16, that divides all of `bits`.
+inline int alignment_of(uint64_t bits) {
+  bits |= 16;
+  return int(bits & (~bits + 1));
+}
+
+// What every address of a row is a sum of.
+inline uint64_t address_bits(const KvRows& t) {
+  return reinterpret_cast<uintptr_t>(t.data) | uint64_t(t.stride_b) | uint64_t(t.stride_s) |
+         uint64_t(t.stride_h);
+}
+
 // compact_kv: how many nodes of the path count, the root among them.
 SPECEXTEND_HOST_DEVICE int compact_count(const CompactKvParams& p, int b) {
   const int accepted = p.num_accepted[b];
@@ -28,16 +45,25 @@ SPECEXTEND_HOST_DEVICE int64_t compact_source(const CompactKvParams& p, int b, i
 // compact_kv: the largest power of two, at most 16, that divides every address of a row and its
 // size.
 inline int compact_alignment(const CompactKvParams& p) {
-  uint64_t bits = 16 | uint64_t(p.stride_b) | uint64_t(p.stride_s) | uint64_t(p.stride_h) |
-                  uint64_t(p.row_bytes);
+  uint64_t bits =
+      uint64_t(p.stride_b) | uint64_t(p.stride_s) | uint64_t(p.stride_h) | uint64_t(p.row_bytes);
   for (int i = 0; i < p.num_caches; ++i) bits |= reinterpret_cast<uintptr_t>(p.caches[i]);
-  return int(bits & (~bits + 1));
+  return alignment_of(bits);
 }
 
 // append_kv: how many of the new rows have room behind the first lens[b].
 SPECEXTEND_HOST_DEVICE int append_count(const AppendKvParams& p, int b) {
   const int64_t room = p.lens[b] < 0 ? 0 : p.capacity - p.lens[b];
   return room < 0 ? 0 : room < p.num_rows ? int(room) : p.num_rows;
+}
+
+// append_kv: likewise compact_alignment, of old and new rows.
+inline int append_alignment(const AppendKvParams& p) {
+  uint64_t bits = 0;
+  for (int i = 0; i < 2; ++i) {
+    bits |= address_bits(p.caches[i]) | address_bits(p.rows[i]) | uint64_t(p.row_bytes[i]);
+  }
+  return alignment_of(bits);
 }
 
 // gather_chunks: how many slots of the working cache are filled.
@@ -81,6 +107,19 @@ SPECEXTEND_HOST_DEVICE int64_t gather_shift(const GatherChunksParams& p, int b, 
   return chunks * p.chunk_size;
 }
 
+// gather_chunks: likewise compact_alignment, of all layers, a rotated half of a row among them.
+inline int gather_alignment(const GatherChunksParams& p, int64_t element_size) {
+  uint64_t bits = uint64_t(p.rotary_dim / 2 * element_size);
+  for (int i = 0; i < p.num_layers; ++i) {
+    for (int which = 0; which < 2; ++which) {
+      const GatherLayer& layer = p.layers[i];
+      bits |= address_bits(layer.full[which]) | address_bits(layer.work[which]) |
+              uint64_t(layer.row_bytes[which]);
+    }
+  }
+  return alignment_of(bits);
+}
+
 struct Rotation {
   float cos, sin;
 };
@@ -90,6 +129,13 @@ struct Rotation {
 SPECEXTEND_HOST_DEVICE Rotation rotation(int64_t shift, float inv_freq) {
   const double angle = double(shift) * double(inv_freq);
   return {float(cos(angle)), float(sin(angle))};
+}
+
+// The pair (a, b), rotated. With the bits of the CPU's kernels, which fuse nothing either.
+SPECEXTEND_HOST_DEVICE void rotate_pair(Rotation r, float& a, float& b) {
+  const float x = rounded_product(a, r.cos) - rounded_product(b, r.sin);
+  b = rounded_product(b, r.cos) + rounded_product(a, r.sin);
+  a = x;
 }
 
 }  // namespace specextend

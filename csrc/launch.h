@@ -14,6 +14,8 @@ namespace specextend {
 template <typename T>
 cudaError_t launch_merge_states(const MergeStatesParams& p, cudaStream_t stream);
 
+cudaError_t launch_append_kv(const AppendKvParams& p, cudaStream_t stream);
+
 cudaError_t launch_compact_kv(const CompactKvParams& p, cudaStream_t stream);
 
 // With the bulk copies of Hopper, for caches of 16-byte alignment; on compute capability 9.0.
@@ -32,5 +34,18 @@ cudaError_t plan_tree_attention(const TreeAttentionParams& p, DType dtype, int d
 // p.v may be null: no values are read and p.out is not written.
 cudaError_t launch_tree_attention(const TreeAttentionParams& p, DType dtype,
                                   const AttentionPlan& plan, void* workspace, cudaStream_t stream);
+
+template <typename T>
+cudaError_t launch_gather_chunks(const GatherChunksParams& p, cudaStream_t stream);
+
+// `partials`: working memory of chunk_scores_partials doubles.
+int64_t chunk_scores_partials(const ChunkScoresParams& p);
+cudaError_t launch_chunk_scores(const ChunkScoresParams& p, double* partials, cudaStream_t stream);
+
+// Of q [B, M, Hq, D] the rows [B] that the device names, clamped to [0, M) -> picked [B, Hq, D].
+cudaError_t launch_pick_rows(const TreeAttentionParams& p, DType dtype, const int32_t* rows,
+                             void* picked, cudaStream_t stream);
+
+cudaError_t launch_select_chunks(const SelectChunksParams& p, cudaStream_t stream);
 
 }  // namespace specextend

@@ -26,11 +26,7 @@ SPECEXTEND_HOST_DEVICE MergeWeights merge_weights(float lse_a, float lse_b) {
 // The values of two parts as one. Products are not fused into the sum, so that exchanging the parts
 // changes no bit. A part of weight 0 may hold anything.
 SPECEXTEND_HOST_DEVICE float merge_values(const MergeWeights& w, float a, float b) {
-#ifdef __CUDA_ARCH__
-  const float x = __fmul_rn(w.a, a), y = __fmul_rn(w.b, b);
-#else
-  const float x = w.a * a, y = w.b * b;
-#endif
+  const float x = rounded_product(w.a, a), y = rounded_product(w.b, b);
   return (w.a == 0.f ? 0.f : x) + (w.b == 0.f ? 0.f : y);
 }
 

@@ -10,7 +10,8 @@ namespace specextend {
 
 enum class DType : int { kFloat32, kFloat16, kBFloat16 };
 
-constexpr int kMaxCaches = 256;  // caches that one launch of compact_kv serves
+constexpr int kMaxCaches = 256;         // caches that one launch of compact_kv serves
+constexpr int kMaxRotatedPairs = 4096;  // of gather_chunks: their table fits shared memory
 
 // Attention of M rows against a prefix, which all of them see, and N tree keys behind it.
 struct TreeAttentionParams {

@@ -3,16 +3,12 @@
 #include <cstdint>
 #include <cstring>
 
-#include "params.h"
+#include "kv_rows.h"
 
 namespace specextend::cpu {
 
 // Less than this is not worth waking a thread for.
 constexpr int64_t kCopyGrainBytes = 1 << 18;
-
-inline char* kv_row(const KvRows& t, int64_t b, int64_t row, int64_t head) {
-  return static_cast<char*>(t.data) + b * t.stride_b + row * t.stride_s + head * t.stride_h;
-}
 
 // Copies `rows` rows of all heads of sequence b. What lies side by side on both sides, the heads of
 // a row or the rows of a head, moves as one.

@@ -1,8 +1,13 @@
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include "check.h"
 #include "cpu/cpu.h"
 #include "ops/kv.h"
+#ifdef SPECEXTEND_HAS_CUDA
+#include "launch.h"
+#include "stream.h"
+#endif
 
 namespace specextend {
 namespace {
@@ -23,6 +28,8 @@ AppendKvParams prepare(const Tensor& k_cache, const Tensor& v_cache, const Tenso
   check_shape(kOp, "v", v, {batch, rows, heads, v_cache.size(3)});
   check_dtype(kOp, "k", k, k_cache.scalar_type());
   check_dtype(kOp, "v", v, v_cache.scalar_type());
+  check_row_size(kOp, "k_cache", k_cache);
+  check_row_size(kOp, "v_cache", v_cache);
   check_not_expanded(kOp, "k_cache", k_cache);
   check_not_expanded(kOp, "v_cache", v_cache);
   check_same_device(kOp, "v_cache", v_cache, "k_cache", k_cache);
@@ -45,11 +52,24 @@ void append_kv_cpu(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k
   cpu::append_kv(prepare(k_cache, v_cache, k, v, lens));
 }
 
+#ifdef SPECEXTEND_HAS_CUDA
+void append_kv_cuda(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
+                    const Tensor& lens) {
+  const AppendKvParams p = prepare(k_cache, v_cache, k, v, lens);
+  const int32_t device = k_cache.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  check_launch(kOp, launch_append_kv(p, current_stream(device)));
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(specextend, m) {
   m.def("append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor lens) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(specextend, CPU, m) { m.impl("append_kv", TORCH_BOX(&append_kv_cpu)); }
+#ifdef SPECEXTEND_HAS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(specextend, CUDA, m) { m.impl("append_kv", TORCH_BOX(&append_kv_cuda)); }
+#endif
 
 }  // namespace specextend

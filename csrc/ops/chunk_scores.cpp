@@ -1,3 +1,4 @@
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -8,6 +9,10 @@
 #include "cpu/cpu.h"
 #include "ops/allocate.h"
 #include "ops/dtype.h"
+#ifdef SPECEXTEND_HAS_CUDA
+#include "launch.h"
+#include "stream.h"
+#endif
 
 namespace specextend {
 namespace {
@@ -80,6 +85,19 @@ Tensor chunk_scores_cpu(const Tensor& chunk_lse, const Tensor& lse, const Tensor
   cpu::chunk_scores(r.params);
   return r.scores;
 }
+
+#ifdef SPECEXTEND_HAS_CUDA
+Tensor chunk_scores_cuda(const Tensor& chunk_lse, const Tensor& lse, const Tensor& rows,
+                         const Tensor& prefix_lens, int64_t chunk_size, std::string reduce) {
+  Prepared r = prepare(chunk_lse, lse, rows, prefix_lens, chunk_size, reduce);
+  const int32_t device = chunk_lse.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  Tensor partials = allocate(chunk_lse, {chunk_scores_partials(r.params)}, ScalarType::Double);
+  check_launch(kOp, launch_chunk_scores(r.params, partials.mutable_data_ptr<double>(),
+                                        current_stream(device)));
+  return r.scores;
+}
+#endif
 
 struct KeysArguments {
   const Tensor &q, &k, &rows, &lens;
@@ -167,5 +185,10 @@ STABLE_TORCH_LIBRARY_IMPL(specextend, CPU, m) {
   m.impl("chunk_scores", TORCH_BOX(&chunk_scores_cpu));
   m.impl("chunk_scores.keys", TORCH_BOX(&chunk_scores_keys_cpu));
 }
+#ifdef SPECEXTEND_HAS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(specextend, CUDA, m) {
+  m.impl("chunk_scores", TORCH_BOX(&chunk_scores_cuda));
+}
+#endif
 
 }  // namespace specextend

@@ -68,7 +68,6 @@ std::vector<CompactKvParams> group(const std::vector<Tensor>& caches, const Tens
       p.num_kv_heads = 1;
     }
     if (p.num_kv_heads == 1) p.stride_h = 0;
-    if (p.batch == 1) p.stride_b = 0;
     auto g = std::find_if(groups.begin(), groups.end(), [&p](const CompactKvParams& other) {
       return other.num_caches < kMaxCaches && is_alike(p, other);
     });

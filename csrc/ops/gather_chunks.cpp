@@ -1,3 +1,4 @@
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -9,6 +10,13 @@
 #include "ops/allocate.h"
 #include "ops/dtype.h"
 #include "ops/kv.h"
+#ifdef SPECEXTEND_HAS_CUDA
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "launch.h"
+#include "stream.h"
+#endif
 
 namespace specextend {
 namespace {
@@ -29,6 +37,7 @@ void check_layers(const char* name, const Tensors& layers, const Tensors& k_full
     check_kv(kOp, label.c_str(), t, letters);
     check_float(kOp, label.c_str(), t);
     check_dtype(kOp, label.c_str(), t, k_full[0].scalar_type());
+    check_row_size(kOp, label.c_str(), t);
     check_shape(kOp, label.c_str(), t,
                 {k_full[0].size(0), layers[0].size(1), t.size(2), t.size(3)});
     check_same_device(kOp, label.c_str(), t, "k_full[0]", k_full[0]);
@@ -72,6 +81,7 @@ void check(const Tensors& k_full, const Tensors& v_full, const Tensors& k_work,
   check_dtype(kOp, "inv_freq", *inv_freq, ScalarType::Float);
   check_contiguous(kOp, "inv_freq", *inv_freq);
   check_same_device(kOp, "inv_freq", *inv_freq, "k_full[0]", k);
+  check_range(kOp, "the rotated pairs R / 2", inv_freq->size(1), 0, kMaxRotatedPairs);
   for (size_t i = 0; i < k_full.size(); ++i) {
     STD_TORCH_CHECK(2 * inv_freq->size(1) <= k_full[i].size(3), kOp,
                     ": inv_freq [L, R / 2] must rotate at most the D = ", k_full[i].size(3),
@@ -79,39 +89,92 @@ void check(const Tensors& k_full, const Tensors& v_full, const Tensors& k_work,
   }
 }
 
+struct Arguments {
+  const Tensors &k_full, &v_full, &k_work, &v_work;
+  const Tensor &ids, &counts, &lens;
+  const std::optional<Tensor>& inv_freq;
+  int64_t chunk_size;
+  bool interleaved, right_aligned;
+};
+
+struct Prepared {
+  Tensor work_lens;
+  std::vector<GatherLayer> layers;
+  GatherChunksParams params;  // points to the layers
+  DType dtype;
+};
+
+// Everything that does not depend on the device: checks, allocation, parameters.
+Prepared prepare(const Arguments& a) {
+  check(a.k_full, a.v_full, a.k_work, a.v_work, a.ids, a.counts, a.lens, a.inv_freq, a.chunk_size);
+  const int64_t pairs = a.inv_freq ? a.inv_freq->size(1) : 0;
+  Prepared r{allocate(a.ids, {a.ids.size(0)}, ScalarType::Int),
+             {},
+             {},
+             to_dtype(a.k_full[0].scalar_type())};
+  r.layers.reserve(a.k_full.size());
+  for (size_t i = 0; i < a.k_full.size(); ++i) {
+    const Tensor &k = a.k_full[i], &v = a.v_full[i];
+    r.layers.push_back(
+        {{kv_rows(k), kv_rows(v)},
+         {kv_rows(a.k_work[i]), kv_rows(a.v_work[i])},
+         {kv_row_bytes(k), kv_row_bytes(v)},
+         {int(k.size(2)), int(v.size(2))},
+         pairs ? a.inv_freq->const_data_ptr<float>() + int64_t(i) * pairs : nullptr});
+  }
+  r.params = {r.layers.data(),
+              a.ids.const_data_ptr<int32_t>(),
+              a.counts.const_data_ptr<int32_t>(),
+              a.lens.const_data_ptr<int32_t>(),
+              r.work_lens.mutable_data_ptr<int32_t>(),
+              a.k_full[0].size(1),
+              a.k_work[0].size(1),
+              int(r.layers.size()),
+              int(a.ids.size(0)),
+              int(a.ids.size(1)),
+              int(a.chunk_size),
+              int(2 * pairs),
+              a.interleaved,
+              a.right_aligned};
+  return r;
+}
+
 Tensor gather_chunks_cpu(const Tensors& k_full, const Tensors& v_full, const Tensors& k_work,
                          const Tensors& v_work, const Tensor& ids, const Tensor& counts,
                          const Tensor& lens, const std::optional<Tensor>& inv_freq,
                          int64_t chunk_size, bool interleaved, bool right_aligned) {
-  check(k_full, v_full, k_work, v_work, ids, counts, lens, inv_freq, chunk_size);
-  const int64_t pairs = inv_freq ? inv_freq->size(1) : 0;
-  std::vector<GatherLayer> layers;
-  layers.reserve(k_full.size());
-  for (size_t i = 0; i < k_full.size(); ++i) {
-    layers.push_back({{kv_rows(k_full[i]), kv_rows(v_full[i])},
-                      {kv_rows(k_work[i]), kv_rows(v_work[i])},
-                      {kv_row_bytes(k_full[i]), kv_row_bytes(v_full[i])},
-                      {int(k_full[i].size(2)), int(v_full[i].size(2))},
-                      pairs ? inv_freq->const_data_ptr<float>() + int64_t(i) * pairs : nullptr});
-  }
-  Tensor work_lens = allocate(ids, {ids.size(0)}, ScalarType::Int);
-  const GatherChunksParams p{layers.data(),
-                             ids.const_data_ptr<int32_t>(),
-                             counts.const_data_ptr<int32_t>(),
-                             lens.const_data_ptr<int32_t>(),
-                             work_lens.mutable_data_ptr<int32_t>(),
-                             k_full[0].size(1),
-                             k_work[0].size(1),
-                             int(layers.size()),
-                             int(ids.size(0)),
-                             int(ids.size(1)),
-                             int(chunk_size),
-                             int(2 * pairs),
-                             interleaved,
-                             right_aligned};
-  cpu::gather_chunks(p, to_dtype(k_full[0].scalar_type()));
-  return work_lens;
+  Prepared r = prepare({k_full, v_full, k_work, v_work, ids, counts, lens, inv_freq, chunk_size,
+                        interleaved, right_aligned});
+  cpu::gather_chunks(r.params, r.dtype);
+  return r.work_lens;
 }
+
+#ifdef SPECEXTEND_HAS_CUDA
+Tensor gather_chunks_cuda(const Tensors& k_full, const Tensors& v_full, const Tensors& k_work,
+                          const Tensors& v_work, const Tensor& ids, const Tensor& counts,
+                          const Tensor& lens, const std::optional<Tensor>& inv_freq,
+                          int64_t chunk_size, bool interleaved, bool right_aligned) {
+  Prepared r = prepare({k_full, v_full, k_work, v_work, ids, counts, lens, inv_freq, chunk_size,
+                        interleaved, right_aligned});
+  const int32_t device = ids.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+  cudaError_t error = cudaSuccess;
+  switch (r.dtype) {
+    case DType::kFloat32:
+      error = launch_gather_chunks<float>(r.params, stream);
+      break;
+    case DType::kFloat16:
+      error = launch_gather_chunks<__half>(r.params, stream);
+      break;
+    case DType::kBFloat16:
+      error = launch_gather_chunks<__nv_bfloat16>(r.params, stream);
+      break;
+  }
+  check_launch(kOp, error);
+  return r.work_lens;
+}
+#endif
 
 }  // namespace
 
@@ -124,5 +187,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(specextend, m) {
 STABLE_TORCH_LIBRARY_IMPL(specextend, CPU, m) {
   m.impl("gather_chunks", TORCH_BOX(&gather_chunks_cpu));
 }
+#ifdef SPECEXTEND_HAS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(specextend, CUDA, m) {
+  m.impl("gather_chunks", TORCH_BOX(&gather_chunks_cuda));
+}
+#endif
 
 }  // namespace specextend

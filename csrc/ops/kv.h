@@ -20,6 +20,13 @@ inline void check_not_expanded(const char* op, const char* name, const Tensor& t
   }
 }
 
+// What a kernel counts within a row of all heads has 32 bits.
+inline void check_row_size(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.size(3) == 0 || t.size(2) <= INT32_MAX / int64_t(t.element_size()) / t.size(3),
+                  op, ": ", name, " must have rows of at most 2^31 - 1 bytes over all heads, got ",
+                  t.size(2), " heads of ", t.size(3), " elements");
+}
+
 // One int32 per sequence, or one row of them.
 inline void check_ints(const char* op, const char* name, const Tensor& t,
                        std::initializer_list<int64_t> shape, const char* device_of,
@@ -30,10 +37,12 @@ inline void check_ints(const char* op, const char* name, const Tensor& t,
   check_same_device(op, name, t, device_of, other);
 }
 
+// Where there is nothing to step to, the stride is 0, whatever the tensor says.
 inline KvRows kv_rows(const Tensor& t) {
-  const int64_t bytes = int64_t(t.element_size());
-  return {const_cast<void*>(t.const_data_ptr()), t.stride(0) * bytes, t.stride(1) * bytes,
-          t.stride(2) * bytes};
+  const auto stride = [&t](int64_t i) {
+    return t.size(i) > 1 ? t.stride(i) * int64_t(t.element_size()) : 0;
+  };
+  return {const_cast<void*>(t.const_data_ptr()), stride(0), stride(1), stride(2)};
 }
 
 inline int64_t kv_row_bytes(const Tensor& t) { return t.size(3) * int64_t(t.element_size()); }

@@ -1,3 +1,4 @@
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -5,6 +6,10 @@
 #include "check.h"
 #include "cpu/cpu.h"
 #include "ops/allocate.h"
+#ifdef SPECEXTEND_HAS_CUDA
+#include "launch.h"
+#include "stream.h"
+#endif
 
 namespace specextend {
 namespace {
@@ -61,6 +66,17 @@ Result select_chunks_cpu(const Tensor& scores, const Tensor& lens, int64_t chunk
   return r.result;
 }
 
+#ifdef SPECEXTEND_HAS_CUDA
+Result select_chunks_cuda(const Tensor& scores, const Tensor& lens, int64_t chunk_size,
+                          int64_t budget, int64_t num_sinks, int64_t num_recent) {
+  Prepared r = prepare(scores, lens, chunk_size, budget, num_sinks, num_recent);
+  const int32_t device = scores.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  check_launch(kOp, launch_select_chunks(r.params, current_stream(device)));
+  return r.result;
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(specextend, m) {
@@ -71,5 +87,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(specextend, m) {
 STABLE_TORCH_LIBRARY_IMPL(specextend, CPU, m) {
   m.impl("select_chunks", TORCH_BOX(&select_chunks_cpu));
 }
+#ifdef SPECEXTEND_HAS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(specextend, CUDA, m) {
+  m.impl("select_chunks", TORCH_BOX(&select_chunks_cuda));
+}
+#endif
 
 }  // namespace specextend

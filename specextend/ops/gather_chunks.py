@@ -36,7 +36,7 @@ def gather_chunks(
         lens: [B] int32, contiguous: tokens in the full caches. Only the newest chunk may be
             partial; if selected it is the last.
         inv_freq: [L, R / 2] fp32, contiguous: radians per position of each pair of the first R <= D
-            dimensions, in every layer. None: keys are copied as they are.
+            dimensions, in every layer; R is at most 8192. None: keys are copied as they are.
         chunk_size: rows of a chunk.
         interleaved: pair i is the dimensions 2 i and 2 i + 1 (GPT-J), not i and R / 2 + i (Llama).
         right_aligned: the last selected chunk keeps its position, as do the chunks contiguous with
