@@ -43,6 +43,37 @@ def test_head_dims(dim, device):
     check("sliced", "bhsd", [3, 2, 1, 0], 4, dims=(dim, 2 * dim), device=device)
 
 
+@pytest.mark.parametrize("offset", [0, 1, 2, 4, 8])
+def test_alignments(offset, device):
+    """Memory that begins a power of two of elements behind a multiple of 16 bytes."""
+    lens = int32([0, 3], device)
+    for dtype in (torch.uint8, torch.float16, torch.float32):
+        tensors = []
+        for rows in (9, 9, 5, 5):  # caches and new rows, keys and values
+            memory = torch.zeros(2 * rows * 2 * 16 + offset, device=device).to(dtype)
+            values = torch.randint(100, (2, rows, 2, 16), device=device).to(dtype)
+            tensors.append(memory[offset:].view(2, rows, 2, 16).copy_(values))
+        wanted = [t.clone() for t in tensors]
+        ops.append_kv(*tensors, lens)
+        reference.append_kv(*wanted, lens)
+        for got, want in zip(tensors, wanted, strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 40])
+def test_rows_that_take_many_threads(heads, device):
+    """Rows of several blocks, of one block and of a part of it."""
+    for layout in ("bshd", "bhsd"):
+        caches = [Guarded(layout, 2, 21, heads, 72, device=device, seed=i) for i in range(2)]
+        wanted = [cache.twin() for cache in caches]
+        rows = [Guarded("bhsd", 2, 19, heads, 72, device=device, seed=9 + i).t for i in range(2)]
+        lens = int32([2, 5], device)
+        ops.append_kv(*(c.t for c in caches), *rows, lens)
+        reference.append_kv(*(c.t for c in wanted), *rows, lens)
+        for got, want in zip(caches, wanted, strict=True):
+            assert same_bits(got.base, want.base)
+
+
 def test_keys_and_values_of_other_dtypes(device):
     k_cache = torch.zeros(1, 4, 2, 8, dtype=torch.float64, device=device)
     v_cache = torch.zeros(1, 4, 2, 8, dtype=torch.uint8, device=device)
@@ -103,6 +134,7 @@ def test_empty(shape, device):
     ops.append_kv(cache, cache.clone(), rows, rows, int32([0] * shape[0], device))
 
 
+@pytest.mark.not_emulated("the registered op is asked")
 def test_opcheck(device):
     k_cache, v_cache = Guarded("bhsd", 2, 9, 3, 8).t, Guarded("bshd", 2, 9, 3, 4).t
     k, v = Guarded("bhsd", 2, 3, 3, 8).t, Guarded("sliced", 2, 3, 3, 4).t
@@ -146,6 +178,32 @@ def test_errors(changed, message):
     with pytest.raises(RuntimeError, match=f"append_kv: {message}"):
         ops.append_kv(**{**arguments, **changed})
     assert CACHE.abs().sum() == 0
+
+
+def test_rows_too_long():
+    cache = torch.zeros(2**15).as_strided((1, 1, 2**16, 2**15), (0, 0, 0, 1))
+    with pytest.raises(RuntimeError, match=r"append_kv: k_cache must have rows of at most 2\^31"):
+        ops.append_kv(cache, cache, cache, cache, LENS[:1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_graph_replay_with_other_lengths(layout, device):
+    if device == "cpu":
+        pytest.skip("needs a GPU")
+    caches = [Guarded(layout, 2, 40, 2, 64, torch.float16, device, i) for i in range(2)]
+    wanted = [cache.twin() for cache in caches]
+    rows = [Guarded("bhsd", 2, 7, 2, 64, torch.float16, device, 5 + i).t for i in range(2)]
+    lens = int32([-1, -1], device)
+    graph = torch.cuda.CUDAGraph()
+    ops.append_kv(*(c.t for c in caches), *rows, lens)  # writes nothing
+    with torch.cuda.graph(graph):
+        ops.append_kv(*(c.t for c in caches), *rows, lens)
+    for values in ([0, 12], [35, 40], [7, 19]):
+        lens.copy_(int32(values, device))
+        graph.replay()
+        reference.append_kv(*(c.t for c in wanted), *rows, lens)
+        for got, want in zip(caches, wanted, strict=True):
+            assert same_bits(got.base, want.base)
 
 
 def test_lengths_on_the_host(device):

@@ -89,15 +89,17 @@ def test_selection_is_that_of_the_paper(device):
     assert ids[0].tolist() == sorted(papers.topk(16).indices.tolist())
 
 
-def test_from_tree_attention():
+def test_from_tree_attention(device):
     generator = torch.Generator().manual_seed(3)
     batch, rows, heads, kv_heads, dim, capacity, chunk_size = 2, 3, 4, 2, 64, 90, 16
     q = torch.randn(batch, rows, heads, dim, generator=generator)
     k = torch.randn(batch, capacity, kv_heads, dim, generator=generator)
     prefix_lens = torch.tensor([70, 33], dtype=torch.int32)
+    q, k, prefix_lens = (t.to(device) for t in (q, k, prefix_lens))
     _, lse, chunk_lse = ops.tree_attention(q, k, k, prefix_lens, chunk_size=chunk_size)
-    picked = torch.tensor([2, 1], dtype=torch.int32)
-    got = ops.chunk_scores(chunk_lse, lse, picked, prefix_lens, chunk_size=chunk_size)
+    picked = torch.tensor([2, 1], dtype=torch.int32, device=device)
+    got = ops.chunk_scores(chunk_lse, lse, picked, prefix_lens, chunk_size=chunk_size).cpu()
+    q, k = q.cpu(), k.cpu()
     for b, (prefix, row) in enumerate([(70, 2), (33, 1)]):
         keys = k[b, : prefix + row + 1].repeat_interleave(heads // kv_heads, 1).double()
         probs = torch.einsum("hd,khd->hk", q[b, row].double(), keys).div(math.sqrt(dim)).softmax(-1)
@@ -172,7 +174,7 @@ def test_strides(device):
     got = ops.chunk_scores(
         view.to(device), lse_view.to(device), rows.to(device), prefix_lens.to(device), chunk_size=8
     )
-    assert torch.equal(got.cpu(), score(chunk_lse, lse, rows, prefix_lens, chunk_size=8))
+    assert torch.equal(got.cpu(), score(chunk_lse, lse, rows, prefix_lens, device, chunk_size=8))
 
 
 @pytest.mark.parametrize("reduce", ["mean", "max"])
@@ -188,6 +190,40 @@ def test_a_sequence_alone_is_the_same_on_any_number_of_threads(reduce):
             assert torch.equal(alone[0], together[b])
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+@pytest.mark.parametrize(("heads", "capacity"), [(1, 33), (9, 1100), (70, 40)])
+def test_many_heads_and_chunks(heads, capacity, reduce, device, schedule):
+    """More heads than warps, more tiles of chunks than lanes; alone as in a batch."""
+    case = random_case(9, batch=2, rows=1, heads=heads, chunk_size=1, capacity=capacity, tree=2)
+    got = score(*case, device=device, chunk_size=1, reduce=reduce)
+    want = reference.chunk_scores(*case, chunk_size=1, reduce=reduce)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-6)
+    for kind in ("ahead", "behind"):
+        with schedule(kind=kind):
+            for b in range(2):
+                alone = [t[b : b + 1] for t in case]
+                alone = score(*alone, device=device, chunk_size=1, reduce=reduce)
+                assert torch.equal(alone[0], got[b])
+
+
+def test_graph_replay_with_other_lengths(device):
+    if device == "cpu":
+        pytest.skip("needs a GPU")
+    cases = [random_case(seed) for seed in range(4)]
+    cases = [[t.float() if t.is_floating_point() else t for t in case] for case in cases]
+    cases = [[t.to(device) for t in case] for case in cases]
+    arguments = [t.clone() for t in cases[0]]
+    ops.chunk_scores(*arguments, chunk_size=8)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.chunk_scores(*arguments, chunk_size=8)
+    for case in cases:
+        for argument, value in zip(arguments, case, strict=True):
+            argument.copy_(value)
+        graph.replay()
+        assert torch.equal(captured, ops.chunk_scores(*case, chunk_size=8))
 
 
 def test_every_instruction_set_gives_the_same_bits():
@@ -206,6 +242,7 @@ def test_empty(device):
     assert got.shape == (2, 0)
 
 
+@pytest.mark.not_emulated("the registered op is asked")
 def test_opcheck(device):
     chunk_lse, lse, rows, prefix_lens = random_case(8)
     arguments = (chunk_lse.float(), lse.float(), rows, prefix_lens)
@@ -332,6 +369,7 @@ def test_keys_of_a_sequence_alone_on_any_number_of_threads():
         torch.set_num_threads(threads)
 
 
+@pytest.mark.not_emulated("the registered op is asked")
 def test_keys_opcheck(device):
     torch.library.opcheck(
         torch.ops.specextend.chunk_scores.keys,

@@ -143,6 +143,82 @@ def test_random(seed, right_aligned, device):
     ).check()
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wide_loads(dtype, interleaved, device):
+    """Rows at multiples of 16 bytes: all rotated, a rest of odd length, rows of many blocks."""
+    for dims, pairs in [
+        (((2, 32, 16), (1, 48, 8)), 16),
+        (((2, 40, 24), (3, 56, 40)), 8),
+        (((9, 512, 8), (1, 16, 520)), 8),
+    ]:
+        Case(
+            lens=(70, 33),
+            capacity=80,
+            room=40,
+            chunk_size=9,
+            budget=4,
+            dims=dims,
+            pairs=pairs,
+            dtype=dtype,
+            device=device,
+            interleaved=interleaved,
+        ).check()
+
+
+def test_chunks_of_many_blocks(device, schedule):
+    """One chunk is more than the threads of a block move at a time, in keys and values."""
+    options = {"lens": (300, 555), "capacity": 560, "room": 512, "chunk_size": 250, "budget": 2}
+    case = Case(**options, dims=((4, 32, 32),), pairs=16, dtype=torch.float16, device=device)
+    case.check()
+    bases = [c.base.clone() for c in sum(case.work, [])]
+    for kind in ("ahead", "behind"):
+        with schedule(kind=kind):
+            case.run()
+        for base, cache in zip(bases, sum(case.work, []), strict=True):
+            assert same_bits(base, cache.base)
+
+
+@pytest.mark.parametrize("layers", [23, 24, 25, 50])
+def test_more_layers_than_one_launch_takes(layers, device):
+    case = Case(dims=((1, 8, 4),) * layers, budget=3, room=20, device=device)
+    assert case.check().tolist() == [20, 17]
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_bits_of_the_cpu(dtype, interleaved, device, schedule):
+    """Nothing is fused on either side. (On a GPU a sine may differ in its last bit.)"""
+    if not schedule.emulated:
+        pytest.skip("of the emulated kernels")
+    for pairs in (3, 16):
+        options = {"dims": ((2, 32, 8),), "pairs": pairs, "interleaved": interleaved}
+        case, other = (Case(dtype=dtype, **options) for _ in range(2))
+        case.run()
+        other.run(torch.ops.specextend.gather_chunks)
+        for ours, theirs in zip(sum(case.work, []), sum(other.work, []), strict=True):
+            assert same_bits(ours.base, theirs.base)
+
+
+def test_graph_replay_with_other_chunks(device):
+    if device == "cpu":
+        pytest.skip("needs a GPU")
+    case = Case(device=device)
+    case.run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work_lens = case.run()
+    for seed in range(1, 4):
+        other = Case(device=device, seed=seed)
+        case.ids.copy_(other.ids)
+        case.counts.copy_(other.counts)
+        graph.replay()
+        assert torch.equal(work_lens, other.run())
+        for ours, theirs in zip(sum(case.work, []), sum(other.work, []), strict=True):
+            for b, length in enumerate(work_lens.tolist()):
+                assert same_bits(ours.t[b, :length], theirs.t[b, :length])
+
+
 def hf_rotate(x, positions, inv_freq):
     """Llama's rotary embedding as `transformers` computes it, in the dtype of x."""
     angles = positions[:, None].to(x.dtype) * inv_freq.to(x.dtype)
@@ -378,6 +454,7 @@ def test_empty(shape, budget, device):
     assert got.shape == (shape[0],)
 
 
+@pytest.mark.not_emulated("the registered op is asked")
 @pytest.mark.parametrize("rotated", [False, True])
 def test_opcheck(rotated, device):
     case = Case(device=device, room=40)
@@ -444,6 +521,10 @@ IDS, LENS = torch.zeros(2, 5, dtype=torch.int32), torch.zeros(2, dtype=torch.int
         ({"inv_freq": torch.zeros(1, 2)}, r"inv_freq must have shape \[2, 2\], got \[1, 2\]"),
         ({"inv_freq": torch.zeros(2, 2).double()}, "inv_freq must be float32, got float64"),
         ({"inv_freq": torch.zeros(2, 4)[:, :2]}, "inv_freq must be contiguous"),
+        (
+            {"inv_freq": torch.zeros(2, 4097)},
+            r"the rotated pairs R / 2 must be in \[0, 4096\], got 4097",
+        ),
         (
             {"inv_freq": torch.zeros(2, 3)},
             r"inv_freq \[L, R / 2\] must rotate at most the D = 4 dimensions of k_full\[0\], "

@@ -74,6 +74,44 @@ def test_without_ties_it_is_topk_and_sets(seed, device):
     assert ids[0].tolist() == sorted(want) and counts.item() == budget
 
 
+@pytest.mark.parametrize("num_chunks", [511, 512, 513, 2500, 5000])
+def test_many_chunks(num_chunks, device, schedule):
+    """Scores that differ in every digit of their keys, or in the last one, or hardly at all."""
+    generator = torch.Generator().manual_seed(num_chunks)
+    shape = (1, num_chunks)
+    noise = torch.randn(shape, generator=generator)
+    wide = noise * 10.0 ** torch.randint(-30, 30, shape, generator=generator)
+    near = 1 + torch.randint(300, shape, generator=generator) * torch.finfo(torch.float32).eps
+    few = torch.randint(2, shape, generator=generator) / 7
+    scores = torch.cat([wide, near, few, torch.zeros(shape), noise.softmax(-1)])
+    lens = torch.tensor([num_chunks - i for i in range(5)], dtype=torch.int32)
+    budgets = {1, 32, num_chunks // 2, num_chunks - 1}
+    for budget in budgets if num_chunks < 600 else {1, 37}:
+        options = {"chunk_size": 1, "budget": budget, "num_sinks": min(2, budget - 1)}
+        want = reference.select_chunks(scores, lens, **options)
+        with schedule(kind="behind" if budget > 1 else "ahead"):
+            got = ops.select_chunks(scores.to(device), lens.to(device), **options)
+        for ours, theirs in zip(got, want, strict=True):
+            assert torch.equal(ours.cpu(), theirs)
+
+
+def test_graph_replay_with_other_lengths(device):
+    if device == "cpu":
+        pytest.skip("needs a GPU")
+    options = {"chunk_size": 4, "budget": 20, "num_sinks": 1, "num_recent": 2}
+    scores, lens = torch.rand(2, 1000, device=device), torch.zeros(2, device=device).int()
+    ops.select_chunks(scores, lens, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.select_chunks(scores, lens, **options)
+    for values in ([4000, 17], [1, 80], [81, 999]):
+        scores.uniform_()
+        lens.copy_(torch.tensor(values))
+        graph.replay()
+        for got, want in zip(captured, ops.select_chunks(scores, lens, **options), strict=True):
+            assert torch.equal(got, want)
+
+
 def test_all_chunks_fit(device):
     got = run([[0.1, 0.9, 0.5, 7.0]], [70], device, chunk_size=32, budget=5)
     assert got == ([[0, 1, 2, -1, -1]], [3])  # the last is partial; the fourth holds nothing
@@ -131,6 +169,7 @@ def test_lengths_near_the_end_of_int32(device):
     assert got == ([[0]], [1])
 
 
+@pytest.mark.not_emulated("the registered op is asked")
 def test_opcheck(device):
     scores, lens, options = random_case(4)
     torch.library.opcheck(
