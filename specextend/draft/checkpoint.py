@@ -49,6 +49,8 @@ class Checkpoint:
         found = sorted(path.name for path in folder.iterdir())
         try:
             config = json.loads((folder / "config.json").read_text())
+            if not isinstance(config, dict):
+                raise ValueError(f"it holds a {type(config).__name__}")
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{str(name)!r} is no draft: config.json cannot be read ({error}); the folder has "
@@ -98,7 +100,10 @@ def _weight_files(folder: Path) -> list[Path]:
     for suffix, stem in ((".safetensors", "model"), (".bin", "pytorch_model")):
         index = folder / f"{stem}{suffix}.index.json"
         if index.is_file():
-            names = set(json.loads(index.read_text())["weight_map"].values())
+            try:
+                names = set(json.loads(index.read_text())["weight_map"].values())
+            except Exception as error:  # of many types, as what it holds may be anything
+                raise ValueError(f"{index} cannot be read: {error!r}") from error
             return sorted(folder / name for name in names)
         single = folder / f"{stem}{suffix}"
         if single.is_file():

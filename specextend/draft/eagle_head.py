@@ -580,9 +580,12 @@ def head_version(checkpoint: Checkpoint) -> int | None:
     said, names = checkpoint.config, checkpoint.files
     kinds = [str(said.get("speculators_model_type", "")), *(said.get("architectures") or ())]
     kinds = [kind.lower() for kind in kinds]
+    fields = ("draft_vocab_size", "eagle_aux_hidden_state_layer_ids", "eagle_config")
     marks = (r"^(model\.)?midlayer\.", r"hidden_norm\.weight$", r"(^|\.)d2t$", r"^aux_norm_")
-    if any("eagle3" in kind for kind in kinds) or any(
-        re.search(mark, name) for mark in marks for name in names
+    if (
+        any("eagle3" in kind for kind in kinds)
+        or any(field in said for field in fields)
+        or any(re.search(mark, name) for mark in marks for name in names)
     ):
         return 3
     fused = any(re.search(r"^(model\.)?(fc|fusion_fc)\.weight$", name) for name in names)

@@ -63,8 +63,7 @@ def load_draft(
                 "no draft of a known kind (causal LM, EAGLE-1/2/3, LongSpec) in "
                 f"{checkpoint.describe()}"
             )
-        draft = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=target.model.dtype)
-        draft = draft.to(target.model.device).eval()
+        draft = _load_causal_lm(checkpoint, target.model)
     if not isinstance(draft, PreTrainedModel):
         raise TypeError(
             "draft must be a causal LM of transformers, a path or hub id, 'ngram', 'self', a "
@@ -78,6 +77,17 @@ def load_draft(
     self_check(PatchedModel(draft))
     rotary = None if config.draft_cache == "full" else probe_rotary(draft)
     return CausalLMDraft(draft, config, rotary, vocab)
+
+
+def _load_causal_lm(checkpoint: Checkpoint, target: PreTrainedModel) -> PreTrainedModel:
+    model, info = AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder, dtype=target.dtype, output_loading_info=True
+    )
+    if missing := sorted(info["missing_keys"]):  # they would be random
+        raise ValueError(
+            f"no causal LM in {checkpoint.describe()}: missing {', '.join(missing[:8])}"
+        )
+    return model.to(target.device).eval()
 
 
 def _check_vocabulary(draft: PreTrainedModel, vocab: int, tokenizers) -> None:
