@@ -263,7 +263,12 @@ class PatchedModel:
         return [hook_on(i) for i in set(state.feature_layers)]
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, state: Pass, last_only: bool = False
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        state: Pass,
+        last_only: bool = False,
+        row: Tensor | None = None,
     ) -> Tensor:
         """Logits of ``tokens``.
 
@@ -272,15 +277,17 @@ class PatchedModel:
             positions: [B, M] int64, of each token.
             state: the pass; its ``recorded`` and ``calls`` are filled.
             last_only: logits of the last row only (prefill).
+            row: [1] int64, logits of that row only.
 
         Returns:
             [B, M or 1, V] in the model's dtype.
         """
+        keep = row if row is not None else int(last_only)
         with self._installed(state):
             return self.model(
                 input_ids=tokens,
                 position_ids=positions,
                 past_key_values=state.cache,
                 use_cache=True,
-                logits_to_keep=1 if last_only else 0,
+                logits_to_keep=keep,
             ).logits

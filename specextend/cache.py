@@ -71,8 +71,8 @@ class KVCache(Cache):
         batch, device: of ``lens``.
 
     Attributes:
-        lens: [B] int32, committed rows.
-        length: the same number on the host, for batch 1.
+        lens: [B] int32, committed rows; the same tensor for as long as the cache lives.
+        length: the same number on the host, for batch 1, as far as it has learnt.
     """
 
     def __init__(self, num_layers: int, capacity: int, batch: int, device: torch.device):
@@ -87,22 +87,31 @@ class KVCache(Cache):
             raise RuntimeError(
                 f"the KV cache holds {self.capacity} tokens, but {self.length + count} are needed"
             )
+        self.commit(count)
+        self.settle(count)
+
+    def commit(self, count: int | Tensor) -> None:
+        """:meth:`advance` on the device alone, by a number that may be known only there.
+
+        Args:
+            count: a number, or [B] int32.
+        """
         self.lens += count
+
+    def settle(self, count: int) -> None:
+        """What :meth:`commit` has added, once the host knows it."""
         self.length += count
 
-    def compact(self, path: Tensor, num_accepted: Tensor, max_accepted: int) -> None:
+    def compact(self, path: Tensor, num_accepted: Tensor) -> None:
         """Move the rows of the accepted path behind the committed ones.
 
         Args:
             path: [B, N] int32, tree slots of the path, the root first.
-            num_accepted: [B] int32, accepted nodes besides the root.
-            max_accepted: no ``num_accepted`` is larger; the rest of ``path`` is not read.
+            num_accepted: [B] int32, accepted nodes besides the root, below N.
         """
-        if max_accepted > 0:
+        if path.shape[1] > 1:
             tensors = [t for layer in self.layers for t in (layer.k, layer.v)]
-            ops.compact_kv(
-                tensors, self.lens, path[:, : max_accepted + 1].contiguous(), num_accepted
-            )
+            ops.compact_kv(tensors, self.lens, path.contiguous(), num_accepted)
 
     @property
     def num_bytes(self) -> int:

@@ -10,6 +10,7 @@ _CHOICES = {
     "draft_cache": ("full", "window", "retrieval"),
     "score_reduce": ("mean", "max"),
     "gate": ("auto", "off"),
+    "graphs": ("auto", "off"),
 }
 
 
@@ -59,6 +60,8 @@ class SpecConfig:
         prefill_chunk: tokens per forward in prefill; None: the whole prompt at once.
         gate: ``"auto"`` measures what rounds cost and shortens the tree, or decodes plainly for a
             while, where speculation loses; ``"off"`` always speculates.
+        graphs: ``"auto"``: on a GPU the round runs from CUDA graphs, where the models can be
+            captured; ``"off"``: never.
         seed: key of the sampling noise; None: drawn from torch's default generator.
     """
 
@@ -85,6 +88,7 @@ class SpecConfig:
 
     prefill_chunk: int | None = 1024
     gate: Literal["auto", "off"] = "auto"
+    graphs: Literal["auto", "off"] = "auto"
     seed: int | None = None
 
     def __post_init__(self):
@@ -123,6 +127,16 @@ class SpecConfig:
     def budget_chunks(self) -> int:
         """Chunks in the draft's working cache."""
         return self.budget // self.chunk_size
+
+    @property
+    def max_depth(self) -> int:
+        """Levels of a tree at most."""
+        return len(self.tree_widths) if self.tree_shape == "fixed" else self.tree_depth
+
+    @property
+    def max_nodes(self) -> int:
+        """Proposed nodes of a tree at most."""
+        return sum(self.tree_widths) if self.tree_shape == "fixed" else self.tree_nodes
 
     @property
     def tree_keys(self) -> int:

@@ -9,13 +9,13 @@ target forward, keeps the path that agrees, and leaves the target's own next tok
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
@@ -33,6 +33,7 @@ from .cache import KVCache
 from .config import SpecConfig
 from .draft import CausalLMDraft, Draft, load_draft
 from .gate import Gate
+from .graphs import CudaRecorder, Graphs, Mailbox, Stopwatch, obstacle, warn_uncaptured
 from .guard import check_length, self_check
 from .sampling import TokenChooser
 from .stats import SpecStats
@@ -117,6 +118,7 @@ class SpecExtend:
         self._vocab = model.config.get_text_config().vocab_size
         self.draft = load_draft(draft, self._target, self.config, (tokenizer, draft_tokenizer))
         self._running = False
+        self._told: set[str] = set()  # what was said to run without graphs
 
     def _resolve_layers(self, layers: tuple[int, ...]) -> frozenset[int]:
         n = self._num_layers
@@ -285,9 +287,30 @@ class SpecExtend:
         keep = (bool(generation_config.output_scores), bool(generation_config.output_logits))
         return self._generation(prompt, max_length, chooser, stop, keep)
 
+    def _graphs(self, name: str, reason: str | None) -> Graphs:
+        """Graphs for one of the two models: eager on a CPU, or for a ``reason``, said once."""
+        if self.model.device.type != "cuda" or self.config.graphs == "off":
+            return Graphs()
+        if reason is None:
+            return Graphs(CudaRecorder(self.model.device), name)
+        if name not in self._told:
+            self._told.add(name)
+            warn_uncaptured(name, reason)
+        return Graphs()
+
+    def _target_graphs(self) -> Graphs:
+        reason = obstacle(self.model)
+        if not self.config.tree_attention:
+            reason = "tree_attention=False masks by the host's count of tokens"
+        return self._graphs(f"the target {type(self.model).__name__}", reason)
+
+    def _draft_graphs(self) -> Graphs:
+        return self._graphs(f"the draft {type(self.draft).__name__}", self.draft.obstacle())
+
     def _generation(self, prompt, max_length, chooser, stop, keep) -> Iterator[Step]:
         self.stats = SpecStats(num_prompt_tokens=prompt.shape[1])
         self._running = True
+        generation = None
         try:
             with torch.inference_mode():
                 generation = _Generation(self, prompt, max_length, chooser, keep)
@@ -299,6 +322,8 @@ class SpecExtend:
                 yield step
         finally:
             self._running = False
+            if generation is not None:
+                generation.close()
             if self.draft is not None:
                 self.draft.end()
 
@@ -380,8 +405,29 @@ class _Stop:
         return step
 
 
+@dataclass
+class _Outcome:
+    """What a verify pass and its acceptance leave on the device.
+
+    Attributes:
+        numbers: [2 W + 2] fp64, what the host reads: accepted tokens, W emitted ones, W nodes of
+            the path, the tree's gain; W is the longest path with its root, tails are -1.
+        logits, scores: [1, M, V], raw and processed.
+        chunk_scores: [1, C] fp32, for retrieval; None where none is due.
+    """
+
+    numbers: Tensor
+    logits: Tensor
+    scores: Tensor
+    chunk_scores: Tensor | None
+
+
 class _Generation:
-    """One generation's state, from prefill to the last round. Batch 1."""
+    """One generation's state, from prefill to the last round. Batch 1.
+
+    What a round computes, it computes from tensors: the functions between the graphs' ``call`` and
+    the ops never ask the host, which only launches them, and reads one block of numbers per round.
+    """
 
     def __init__(
         self, spec: SpecExtend, prompt: Tensor, max_length: int, chooser: TokenChooser, keep
@@ -391,23 +437,45 @@ class _Generation:
         self.keep_scores, self.keep_logits = keep
         self.max_length = max_length
         self.device = prompt.device
-        config = self.config
-        self.max_depth = (
-            len(config.tree_widths) if config.tree_shape == "fixed" else config.tree_depth
-        )
-        nodes = sum(config.tree_widths) if config.tree_shape == "fixed" else config.tree_nodes
+        config, draft = self.config, spec.draft
+        self.graphs = spec._target_graphs()
+        if draft is not None:
+            draft.graphs = spec._draft_graphs()
+        self.width = config.max_depth + 1  # tokens that a round emits at most
+        nodes = max(config.max_nodes, self.width)
         self.cache = KVCache(spec._num_layers, max_length + 1 + nodes, batch=1, device=self.device)
-        # Committed tokens and the root behind them.
-        self.ids = torch.zeros(1, max_length + 1, dtype=torch.int64, device=self.device)
+        # Committed tokens and the root behind them; room for a path beyond the last token.
+        size = max_length + 1 + self.width
+        self.ids = torch.zeros(1, size, dtype=torch.int64, device=self.device)
         self.ids[:, : prompt.shape[1]] = prompt
         self.prompt = prompt
-        self.root = prompt[:, -1:]
-        self.undrafted = [self.root]  # decided tokens that the draft has not seen
-        self.features: list[Tensor] = []  # of committed tokens, that the draft has not seen
-        self.feature_layers = () if spec.draft is None else spec.draft.feature_layers
-        self.depth = self.max_depth
-        self.gate = Gate(self.max_depth, config.gate == "auto" and spec.draft is not None)
+        self.root = prompt[:, -1:].clone()
+        # What the last round emitted, where the draft finds it without the host: tokens, how many
+        # of them count, and their features.
+        self.emitted = torch.zeros(1, self.width, dtype=torch.int64, device=self.device)
+        self.count = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.emitted_features: Tensor | None = None
+        self.steps = torch.arange(self.width, device=self.device)
+        self.no_gain = torch.zeros(1, device=self.device)
+        self.mailbox = Mailbox(2 * self.width + 2, self.device)
+
+        self.num_emitted = 0  # by the last round that the host has read
+        self.drafted = prompt.shape[1] - 1  # tokens that the draft has seen
+        self.unseen: list[Tensor] = []  # features of the others, without the root's
+        self.feature_layers = () if draft is None else draft.feature_layers
+        self.tree: Tree | None = None  # of the next round, if it is under way
+        self.from_draft = False  # that tree, or the last one, is the draft's
+        self.before: list[Stopwatch] = []  # of what was done for the next round
+        self.unsettled = False  # the draft took in tokens by a count that it has yet to learn
+        self.depth = config.max_depth
+        self.gate = Gate(config.max_depth, config.gate == "auto" and draft is not None)
         self.first = True
+
+    def close(self) -> None:
+        """Drop the graphs; they hold the caches."""
+        self.graphs.close()
+        if self.spec.draft is not None:
+            self.spec.draft.graphs.close()
 
     def prefill(self) -> None:
         """All of the prompt but its last token, which is the first root."""
@@ -434,74 +502,116 @@ class _Generation:
             if spec.progress is not None:
                 spec.progress("prefill", start + part.shape[1], total)
 
-    def round(self) -> Step:
-        """One target forward, and what follows from it."""
-        start = time.perf_counter()
-        draft, stats, first = self.spec.draft, self.stats, self.first
-        room = self.max_length - self.cache.length - 2  # proposed tokens that can still be emitted
-        depth = 0
-        if draft is not None and not first and room > 0:
-            depth = min(self.gate.next_depth(), self.depth, room)
-        if depth:
-            with stats.phase("draft"):
-                features = torch.cat(self.features, 1) if self.features else None
-                tree = draft.propose(torch.cat(self.undrafted, 1), depth, features)
-            self.undrafted, self.features = [], []
-        else:
-            tree = Tree.root_only(self.root)
-        self.first = False
+    # ---- a round, as the host sees it ------------------------------------------------------------
 
+    def round(self) -> Step:
+        """One target forward, and what follows from it.
+
+        On a GPU the next tree is launched before the host reads what this round emitted, wherever
+        it cannot run beyond the last token: while the host attends to stopping rules, streamers and
+        the caller, the device works on. A tree launched in vain is dropped.
+        """
+        stats, first, draft = self.stats, self.first, self.spec.draft
+        if self.tree is None:
+            self._next_tree(self.cache.length)
+            self._settle_draft()
+        tree, before, self.tree, self.before = self.tree, self.before, None, []
+        self.first = False
         scoring = self._scores_now(draft, first)
-        phase = "prefill" if first else "verify"
-        with stats.phase(phase):
-            state = Pass(
-                self.cache,
-                [(self.cache, self.cache.lens)],
-                tree.num_nodes,
-                mask=tree.mask if tree.depth else None,
-                q_depths=tree.depths if tree.depth else None,
-                k_depths=tree.depths if tree.depth else None,
-                score_layers=self.spec._score_layers if scoring else frozenset(),
-                chunk_size=self.config.chunk_size,
-                fused=self.config.tree_attention,
-                feature_layers=self.feature_layers,
-            )
-            positions = self.cache.lens[:, None].long() + tree.depths
-            logits = self.spec._target.forward(tree.tokens, positions, state)
-            logits = logits[..., : self.spec._vocab]
+        with Stopwatch(self.device) as verifying:
+            outcome = self._verify(tree, scoring, "prefill" if first else "verify")
+            self.mailbox.send(outcome.numbers)
+
+        # Without graphs the host may as well read now: drafts may want to know where they are.
+        ahead = self.from_draft and draft.takes_count and draft.graphs.enabled
+        longest = self.cache.length + tree.depth + 1
+        ahead = ahead and self.max_length - longest - 2 >= self.config.max_depth
+        if ahead:
+            if scoring:
+                self._retrieve(outcome.chunk_scores)
+            self._next_tree(longest)
         with stats.phase("accept"):
-            step, num_accepted, row = self._accept(tree, logits, positions, state.features)
-        if scoring:
-            with stats.phase("retrieve"):
-                self._retrieve(state, row, num_accepted)
-        accepted = step.num_accepted
-        self.cache.advance(accepted + 1)
+            step = self._receive(tree, outcome)
+        if ahead:
+            self._settle_draft()
+            if self.from_draft:
+                self.drafted, self.unseen = self.cache.length + 1, []
+        elif scoring:
+            self._retrieve(outcome.chunk_scores)
         if not first:
-            stats.count_round(tree.num_nodes - 1, accepted)
-        self.gate.count(tree.depth, accepted + 1, time.perf_counter() - start)
+            stats.count_round(tree.num_nodes - 1, step.num_accepted)
+        seconds = sum(watch.seconds for watch in (*before, verifying))
+        self.gate.count(tree.depth, len(step.tokens), seconds)
         return step
+
+    def _next_tree(self, length: int) -> None:
+        """Have a tree made below the root behind ``length`` committed tokens, or at most as many
+        where the host does not know yet."""
+        draft, before = self.spec.draft, self.from_draft
+        room = self.max_length - length - 2  # proposed tokens that can still be emitted
+        depth = 0
+        if draft is not None and not self.first and room > 0:
+            depth = min(self.gate.next_depth(), self.depth, room)
+        self.from_draft = depth > 0
+        if not depth:
+            self.tree = Tree.root_only(self.root)
+            return
+        if before and draft.takes_count and draft.graphs.enabled:
+            given = (self.emitted, depth, self.emitted_features, self.count)
+            self.unsettled = True
+        else:
+            tokens = self.ids[:, self.drafted : length + 1]
+            given = (tokens, depth, torch.cat(self.unseen, 1) if self.unseen else None)
+        with self.stats.phase("draft"), self._watched():
+            self.tree = draft.propose(*given)
+        self.drafted, self.unseen = length + 1, []
+
+    def _watched(self) -> Stopwatch:
+        """Time that counts with the next round."""
+        self.before.append(Stopwatch(self.device))
+        return self.before[-1]
+
+    def _settle_draft(self) -> None:
+        if self.unsettled:
+            self.spec.draft.settle(self.num_emitted)
+            self.unsettled = False
 
     def _scores_now(self, draft: Draft | None, first: bool) -> bool:
         if draft is None or not draft.wants_scores or self.cache.length + 1 <= self.config.budget:
             return False
         return first or self.stats.num_rounds % self.config.retrieve_every == 0
 
-    def _accept(
-        self, tree: Tree, logits: Tensor, positions: Tensor, features: Tensor | None
-    ) -> tuple[Step, Tensor, Tensor]:
-        """Choose at every node, walk, compact; the one host read of a round."""
-        length = self.cache.length
-        history = self.ids[:, :length] if self.chooser.needs_history else self.ids[:, :0]
-        scores = self.chooser.scores(logits, history, tree.tokens, tree.parents)
-        choice = self.chooser.choose(scores, positions)
-        path, num_accepted, emitted, root = ops.verify_tree(tree.tokens, tree.parents, choice)
-        self.cache.compact(path, num_accepted, tree.depth)
+    def _verify(self, tree: Tree, scoring: bool, phase: str) -> _Outcome:
+        """The verify pass and the acceptance: one graph, or two parts around what the host does."""
+        drafted = tree.depth > 0
+        key = (tree.num_nodes, drafted, scoring)
+        given = (tree.tokens, tree.parents, tree.depths, tree.mask if drafted else None)
+        if self.graphs.enabled and not self.chooser.needs_host:
+            with self.stats.phase(phase):
+                return self.graphs.call(
+                    ("round", *key),
+                    lambda *given: self._accept(*self._forward(scoring, *given[:-1]), *given),
+                    *given,
+                    tree.gain,
+                )
+        with self.stats.phase(phase):
+            passed = self.graphs.call(
+                ("verify", *key), lambda *given: self._forward(scoring, *given), *given
+            )
+        with self.stats.phase("accept"):
+            return self._accept(*passed, *given, tree.gain)
 
-        width = tree.depth + 1
-        parts = [num_accepted.double(), emitted[0, :width].double(), path[0, :width].double()]
-        if tree.gain is not None:
-            parts.append(tree.gain.double())
-        read = torch.cat(parts).tolist()
+    def _retrieve(self, chunk_scores: Tensor) -> None:
+        with self.stats.phase("retrieve"), self._watched():
+            self.stats.num_retrievals += 1
+            ids = self.spec.draft.retrieve(chunk_scores.clone())
+            if ids is not None:
+                self.stats.retrieved_ids.append(ids.clone())
+
+    def _receive(self, tree: Tree, outcome: _Outcome) -> Step:
+        """The one read of a round, and what the host draws from it."""
+        width, length = self.width, self.cache.length
+        read = self.mailbox.receive()
         accepted = int(read[0])
         tokens = [int(t) for t in read[1 : accepted + 2]]
         if tokens[-1] < 0:
@@ -510,38 +620,97 @@ class _Generation:
                 "chosen"
             )
         if tree.gain is not None:
-            self._adapt_depth(tree.depth, read[-1])
-
-        new = emitted[:, : accepted + 1]
-        self.ids[:, length + 1 : length + 1 + new.shape[1]] = new[
-            :, : self.ids.shape[1] - length - 1
-        ]
-        self.root = root[:, None]
-        self.undrafted.append(new)
+            self._adapt_depth(tree.depth, read[2 * width + 1])
+        self.num_emitted = accepted + 1
+        self.cache.settle(accepted + 1)
         if self.spec.draft is not None:
             self.spec.draft.observe(tokens)
-        if features is not None:
-            self.features.append(features[:, path[0, : accepted + 1].long()])
-        row = path.gather(1, num_accepted[:, None].long())[:, 0]
+        if self.emitted_features is not None:
+            self.unseen.append(self.emitted_features[:, : accepted + 1].clone())
         nodes = [int(n) for n in read[1 + width : 2 + width + accepted]]
-        step = Step(
+
+        def rows(source: Tensor) -> tuple[Tensor, ...]:
+            return tuple(source[:, n].to(torch.float32, copy=True) for n in nodes)
+
+        return Step(
             tokens,
             accepted,
-            tuple(scores[:, n].float() for n in nodes) if self.keep_scores else (),
-            tuple(logits[:, n].float() for n in nodes) if self.keep_logits else (),
+            rows(outcome.scores) if self.keep_scores else (),
+            rows(outcome.logits) if self.keep_logits else (),
         )
-        return step, num_accepted, row
 
     def _adapt_depth(self, depth: int, gain: float) -> None:
         """OPT-Tree's rule, one level per round: the tree grows while its last level pays."""
         if self.config.tree_shape == "opt" and depth == self.depth:
             wanted = depth + 1 if gain > self.config.tree_threshold else depth - 1
-            self.depth = min(max(wanted, 1), self.max_depth)
+            self.depth = min(max(wanted, 1), self.config.max_depth)
 
-    def _retrieve(self, state: Pass, row: Tensor, num_accepted: Tensor) -> None:
+    # ---- a round, as the device sees it ----------------------------------------------------------
+
+    def _forward(
+        self, scoring: bool, tokens: Tensor, parents: Tensor, depths: Tensor, mask: Tensor | None
+    ) -> tuple[Pass, Tensor]:
+        """The target over root and nodes; ``mask`` is None for a root alone."""
+        state = Pass(
+            self.cache,
+            [(self.cache, self.cache.lens)],
+            tokens.shape[1],
+            mask=mask,
+            q_depths=None if mask is None else depths,
+            k_depths=None if mask is None else depths,
+            score_layers=self.spec._score_layers if scoring else frozenset(),
+            chunk_size=self.config.chunk_size,
+            fused=self.config.tree_attention,
+            feature_layers=self.feature_layers,
+        )
+        positions = self.cache.lens[:, None].long() + depths
+        logits = self.spec._target.forward(tokens, positions, state)
+        return state, logits[..., : self.spec._vocab]
+
+    def _accept(
+        self,
+        state: Pass,
+        logits: Tensor,
+        tokens: Tensor,
+        parents: Tensor,
+        depths: Tensor,
+        mask: Tensor | None,
+        gain: Tensor | None,
+    ) -> _Outcome:
+        """Choose at every node, walk, compact, commit."""
+        lens, width = self.cache.lens, self.width
+        # A processor that wants the tokens before works on the host, which knows their number.
+        length = self.cache.length if self.chooser.needs_history else 0
+        scores = self.chooser.scores(logits, self.ids[:, :length], tokens, parents)
+        choice = self.chooser.choose(scores, lens[:, None].long() + depths)
+        path, num_accepted, emitted, root = ops.verify_tree(tokens, parents, choice)
+        # No path is longer than the deepest tree.
+        path, emitted = path[:, :width], emitted[:, :width]
+        self.cache.compact(path, num_accepted)
+        chunk_scores = self._chunk_scores(state, path, num_accepted)
+
+        padding = (0, width - path.shape[1])
+        path, emitted = (F.pad(x, padding, value=-1) for x in (path, emitted))
+        self.emitted.copy_(emitted)
+        self.root.copy_(root[:, None])
+        self.count.copy_(num_accepted + 1)
+        # Behind what counts come places that the next rounds write again.
+        self.ids.scatter_(1, lens[:, None] + 1 + self.steps, emitted)
+        if state.features is not None:
+            kept = path.clamp(min=0).long()[..., None].expand(-1, -1, state.features.shape[-1])
+            kept = state.features.gather(1, kept)
+            if self.emitted_features is None:
+                self.emitted_features = torch.empty_like(kept)
+            self.emitted_features.copy_(kept)
+        self.cache.commit(self.count)
+        parts = [num_accepted, emitted[0], path[0], self.no_gain if gain is None else gain]
+        return _Outcome(torch.cat([p.double() for p in parts]), logits, scores, chunk_scores)
+
+    def _chunk_scores(self, state: Pass, path: Tensor, num_accepted: Tensor) -> Tensor | None:
         """Score chunks by the attention of the last accepted node; the accepted rows are in place,
         but not counted in ``cache.lens`` yet."""
         config, total = self.config, None
+        row = path.gather(1, num_accepted[:, None].long())[:, 0]
         for layer, (first, second) in sorted(state.recorded.items()):
             if config.tree_attention:
                 scores = ops.chunk_scores(
@@ -554,7 +723,4 @@ class _Generation:
                     chunk_size=config.chunk_size, scale=second, reduce=config.score_reduce,
                 )  # fmt: skip
             total = scores if total is None else total + scores
-        self.stats.num_retrievals += 1
-        ids = self.spec.draft.retrieve(total)
-        if ids is not None:
-            self.stats.retrieved_ids.append(ids)
+        return total

@@ -27,6 +27,10 @@ _ROW_WISE = (
     hf.InfNanRemoveLogitsProcessor,
     hf.SuppressTokensLogitsProcessor,
 )
+# Of these, those that also leave the host alone: they ask no tensor for its value.
+_ON_DEVICE = tuple(
+    p for p in _ROW_WISE if p not in (hf.EtaLogitsWarper, hf.SuppressTokensLogitsProcessor)
+)
 # Processors that keep state from call to call, or run the model: a tree cannot be given to them.
 _REFUSED = tuple(
     getattr(hf, name)
@@ -97,6 +101,8 @@ class TokenChooser:
         self.seed = seed
         #: a processor wants the tokens before a node, so the tree must be read by the host
         self.needs_history = any(not isinstance(p, _ROW_WISE) for p in processors)
+        #: a processor works on the host, so that the round cannot go on without it
+        self.needs_host = any(not isinstance(p, _ON_DEVICE) for p in processors)
 
     def scores(
         self, logits: Tensor, committed: Tensor, tree_tokens: Tensor, parents: Tensor

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from ..cache import KVCache
+from ..graphs import Graphs
 from ..tree import Tree
 
 
@@ -25,6 +26,17 @@ class Draft(ABC):
     #: hidden states of the target that ``prefill`` and ``propose`` want, counted as `transformers`
     #: counts them: i is the input of layer i, and the number of layers is what the head reads
     feature_layers: tuple[int, ...] = ()
+
+    #: what the draft's work is captured in on a GPU, if it has no :meth:`obstacle`; set before
+    #: ``begin``
+    graphs: Graphs = Graphs()
+
+    #: ``propose`` takes ``count``, so that the host need not know how many tokens there are
+    takes_count = False
+
+    def obstacle(self) -> str | None:
+        """Why the draft cannot be captured in CUDA graphs; None if it can."""
+        return "drafts of its kind are not captured"
 
     @abstractmethod
     def begin(self, prompt: Tensor, max_length: int, cache: KVCache) -> None:
@@ -55,11 +67,18 @@ class Draft(ABC):
             depth: levels.
             features: [1, R, F] of the tokens committed since the last call (or the prefill), which
                 are one behind: they end before the root. None without ``feature_layers``.
+
+        With ``takes_count`` there is one more argument:
+            count: [1] int32, how many of ``tokens`` and ``features`` count, from the first on, the
+                rest being arbitrary; None: all of them.
         """
 
     def observe(self, tokens: list[int]) -> None:  # noqa: B027
         """See the tokens that a round has decided, once the host has read them. For drafts that
         work on the host: a read of their own would make it wait once more."""
+
+    def settle(self, count: int) -> None:  # noqa: B027
+        """Learn how many of the tokens of the last ``propose`` with a ``count`` counted."""
 
     def retrieve(self, scores: Tensor) -> Tensor | None:
         """Choose what to attend to from ``scores`` [1, C] fp32, the target's attention mass per

@@ -15,6 +15,7 @@ from .. import ops
 from ..attention import Pass
 from ..cache import KVCache
 from ..config import SpecConfig
+from ..graphs import Graphs
 from ..rotary import Rotary
 
 
@@ -26,19 +27,23 @@ class WorkingCache:
             owner.
         config: cache and tree options.
         rotary: how keys carry positions; None where the draft cache is "full".
+        graphs: that a refill is captured in.
 
     Attributes:
         work: what the draft attends to; empty until the first :meth:`refill`.
     """
 
-    def __init__(self, full: KVCache, config: SpecConfig, rotary: Rotary | None):
+    def __init__(
+        self, full: KVCache, config: SpecConfig, rotary: Rotary | None, graphs: Graphs | None = None
+    ):
         self.full = full
+        self.graphs = graphs or Graphs()
         self.config = config
         self.rotary = rotary
         self.work = full
         if config.draft_cache != "full":
             # Between two gathers a round adds at most a whole path and the next root.
-            room = max((config.retrieve_every + 1) * (config.tree_depth + 2), config.chunk_size)
+            room = max((config.retrieve_every + 1) * (config.max_depth + 2), config.chunk_size)
             capacity = config.budget + room + config.tree_keys
             self.work = KVCache(len(full.layers), capacity, 1, full.lens.device)
         self._scores: Tensor | None = None
@@ -55,6 +60,10 @@ class WorkingCache:
             or self.work.length + count + self.config.tree_keys <= self.work.capacity
         )
 
+    def fits_refilled(self, count: int) -> bool:
+        """The same, once the working cache has been filled anew."""
+        return self.config.budget + count + self.config.tree_keys <= self.work.capacity
+
     def fill(self, count: int) -> Pass:
         """A pass that takes the next ``count`` tokens of the prompt into the full cache alone."""
         config = self.config
@@ -63,14 +72,26 @@ class WorkingCache:
 
     def extend(self, count: int) -> Pass:
         """A pass over the next ``count`` decided tokens, into both caches."""
-        caches = [self.work] if self.work is self.full else [self.work, self.full]
-        return Pass(self.work, [(cache, cache.lens) for cache in caches], count)
+        return Pass(self.work, [(cache, cache.lens) for cache in self._both], count)
 
     def advance(self, count: int) -> None:
         """Commit what :meth:`extend` wrote."""
-        self.work.advance(count)
-        if self.work is not self.full:
-            self.full.advance(count)
+        for cache in self._both:
+            cache.advance(count)
+
+    def commit(self, count: int | Tensor) -> None:
+        """:meth:`advance` on the device alone, by a number that may be known only there."""
+        for cache in self._both:
+            cache.commit(count)
+
+    def settle(self, count: int) -> None:
+        """What :meth:`commit` has added, once the host knows it."""
+        for cache in self._both:
+            cache.settle(count)
+
+    @property
+    def _both(self) -> list[KVCache]:
+        return [self.work] if self.work is self.full else [self.work, self.full]
 
     def grow(self, level: int, mask: Tensor, num_keys: int) -> Pass:
         """A pass over a level of a growing tree, as ``grow_tree`` describes it to its step."""
@@ -97,12 +118,20 @@ class WorkingCache:
         """
         if scores is not None:
             self._scores = scores
-        ids, counts = self._select()
+        ids = self.graphs.call(("refill", self._scores is None), self._refill, self._scores)
+        # The host knows the length that the device computes: the newest chunk is always selected.
+        num_chunks = -(-self.full.length // self.config.chunk_size)
+        dropped = max(0, num_chunks - self.config.budget_chunks)
+        self.work.length = self.full.length - dropped * self.config.chunk_size
+        return ids
+
+    def _refill(self, scores: Tensor | None) -> Tensor:
+        ids, counts = self._select(scores)
         self._gather(ids, counts)
         return ids
 
-    def _select(self) -> tuple[Tensor, Tensor]:
-        config, full, scores = self.config, self.full, self._scores
+    def _select(self, scores: Tensor | None) -> tuple[Tensor, Tensor]:
+        config, full = self.config, self.full
         recent = max(1, config.recent_chunks)  # the newest chunk anchors positions
         if scores is None:
             num_chunks = -(-full.capacity // config.chunk_size)
@@ -122,7 +151,7 @@ class WorkingCache:
         for ours, source in zip(work.layers, full.layers, strict=True):
             if not ours.is_initialized:
                 ours.like(source)
-        work.lens = ops.gather_chunks(
+        filled = ops.gather_chunks(
             [layer.k for layer in full.layers],
             [layer.v for layer in full.layers],
             [layer.k for layer in work.layers],
@@ -135,7 +164,4 @@ class WorkingCache:
             interleaved=self.rotary.interleaved,
             right_aligned=True,
         )
-        # The host knows the length that the device computes: the newest chunk is always selected.
-        num_chunks = -(-full.length // config.chunk_size)
-        dropped = max(0, num_chunks - config.budget_chunks)
-        work.length = full.length - dropped * config.chunk_size
+        work.lens.copy_(filled)

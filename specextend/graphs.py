@@ -1,0 +1,199 @@
+"""The round on a GPU: parts of it as CUDA graphs, and what the host learns of them.
+
+What is captured works on the device alone: lengths, masks and acceptance are tensors, and the host
+launches without knowing them. One small block per round comes back (:class:`Mailbox`). On a CPU,
+and where a model cannot be captured, the same functions are simply called.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+# Replays a recorded function; and what the function returned, which a replay fills anew.
+Recording = tuple[Callable[[], None], object]
+
+_capturing = threading.Lock()  # CUDA allows one capture at a time in a process
+
+
+class CudaRecorder:
+    """Records functions as CUDA graphs that share their memory, so that one runs at a time."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        with torch.cuda.device(device):
+            self._stream = torch.cuda.Stream()
+            self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, function: Callable[[], object]) -> Recording:
+        """Capture ``function``, which does not run; RuntimeError if it waits for the device."""
+        graph = torch.cuda.CUDAGraph()
+        with _capturing, torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            # Other threads may go on as they like: only what this one does must be capturable.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                outputs = function()
+            except BaseException:
+                with suppress(RuntimeError):  # the capture is broken; the cause is what counts
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+
+        def replay() -> None:
+            with torch.cuda.device(self.device):
+                graph.replay()
+
+        return replay, outputs
+
+    def finish(self) -> None:
+        """Wait for replays under way, so that their graphs may be dropped."""
+        torch.cuda.current_stream(self.device).synchronize()
+
+
+class Graphs:
+    """Calls of functions on the device, replayed as graphs where there is a recorder.
+
+    The first call of a key runs the function, which also warms it up; the second one records it;
+    from then on it is replayed. The function must do the same for the same key, but for the values
+    of its tensor arguments and of the tensors that it reads and changes elsewhere, which must stay
+    where they are. It must not read a tensor's value on the host, nor count anything there.
+
+    Args:
+        recorder: None: functions are called.
+        name: whose work it is, for the warning if it turns out that it cannot be recorded.
+    """
+
+    def __init__(self, recorder: CudaRecorder | None = None, name: str = ""):
+        self._recorder = recorder
+        self._name = name
+        self._recordings: dict[Hashable, tuple | None] = {}
+
+    @property
+    def enabled(self) -> bool:
+        """Whether functions are recorded: the host then cannot follow what they count."""
+        return self._recorder is not None
+
+    def call(self, key: Hashable, function: Callable[..., object], *tensors: Tensor | None):
+        """``function(*tensors)``. What it returns holds until the next call."""
+        if self._recorder is None:
+            return function(*tensors)
+        if key not in self._recordings:
+            self._recordings[key] = None
+            return function(*tensors)
+        recording = self._recordings[key]
+        if recording is None:
+            inputs = [None if t is None else t.clone() for t in tensors]
+            try:
+                recording = (inputs, *self._recorder.record(lambda: function(*inputs)))
+            except RuntimeError as error:
+                warn_uncaptured(self._name, f"capturing failed: {error}")
+                self._recorder = None
+                self._recordings.clear()
+                return function(*tensors)
+            self._recordings[key] = recording
+        inputs, replay, outputs = recording
+        for ours, theirs in zip(inputs, tensors, strict=True):
+            if ours is not None:
+                ours.copy_(theirs)
+        replay()
+        return outputs
+
+    def close(self) -> None:
+        """Drop what was recorded."""
+        if self._recordings and self._recorder is not None:
+            self._recorder.finish()
+        self._recordings.clear()
+
+
+def warn_uncaptured(name: str, reason: str) -> None:
+    """Say that something runs without graphs."""
+    warnings.warn(
+        f"specextend: {name} runs without CUDA graphs: {reason}", RuntimeWarning, stacklevel=3
+    )
+
+
+def obstacle(model: PreTrainedModel) -> str | None:
+    """Why a model's forward cannot be captured as a CUDA graph; None if nothing is known."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *(v for v in rope.values() if isinstance(v, dict))):
+        kind = parameters.get("rope_type", parameters.get("type"))
+        if kind in ("dynamic", "longrope"):
+            return f"its {kind} rotary embedding looks at positions on the host"
+    if getattr(config, "_experts_implementation", None) == "eager" and _has_experts(model):
+        return (
+            "its eager mixture of experts asks the host which experts have tokens; load it with "
+            'experts_implementation="grouped_mm"'
+        )
+    if any(hasattr(m, "_hf_hook") for m in model.modules()):
+        return "accelerate's hooks move weights or activations on the host's command"
+    if len({p.device for p in model.parameters()}) > 1:
+        return "its weights are on several devices"
+    if getattr(model, "is_loaded_in_8bit", False):
+        return "its 8-bit layers look for outliers on the host"
+    return None
+
+
+def _has_experts(model: PreTrainedModel) -> bool:
+    return any("Experts" in type(m).__name__ for m in model.modules())
+
+
+class Mailbox:
+    """A few numbers per round from the device to the host, copied while the host goes on."""
+
+    def __init__(self, size: int, device: torch.device):
+        self._numbers: Tensor | None = None
+        self._pinned: Tensor | None = None
+        if device.type == "cuda":
+            self._pinned = torch.empty(size, dtype=torch.float64, pin_memory=True)
+            self._arrived = torch.cuda.Event()
+
+    def send(self, numbers: Tensor) -> None:
+        """Copy [size] fp64 numbers; does not wait."""
+        if self._pinned is None:
+            self._numbers = numbers
+        else:
+            self._pinned.copy_(numbers, non_blocking=True)
+            self._arrived.record()
+
+    def receive(self) -> list[float]:
+        """What was sent last, once it has arrived: the one wait of a round."""
+        if self._pinned is None:
+            return self._numbers.tolist()
+        self._arrived.synchronize()
+        return self._pinned.tolist()
+
+
+class Stopwatch:
+    """Seconds that the device takes for a ``with`` block; on a CPU the host's."""
+
+    def __init__(self, device: torch.device):
+        self._events = None
+        if device.type == "cuda":
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def __enter__(self) -> Stopwatch:
+        self._start = self._mark(0)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._stop = self._mark(1)
+
+    def _mark(self, index: int) -> float:
+        if self._events is not None:
+            self._events[index].record()
+        return time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """To be read when the device has got past the block."""
+        if self._events is not None:
+            return self._events[0].elapsed_time(self._events[1]) / 1e3
+        return self._stop - self._start

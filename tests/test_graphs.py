@@ -1,0 +1,332 @@
+"""The captured round: on a GPU as CUDA graphs, on a CPU as tapes of ops done again."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+
+import pytest
+import torch
+from models import VOCAB, prompt, tiny_model
+from tape import HostRead, TapeRecorder
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process as hf
+
+from specextend import _C, SpecConfig, SpecExtend, graphs
+from specextend.graphs import Graphs, Mailbox, Stopwatch, obstacle
+from specextend.sampling import TokenChooser
+
+CONFIG = SpecConfig(
+    chunk_size=8, budget=32, sink_chunks=1, recent_chunks=1, retrieve_every=2, prefill_chunk=40,
+    draft_prefill_window=16, gate="off", tree_nodes=9, tree_depth=4, tree_threshold=0.0, seed=7,
+)  # fmt: skip
+CUDA = _C.has_cuda and torch.cuda.is_available()
+
+
+@pytest.fixture(scope="module")
+def models():
+    return tiny_model("llama"), tiny_model("llama", seed=1, hidden_size=16, head_dim=8)
+
+
+@pytest.fixture
+def taped(monkeypatch):
+    """Rounds on the CPU run from tapes; gives the recorders, which count."""
+    recorders = []
+
+    def make(self, name, reason):
+        recorders.append(TapeRecorder())
+        return Graphs(recorders[-1] if reason is None else None, name)
+
+    monkeypatch.setattr(SpecExtend, "_graphs", make)
+    warnings.simplefilter("error", RuntimeWarning)  # what cannot be recorded is said so
+    return recorders
+
+
+def run(models, config, ids, **options) -> tuple[list[list[int]], SpecExtend]:
+    spec = SpecExtend(*models, config)
+    return [step.tokens for step in spec.stream(ids, **options)], spec
+
+
+def flat(steps: list[list[int]]) -> list[int]:
+    return [token for step in steps for token in step]
+
+
+GREEDY = dict(do_sample=False)
+
+
+class TestTapedRound:
+    """The same functions, with lengths that change between replays, give the same tokens."""
+
+    @pytest.mark.parametrize("draft_cache", ["full", "window", "retrieval"])
+    @pytest.mark.parametrize("shape", ["opt", "top_k", "fixed"])
+    def test_greedy(self, models, taped, monkeypatch, draft_cache, shape):
+        config = CONFIG.replace(draft_cache=draft_cache, tree_shape=shape, tree_widths=(3, 4, 2))
+        ids = prompt(70)
+        got, spec = run(models, config, ids, max_new_tokens=60, **GREEDY)
+        monkeypatch.undo()
+        expected, eager = run(models, config, ids, max_new_tokens=60, **GREEDY)
+        assert flat(got) == flat(expected)
+        if shape != "opt":  # whose depth follows the gain one round later when rounds overlap
+            assert got == expected
+            assert spec.stats.retrieved_chunks == eager.stats.retrieved_chunks
+        target, draft = taped
+        assert target.replays > 5 and draft.replays > 5
+        assert draft.records <= 4 + 2  # a depth each, and the refill
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            dict(temperature=0.8, top_p=0.9),
+            dict(top_k=0, min_p=0.02, typical_p=0.95),
+            dict(repetition_penalty=1.3),  # splits the round: it wants the tokens before
+            dict(eta_cutoff=0.001),  # splits the round: it asks the host
+        ],
+        ids=str,
+    )
+    def test_sampling(self, models, taped, monkeypatch, options):
+        ids, options = prompt(70), dict(do_sample=True, max_new_tokens=40, **options)
+        got, _ = run(models, CONFIG, ids, **options)
+        assert all(recorder.replays > 4 for recorder in taped)
+        monkeypatch.undo()
+        assert flat(got) == flat(run(models, CONFIG, ids, **options)[0])
+
+    def test_an_identical_draft_is_accepted(self, models, taped):
+        """Padding of the tokens that a draft takes in changes nothing of its proposals."""
+        config = CONFIG.replace(
+            draft_cache="full", tree_shape="top_k", tree_nodes=4, tree_width=1, tree_top_k=1
+        )
+        _, spec = run((models[0], models[0]), config, prompt(60), max_new_tokens=41, **GREEDY)
+        assert spec.stats.acceptance_histogram == {4: 8}
+
+    def test_the_host_follows(self, models, taped, monkeypatch):
+        """Its lengths are those of the device after every round; also where the gate rests."""
+        config = CONFIG.replace(gate="auto")
+        spec = SpecExtend(*models, config)
+        gaps = iter([2, 0, 0, 0, 3, 0, 2, 2] * 20)
+        monkeypatch.setattr("specextend.gate.Gate.next_depth", lambda self: next(gaps))
+        kept = []
+        original = spec.draft.begin
+
+        def begin(*args):
+            original(*args)
+            kept.append(args[-1])
+
+        spec.draft.begin = begin
+        out = []
+        for step in spec.stream(prompt(40), max_new_tokens=80, **GREEDY):
+            out += step.tokens
+            caches = (kept[0], spec.draft._caches.full, spec.draft._caches.work)
+            assert all(cache.length == int(cache.lens) for cache in caches)
+        plain = SpecExtend(models[0], None, config).generate(
+            prompt(40), max_new_tokens=80, **GREEDY
+        )
+        assert out == plain[0, 40:].tolist()
+
+    def test_scores_and_logits(self, models, taped, monkeypatch):
+        options = dict(
+            max_new_tokens=30, output_scores=True, output_logits=True, return_dict_in_generate=True
+        )
+        got = SpecExtend(*models, CONFIG).generate(prompt(50), **GREEDY, **options)
+        monkeypatch.undo()
+        expected = SpecExtend(*models, CONFIG).generate(prompt(50), **GREEDY, **options)
+        for ours, theirs in zip(
+            got.logits + got.scores, expected.logits + expected.scores, strict=True
+        ):
+            assert torch.equal(ours, theirs)
+
+    def test_a_model_that_asks_the_host_is_run_uncaptured(self, models, taped):
+        """And the text is the same; it is said once."""
+        target = tiny_model("llama")
+        forward = target.model.layers[0].forward
+
+        def asking(hidden, *args, **kwargs):
+            assert float(hidden.abs().max()) >= 0
+            return forward(hidden, *args, **kwargs)
+
+        target.model.layers[0].forward = asking
+        spec = SpecExtend(target, models[1], CONFIG)
+        with pytest.warns(RuntimeWarning, match="the target LlamaForCausalLM .* waits") as said:
+            got = spec.generate(prompt(50), max_new_tokens=30, **GREEDY)
+        assert len(said) == 1
+        assert torch.equal(got, models[0].generate(prompt(50), max_new_tokens=30, **GREEDY))
+
+    def test_nothing_is_left(self, models, taped):
+        spec = SpecExtend(*models, CONFIG)
+        spec.generate(prompt(50), max_new_tokens=30, **GREEDY)
+        assert not spec.draft.graphs._recordings
+
+
+class TestProcessors:
+    """Which processors of `transformers` may be captured, found out by recording them."""
+
+    @pytest.mark.parametrize(
+        "processor",
+        [
+            hf.TemperatureLogitsWarper(0.7), hf.TopKLogitsWarper(5), hf.TopPLogitsWarper(0.9),
+            hf.MinPLogitsWarper(0.1), hf.TypicalLogitsWarper(0.9), hf.EpsilonLogitsWarper(0.01),
+            hf.LogitNormalization(), hf.InfNanRemoveLogitsProcessor(),
+        ],
+        ids=lambda p: type(p).__name__,
+    )  # fmt: skip
+    def test_on_the_device(self, processor):
+        chooser = TokenChooser(LogitsProcessorList([processor]), True, 0)
+        assert not chooser.needs_host
+        logits, tokens = torch.randn(1, 5, VOCAB), torch.zeros(1, 5, dtype=torch.int64)
+        positions = torch.arange(5)[None]
+
+        def choose():
+            scores = chooser.scores(logits, tokens[:, :0], tokens, tokens.int())
+            return chooser.choose(scores, positions)
+
+        with torch.inference_mode():
+            expected = choose()
+            replay, got = TapeRecorder().record(choose)
+            assert torch.equal(got, expected)
+            logits.copy_(torch.randn(1, 5, VOCAB))
+            replay()
+            replay()
+            assert torch.equal(got, choose())
+
+    @pytest.mark.parametrize(
+        "processor",
+        [hf.EtaLogitsWarper(0.01), hf.RepetitionPenaltyLogitsProcessor(1.2), lambda ids, x: x],
+        ids=["eta", "repetition", "user"],
+    )
+    def test_on_the_host(self, processor):
+        assert TokenChooser(LogitsProcessorList([processor]), True, 0).needs_host
+
+
+class TestGraphs:
+    def test_calls_warm_up_record_and_replay(self):
+        recorder, lens, done = TapeRecorder(), torch.zeros(1), []
+
+        def function(x):
+            done.append(1)
+            lens.add_(x)
+            return lens * 2
+
+        g = Graphs(recorder, "it")
+        got = [float(g.call("key", function, torch.tensor([float(i)]))) for i in range(6)]
+        assert got == [2 * sum(range(i + 1)) for i in range(6)]
+        assert len(done) == 2 and (recorder.records, recorder.replays) == (1, 5)
+        g.close()
+        assert g._recordings == {}
+
+    def test_a_failed_recording_is_said_once_and_then_called(self):
+        g = Graphs(TapeRecorder(), "the thing")
+        x = torch.ones(1)
+        with pytest.warns(RuntimeWarning, match="the thing runs without CUDA graphs: .* waits"):
+            assert [g.call("key", lambda t: float(t), x) for _ in range(4)] == [1.0] * 4
+        assert not g.enabled
+
+    def test_host_reads_are_seen(self):
+        x = torch.arange(4.0)
+        for read in (
+            lambda: x.sum().item(), lambda: bool(x.any()), lambda: x.tolist(), lambda: x.numpy(),
+            lambda: x[x > 1], lambda: x.nonzero(), lambda: torch.tensor([1.0, 2.0, 3.0, 4.0]) + x,
+        ):  # fmt: skip
+            with pytest.raises(HostRead):
+                TapeRecorder().record(read)
+
+    def test_mailbox_and_stopwatch(self):
+        cpu = torch.device("cpu")
+        mailbox = Mailbox(2, cpu)
+        mailbox.send(torch.tensor([1.0, 2.0]))
+        assert mailbox.receive() == [1.0, 2.0]
+        with Stopwatch(cpu) as watch:
+            sum(range(1000))
+        assert 0 < watch.seconds < 10
+
+
+class TestObstacle:
+    def test_models(self):
+        assert obstacle(tiny_model("llama")) is None
+        assert obstacle(tiny_model("gemma3_text")) is None
+        rope = dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)
+        assert "dynamic rotary" in obstacle(tiny_model("llama", rope_parameters=rope))
+
+    def test_experts(self):
+        moe = tiny_model("qwen3_moe")
+        moe.config._experts_implementation = "eager"
+        assert "mixture of experts" in obstacle(moe)
+        moe.config._experts_implementation = "grouped_mm"
+        assert obstacle(moe) is None
+
+    def test_hooks(self):
+        model = tiny_model("llama")
+        model.model.layers[0]._hf_hook = object()
+        assert "hooks" in obstacle(model)
+
+    def test_is_said_once(self, models, monkeypatch):
+        """Of a GPU; the device is made up, as nothing is run on it."""
+        spec = SpecExtend(*models, CONFIG)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert not spec._target_graphs().enabled  # a CPU: nothing to say
+        monkeypatch.setattr(type(spec.model), "device", torch.device("cuda"))
+        monkeypatch.setattr(graphs, "CudaRecorder", TapeRecorder)
+        with pytest.warns(RuntimeWarning, match="the target .* its reason") as said:
+            for _ in range(2):
+                assert not spec._graphs("the target", "its reason").enabled
+        assert len(said) == 1
+
+
+@pytest.mark.skipif(not CUDA, reason="no GPU, or built without CUDA kernels")
+class TestOnCuda:
+    """Tests with cuda in their names run in bench/gpu_check.py."""
+
+    CONFIG = CONFIG.replace(tree_shape="top_k")
+
+    @pytest.fixture(scope="class")
+    def on_gpu(self):
+        options = dict(dtype=torch.float32)
+        models = tiny_model("llama", **options), tiny_model("llama", seed=1, **options)
+        return [m.to("cuda") for m in models]
+
+    @pytest.mark.parametrize("draft_cache", ["full", "window", "retrieval"])
+    @pytest.mark.parametrize("options", [GREEDY, dict(do_sample=True, top_p=0.9)], ids=str)
+    def test_cuda_capture_equals_eager(self, on_gpu, draft_cache, options):
+        ids = prompt(70).cuda()
+        config = self.CONFIG.replace(draft_cache=draft_cache)
+        warnings.simplefilter("error", RuntimeWarning)
+        steps = [
+            run(on_gpu, config.replace(graphs=how), ids, max_new_tokens=60, **options)[0]
+            for how in ("auto", "off")
+        ]
+        assert steps[0] == steps[1]
+
+    def test_cuda_round_does_not_synchronise(self, on_gpu):
+        spec = SpecExtend(*on_gpu, self.CONFIG)
+        stream = spec.stream(prompt(70).cuda(), max_new_tokens=200, **GREEDY)
+        steps = [next(stream) for _ in range(24)]  # each part has been captured by now
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            steps += [next(stream) for _ in range(12)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        stream.close()
+        plain = SpecExtend(on_gpu[0], None, self.CONFIG.replace(graphs="off"))
+        ids = plain.generate(prompt(70).cuda(), max_new_tokens=200, **GREEDY)
+        tokens = flat([step.tokens for step in steps])
+        assert tokens == ids[0, 70 : 70 + len(tokens)].tolist()
+
+    def test_cuda_two_streams_and_two_threads(self, on_gpu):
+        """Two generations at once, on models of their own."""
+        config, results = self.CONFIG, {}
+
+        def work(index):
+            models = [m.to("cuda") for m in (tiny_model("llama"), tiny_model("llama", seed=1))]
+            with torch.cuda.stream(torch.cuda.Stream()):
+                ids = prompt(50 + index).cuda()
+                results[index] = flat(run(models, config, ids, max_new_tokens=80, **GREEDY)[0])
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for index, got in results.items():
+            ids = prompt(50 + index).cuda()
+            off = config.replace(graphs="off")
+            assert got == flat(run(on_gpu, off, ids, max_new_tokens=80, **GREEDY)[0])
+        assert len(results) == 2
