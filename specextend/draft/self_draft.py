@@ -30,6 +30,9 @@ class SelfDraft(CausalLMDraft):
         vocab: entries of its vocabulary.
     """
 
+    takes_count = False
+    _root_rows = 1
+
     def __init__(self, target: PatchedModel, config: SpecConfig, vocab: int):
         if config.draft_cache == "full":
             raise ValueError(
@@ -37,6 +40,9 @@ class SelfDraft(CausalLMDraft):
                 "target is no faster as its own draft"
             )
         super().__init__(target.model, config, probe_rotary(target.model), vocab)
+
+    def obstacle(self) -> str | None:
+        return "it copies rows of the target's cache by the host's count"
 
     def begin(self, prompt, max_length, cache) -> None:
         self._caches = WorkingCache(cache, self.config, self.rotary)
@@ -60,9 +66,8 @@ class SelfDraft(CausalLMDraft):
         self._copied = length
         # The root stays in the working cache while the tree grows behind it.
         state = Pass(work, [(work, work.lens)], 1)
-        logits = self._forward(root, length, state)
+        logits = self._logits(root, self._positions(1), state)
         work.advance(1)
-        self._first = length + 1
         tree = grow_tree(root, logits, self._step, self.config, depth)
         work.advance(-1)
         return tree
