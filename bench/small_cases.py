@@ -1,0 +1,184 @@
+"""Small cases of every op, on a device and on the CPU, compared: what compute-sanitizer watches.
+
+    python bench/small_cases.py [--device cuda] [--few] [--filter attention]
+
+Shapes straddle the borders of words, tiles and segments. The tests look closer; these are quick
+enough to be run with every memory access checked. The exit status is 1 if a result differs.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from specextend import _C, ops  # noqa: E402
+from specextend.testing import ancestor_mask, pack_mask  # noqa: E402
+
+
+@dataclass
+class Case:
+    """An op and its arguments, on the CPU."""
+
+    name: str
+    op: Callable
+    args: tuple
+    options: dict
+
+
+def ints(*values) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def tree(nodes: int) -> Tensor:
+    """[nodes] parents: the half of them in a chain, the others its branches."""
+    return torch.tensor([-1, *((i - 1 if i % 2 else i // 2) for i in range(1, nodes))])
+
+
+def attention_cases(few: bool) -> Iterator[Case]:
+    def case(dtype, heads, rows, lens, dim=64, capacity=1000, **options):
+        hq, hkv = heads
+        q = torch.randn(len(lens), rows, hq, dim).to(dtype)
+        k, v = (torch.randn(len(lens), hkv, capacity, dim).to(dtype).transpose(1, 2) for _ in "kv")
+        mask = pack_mask(ancestor_mask(tree(rows))).expand(len(lens), -1, -1).contiguous()
+        text = " ".join(f"{n}={x}" for n, x in options.items() if not isinstance(x, Tensor))
+        name = f"tree_attention {dtype} {hq}/{hkv}/{dim} rows={rows} lens={lens} {text}"
+        return Case(name, ops.tree_attention, (q, k, v, ints(*lens), mask), options)
+
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for rows in (1, 17, 65) if few else (1, 8, 16, 17, 33, 64, 65, 128):
+        for dtype in (bf16,) if few else (bf16, fp16, fp32):
+            yield case(dtype, (4, 1), rows, [0, 65, 700])
+            yield case(dtype, (4, 1), rows, [63, 320], chunk_size=32)
+    depths = tree_depths(9)[None]
+    for dim in (64, 128, 256) if few else (64, 80, 96, 128, 192, 256):
+        yield case(bf16, (2, 2), 9, [130], dim)
+    yield case(bf16, (4, 2), 9, [200], window=40, q_depths=depths, k_depths=depths)
+    yield case(bf16, (4, 2), 9, [200], softcap=20.0, sinks=torch.randn(4))
+    yield case(bf16, (7, 1), 5, [129], 128, chunk_size=16)
+    if not few:
+        yield case(bf16, (4, 1), 300, [100])  # a piece of a prefill
+        yield case(bf16, (8, 8), 64, [900] * 3, 128)
+
+
+def tree_depths(nodes: int) -> Tensor:
+    return (ancestor_mask(tree(nodes)).sum(-1) - 1).int()
+
+
+def other_cases(few: bool) -> Iterator[Case]:
+    bf16, vocab = torch.bfloat16, 1003
+
+    def kv(count, rows, heads=2, dim=64, dtype=bf16):
+        return [torch.randn(2, heads, rows, dim).to(dtype).transpose(1, 2) for _ in range(count)]
+
+    o, lse = torch.randn(7, 3, 64), torch.randn(7, 3)
+    for dtype in (torch.float32, bf16, torch.float16):
+        a, b = o.to(dtype), o.flip(0).to(dtype)
+        yield Case(f"merge_states {dtype}", ops.merge_states, (a, lse, b, lse.flip(1)), {})
+    chunk_lse = torch.randn(2, 5, 4, 33)
+    given = (chunk_lse, chunk_lse.logsumexp(-1), ints(1, 4), ints(33 * 16, 100))
+    for reduce in ("mean", "max"):
+        options = dict(chunk_size=16, reduce=reduce)
+        yield Case(f"chunk_scores {reduce}", ops.chunk_scores, given, options)
+        given_k = (torch.randn(2, 5, 4, 64).to(bf16), kv(1, 530)[0], ints(1, 4), ints(530, 100))
+        yield Case(f"chunk_scores_keys {reduce}", ops.chunk_scores_keys, given_k, options)
+    for chunks in (33, 4096):
+        options = dict(chunk_size=16, budget=16, num_sinks=1, num_recent=2)
+        given = (torch.rand(2, chunks), ints(chunks * 16 - 3, 100))
+        yield Case(f"select_chunks {chunks}", ops.select_chunks, given, options)
+    full, work = kv(4, 300), kv(4, 70)
+    ids = ints(0, 3, 9, 18).expand(2, -1).contiguous()
+    for interleaved in (False, True):
+        given = (full[:2], full[2:], work[:2], work[2:], ids, ints(4, 2), ints(300, 70))
+        given = (*given, torch.rand(2, 16))
+        options = dict(chunk_size=16, interleaved=interleaved, right_aligned=True)
+        yield Case(f"gather_chunks {interleaved}", ops.gather_chunks, given, options)
+    path = ints(0, 2, 5, 9, -1)[None].expand(2, -1).contiguous()
+    yield Case("compact_kv", ops.compact_kv, (kv(6, 40), ints(20, 31), path, ints(3, 1)), {})
+    cache, new = kv(2, 40), kv(2, 9)
+    yield Case("append_kv", ops.append_kv, (*cache, *new, ints(20, 35)), {})
+    for dtype in (torch.float32, bf16):
+        logits = torch.randn(2, 3, vocab).to(dtype)
+        options = dict(top_k=7, width=5)
+        given = (logits, -torch.rand(2, 3))
+        yield Case(f"expand_tree {dtype}", ops.expand_tree, given, options)
+        yield Case(f"sample_nodes {dtype}", ops.sample_nodes, (logits,), {})
+        uniforms = torch.rand(2, 3, dtype=torch.float64)
+        yield Case(f"sample_nodes {dtype} drawn", ops.sample_nodes, (logits, uniforms), {})
+    parents = tree(80)[None].expand(2, -1).int().contiguous()
+    logp = -tree_depths(80)[None] - torch.rand(2, 80)
+    yield Case("finalize_tree", ops.finalize_tree, (logp, parents), dict(num_nodes=66))
+    tokens = torch.randint(0, 4, (2, 80))
+    yield Case("verify_tree", ops.verify_tree, (tokens, parents, tokens.roll(1, 1)), {})
+    probs = torch.rand(2, 2, 9, vocab).softmax(-1)
+    given = (tokens[:, :9].contiguous(), parents[:, :9].contiguous(), *probs,
+             torch.rand(2, 9), torch.rand(2, 9))  # fmt: skip
+    yield Case("verify_tree_rejection", ops.verify_tree_rejection, given, {})
+
+
+def on(device: str, values):
+    """Copies of all tensors, with their strides."""
+
+    def copy(x):
+        if not isinstance(x, Tensor):
+            return x
+        there = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+        return there.copy_(x)
+
+    return tree_map(copy, values)
+
+
+def differs(got: Tensor, expected: Tensor) -> bool:
+    got = got.cpu()
+    if not expected.is_floating_point():
+        return not torch.equal(got, expected)
+    tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 2e-2
+    return not torch.allclose(
+        got.double(), expected.double(), rtol=tolerance, atol=tolerance, equal_nan=True
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    here = "cuda" if _C.has_cuda and torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=here)
+    parser.add_argument("--few", action="store_true", help="fewer shapes, for a slow tool")
+    parser.add_argument("--filter", default="", help="only cases whose name contains this text")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    passed, failed, missing = 0, [], []
+    for case in (*attention_cases(arguments.few), *other_cases(arguments.few)):
+        if arguments.filter not in case.name:
+            continue
+        given = {where: on(where, (case.args, case.options)) for where in ("cpu", arguments.device)}
+        if arguments.device == "cpu":
+            given["again"] = on("cpu", (case.args, case.options))
+        results = []
+        try:
+            for args, options in given.values():
+                results.append(tree_leaves((case.op(*args, **options), args)))
+        except NotImplementedError as error:
+            missing.append(f"{case.name}: {error}")
+            continue
+        pairs = zip(results[1], results[0], strict=True)
+        if any(differs(a, b) for a, b in pairs if isinstance(b, Tensor)):
+            failed.append(case.name)
+        passed += 1
+    passed -= len(failed)
+    for line in missing:
+        print(f"missing: {line}")
+    for line in failed:
+        print(f"DIFFERS from the CPU: {line}")
+    print(f"{passed} passed, {len(failed)} failed, {len(missing)} not implemented")
+    return 1 if failed or missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
