@@ -17,7 +17,7 @@ constexpr int kMaxRotatedPairs = 4096;  // of gather_chunks: their table fits sh
 struct TreeAttentionParams {
   const void* q;  // [B, M, Hq, D]
   const void* k;  // [B, S, Hkv, D]; rows [0, P) are the prefix, rows [P, P + N) the tree's own
-  const void* v;  // [B, S, Hkv, D]
+  const void* v;  // [B, S, Hkv, D]; or null: no values are read, and out is not written
   int64_t q_stride_b, q_stride_m, q_stride_h;
   int64_t k_stride_b, k_stride_s, k_stride_h;
   int64_t v_stride_b, v_stride_s, v_stride_h;

@@ -57,13 +57,13 @@ void chunk_scores(const ChunkScoresParams& p) {
                               });
 }
 
-// A pass of tree attention with one row and no tree, the keys standing in for the values.
+// A pass of tree attention with one row, no tree and no values.
 void chunk_scores_keys(const ChunkScoresKeysParams& p, DType dtype) {
   TreeAttentionParams a = p.attention;
   const int64_t element_size = dtype == DType::kFloat32 ? 4 : 2;
   const int64_t row_size = a.head_dim * element_size;
   const int64_t num_states = int64_t(a.batch) * a.num_heads;
-  const std::unique_ptr<char[]> rows(new char[size_t(2 * num_states * row_size)]);
+  const std::unique_ptr<char[]> rows(new char[size_t(num_states * row_size)]);
   const std::unique_ptr<float[]> states(
       new float[size_t(num_states * (1 + int64_t(a.num_chunks)))]);
   for (int64_t b = 0; b < a.batch; ++b) {
@@ -78,18 +78,14 @@ void chunk_scores_keys(const ChunkScoresKeysParams& p, DType dtype) {
   a.q_stride_b = a.q_stride_m = int64_t(a.num_heads) * a.head_dim;
   a.q_stride_h = a.head_dim;
   a.num_rows = 1;
-  a.v = a.k;
-  a.v_stride_b = a.k_stride_b, a.v_stride_s = a.k_stride_s, a.v_stride_h = a.k_stride_h;
-  a.out = rows.get() + num_states * row_size;
   a.lse = states.get();
   a.chunk_lse = states.get() + num_states;
   tree_attention(a, dtype);
 
   const int64_t chunk_stride_b = int64_t(a.num_heads) * a.num_chunks;
-  const std::unique_ptr<int32_t[]> first_rows(new int32_t[size_t(a.batch)]());
-  chunk_scores({a.chunk_lse, a.lse, chunk_stride_b, 0, a.num_chunks, a.num_heads, 0,
-                first_rows.get(), a.prefix_lens, p.scores, a.batch, 1, a.num_heads, a.num_chunks,
-                a.chunk_size, p.largest, false});
+  chunk_scores({a.chunk_lse, a.lse, chunk_stride_b, 0, a.num_chunks, a.num_heads, 0, p.rows,
+                a.prefix_lens, p.scores, a.batch, 1, a.num_heads, a.num_chunks, a.chunk_size,
+                p.largest, false});
 }
 
 }  // namespace specextend::cpu

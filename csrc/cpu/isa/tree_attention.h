@@ -410,7 +410,7 @@ struct Layout {
     rows = rows_;
     tree_rows = int(min_of(rows, p.num_rows));
     words = p.head_dim / per_word;
-    dim = round_up(p.head_dim, kLanes);
+    dim = p.v ? round_up(p.head_dim, kLanes) : 0;
     keys = round_up(kBlock + p.num_tree_keys, 2 * kLanes) + 2 * kLanes;
     int64_t at = 0;
     const auto take = [&](int64_t n) {
@@ -453,9 +453,10 @@ SPECEXTEND_ALWAYS_INLINE void fold(float* max, float* sum, float* out, float par
 
 template <typename T>
 void finish_row(const TreeAttentionParams& p, int64_t row, float max, float sum, const float* out) {
-  T* to = static_cast<T*>(p.out) + row * p.head_dim;
   const float lse = sum == 0.f ? -INFINITY : (max + log2f(sum)) * kLn2;
   p.lse[row] = lse;
+  if (!p.v) return;
+  T* to = static_cast<T*>(p.out) + row * p.head_dim;
   float factor = sum == 0.f ? 0.f : 1.f / sum;
   if (p.sinks && sum != 0.f) factor /= 1.f + expf(p.sinks[row % p.num_heads] - lse);
   for (int d = 0; d < p.head_dim; ++d) from_float(sum == 0.f ? 0.f : out[d] * factor, to + d);
@@ -489,7 +490,8 @@ class Item {
     live_ = reinterpret_cast<uint64_t*>(base + layout_.live);
     first_tree_row_ = item.row_begin / group_;
     k_ = static_cast<const T*>(p_.k) + item.b * p_.k_stride_b + item.kv_head * p_.k_stride_h;
-    v_ = static_cast<const T*>(p_.v) + item.b * p_.v_stride_b + item.kv_head * p_.v_stride_h;
+    v_ = !p_.v ? nullptr
+               : static_cast<const T*>(p_.v) + item.b * p_.v_stride_b + item.kv_head * p_.v_stride_h;
     logit_scale_ = p_.softcap > 0 ? p_.scale / p_.softcap : p_.scale * kLog2E;
   }
 
@@ -633,14 +635,14 @@ class Item {
     if (p_.chunk_lse) first_chunk_ = at / p_.chunk_size, first_place_ = chunk_place(at);
     soon_ = next_block(row_begin);
     const T* k = k_ + row_begin * p_.k_stride_s;
-    const T* v = v_ + row_begin * p_.v_stride_s;
+    const T* v = v_ ? v_ + row_begin * p_.v_stride_s : nullptr;
     const int rows = item_.num_rows;
     const int tree_begin = int(prefix_ - row_begin);
     if (rows <= kDirectRows && !gathered && keys == kBlock && p_.head_dim % (4 * kLanes) == 0) {
 #if defined(__AVX512F__)
       direct_logits_of(rows, k);
       for (int i = 0; i < rows; ++i) soften_row(i, i, at, columns, prefix_keys, tree_begin, gathered);
-      direct_values_of(rows, v);
+      if (v_) direct_values_of(rows, v);
 #endif
       empty_ = false;
       return;
@@ -662,7 +664,7 @@ class Item {
       }
       for (int r = 0; r < n_rows; ++r)
         soften_row(i0 + r, r, at, columns, prefix_keys, tree_begin, gathered);
-      for (int j = 0; j < keys; j += part) {
+      for (int j = 0; v_ && j < keys; j += part) {
         const int n = int(min_of(part, keys - j));
         if (tile == 0)
           pack_values<Math>(v + j * p_.v_stride_s, p_.v_stride_s, n, p_.head_dim, tree_begin - j, live,
@@ -732,7 +734,8 @@ class Item {
     const int rows = int(max_of(0, min_of(kBlock, min_of(end, prefix_ + p_.num_tree_keys) - begin)));
     return {reinterpret_cast<const char*>(k_ + begin * p_.k_stride_s), p_.k_stride_s * int64_t(sizeof(T)), rows,
             0, p_.head_dim * int(sizeof(T)),
-            reinterpret_cast<const char*>(v_ + begin * p_.v_stride_s), p_.v_stride_s * int64_t(sizeof(T)), rows};
+            v_ ? reinterpret_cast<const char*>(v_ + begin * p_.v_stride_s) : nullptr,
+            p_.v_stride_s * int64_t(sizeof(T)), v_ ? rows : 0};
   }
 
   // A block where masks hide tree keys: its logits, given by slot, are put in line, and the weights
@@ -885,7 +888,7 @@ class Item {
   const int group_;
   const int64_t prefix_;
   const bool masked_;  // the tree keys of a row are not simply the first so many
-  const T *k_, *v_;    // of this sequence and head
+  const T *k_, *v_;    // of this sequence and head; v_ is null if no values are wanted
   float logit_scale_;
   float *q_, *keys_, *values_, *logits_, *weights_, *line_, *out_, *total_, *sum_;
   float *total_max_, *total_sum_, *row_scale_;
