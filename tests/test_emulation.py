@@ -278,6 +278,10 @@ class TestErrors:
             (2, "byte 64 of a tensor's memory of 48 bytes"),
             (4, "a load of 8 bytes from a misaligned address"),
             (5, "an integer division by zero"),
+            (7, "access to a misaligned address (tests/emulation/probes.cu:"),
+            (8, "a shift by more bits than there are (tests/emulation/probes.cu:"),
+            (9, "an index beyond the end of an array (tests/emulation/probes.cu:"),
+            (10, "__trap"),
         ],
     )
     def test_global_memory(self, probes, schedule, fault, message):
@@ -288,6 +292,13 @@ class TestErrors:
         given = arange(1024)  # fills its page
         text = probes.error(schedule, "global_access", ints(1), given, fault=3)
         assert "byte -4 of a tensor's memory of 4096 bytes" in text
+
+    def test_writes_before_global_memory(self, probes, schedule):
+        out = ints(12)
+        text = probes.error(schedule, "global_access", out, arange(1), block=1, fault=6)
+        assert text == "global_access: a write next to a tensor's memory of 48 bytes"
+        with probes.schedule(schedule):  # which is repaired
+            probes("global_access", out, arange(1), block=1)
 
     def test_stack(self, probes, schedule):
         assert "stack overflow" in probes.error(schedule, "stack", ints(1), count=10**6)

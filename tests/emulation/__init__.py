@@ -24,7 +24,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "tests/emulation"
 BUILD = ROOT / "build/emulation"
-RUNTIME = [HERE / f"{name}.cpp" for name in ("block", "copies", "fiber", "guarded_memory", "host")]
+RUNTIME = sorted(set(HERE.glob("*.cpp")) - {HERE / "namespace.cpp"})
 
 
 class ToolMissing(Exception):
@@ -120,7 +120,7 @@ def build(
         f"cxx = {_tool('ccache', 'sccache') or ''} {compiler}",
         "rule compile",
         "  command = $cxx -std=c++17 -O2 -fPIC -w -fno-gnu-unique -ffp-contract=off "
-        f"-fmacro-prefix-map={ROOT}/= -I{HERE}/include $options -I{HERE} -I{ROOT}/csrc "
+        "-Itests/emulation/include $options -Itests/emulation -Icsrc "
         f"-isystem {torch_folder}/include -DTORCH_TARGET_VERSION=0x020a000000000000 "
         "-DSPECEXTEND_HAS_CUDA -MMD -MF $out.d -x c++ -c $in -o $out",
         "  depfile = $out.d",
@@ -135,10 +135,13 @@ def build(
     for sources, folder, chosen in ((own, name, options), (shared, "shared", ())):
         for source in sources:
             more = [*chosen]
-            if source.suffix != ".cu":  # of which the kernels are seen, so that errors name them
+            if source.suffix == ".cu":  # the kernels are seen, so that errors name them
+                more.append("-fsanitize=alignment,bounds,shift-exponent -fno-sanitize-recover=all")
+            else:
                 more.append("-fvisibility=hidden")
             if source.name == "guarded_memory.cpp":  # it alone needs torch's unstable headers
                 more.append("-std=c++20")
+            source = source.relative_to(ROOT)
             objects.append(f"{BUILD}/{folder}/{source.parent.name}/{source.stem}.o")
             lines += [f"build {objects[-1]}: compile {source}", f"  options = {' '.join(more)}"]
     lines += [f"build {target}: link {' '.join(objects)}", f"default {target}", ""]
@@ -149,7 +152,8 @@ def build(
         (BUILD / f"{name}.ninja").write_text("\n".join(lines))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         command = [ninja, "-f", str(BUILD / f"{name}.ninja"), *jobs]
-        ran = subprocess.run(command, capture_output=True, text=True)
+        # In the root: errors of kernels name files as the compiler is called with them.
+        ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if ran.returncode != 0:
         raise RuntimeError(f"emulation: {name} does not compile\n{ran.stdout}{ran.stderr}")
     return target

@@ -32,6 +32,7 @@ namespace {
 
 constexpr int kBarriers = 16;
 constexpr int kSecondsPerBlock = 60;
+constexpr const char* kExpired = "the block has run for a minute; does it wait for another one?";
 constexpr int kFairPolls = 1024;  // from here on no thread is favoured
 constexpr int kMaxPolls = 1 << 22;
 constexpr size_t kSharedGuardBytes = 16 << 20;
@@ -93,6 +94,7 @@ struct Run {
 
   pthread_t host;
   sigjmp_buf abandon;
+  volatile bool expired;  // the time for a block
   int signal;
   void* address;
 
@@ -222,6 +224,10 @@ void Run::run_block() {
       error = report();
       return;
     }
+    if (expired) {
+      error = where() + kExpired;
+      return;
+    }
     const int warp = choose(ready_warps, favourite_warp);
     current = warp * kWarp + choose(ready[warp], favourite_lane);
     threadIdx = me().index;
@@ -240,7 +246,13 @@ void Run::run_block() {
 
 // --- faults ---
 
-const int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGVTALRM};
+const int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGVTALRM};
+
+void set_timer(int seconds) {
+  itimerval timer{};
+  timer.it_value.tv_sec = seconds;
+  setitimer(ITIMER_VIRTUAL, &timer, nullptr);
+}
 
 void on_signal(int signal, siginfo_t* info, void*) {
   Run& r = run();
@@ -250,6 +262,11 @@ void on_signal(int signal, siginfo_t* info, void*) {
     } else {
       ::signal(signal, SIG_DFL);  // not ours: comes again as soon as this returns
     }
+    return;
+  }
+  if (signal == SIGVTALRM && !r.expired) {  // the scheduler ends the block, if a thread gets there
+    r.expired = true;
+    set_timer(1);
     return;
   }
   r.signal = signal;
@@ -276,11 +293,6 @@ class Handlers {
     for (size_t i = 0; i < std::size(kSignals); ++i) sigaction(kSignals[i], &before_[i], nullptr);
     sigaltstack(&stack_, nullptr);
   }
-  void set_timer(int seconds) {
-    itimerval timer{};
-    timer.it_value.tv_sec = seconds;
-    setitimer(ITIMER_VIRTUAL, &timer, nullptr);
-  }
 
  private:
   stack_t stack_{};
@@ -288,11 +300,16 @@ class Handlers {
 };
 
 std::string describe_fault(const Run& r) {
-  if (r.signal == SIGVTALRM) {
-    return "the block has run for " + std::to_string(kSecondsPerBlock) +
-           " seconds; does it wait for another block?";
+  switch (r.signal) {
+    case SIGVTALRM:
+      return kExpired;
+    case SIGFPE:
+      return "an integer division by zero";
+    case SIGILL:
+      return "a trap";
+    case SIGABRT:
+      return "an assertion that does not hold";
   }
-  if (r.signal == SIGFPE) return "an integer division by zero";
   const auto* address = static_cast<const unsigned char*>(r.address);
   if (address >= r.shared_end - kMaxSharedBytes - kSharedGuardBytes &&
       address < r.shared_end + kSharedGuardBytes) {
@@ -380,9 +397,14 @@ cudaError_t run_grid(const void* kernel, const cudaLaunchConfig_t& config, void 
     for (const uint64_t i : order) {
       blockIdx = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y),
                   unsigned(i / grid.x / grid.y)};
-      handlers.set_timer(kSecondsPerBlock);
+      r.expired = false;
+      set_timer(kSecondsPerBlock);
       r.run_block();
       if (!r.error.empty()) return cudaErrorLaunchFailure;
+    }
+    if (const std::string damage = find_damage(); !damage.empty()) {
+      r.error = r.kernel + ": a write next to " + damage;
+      return cudaErrorLaunchFailure;
     }
     return cudaSuccess;
   }
@@ -506,3 +528,30 @@ void check_shared(const char* what, const void* p, size_t bytes) {
 }
 
 }  // namespace specextend::emulation
+
+// --- what kernels are compiled to call where they do what the language does not allow ---
+
+namespace {
+
+struct SourceLocation {
+  const char* file;
+  unsigned line, column;
+};
+
+[[noreturn]] void fail_at(const char* what, const void* location) {
+  const auto* at = static_cast<const SourceLocation*>(location);
+  specextend::emulation::fail(std::string(what) + " (" + at->file + ":" + std::to_string(at->line) +
+                              ")");
+}
+
+}  // namespace
+
+extern "C" void __ubsan_handle_type_mismatch_v1_abort(void* location, void*) {
+  fail_at("access to a misaligned address", location);
+}
+extern "C" void __ubsan_handle_out_of_bounds_abort(void* location, void*) {
+  fail_at("an index beyond the end of an array", location);
+}
+extern "C" void __ubsan_handle_shift_out_of_bounds_abort(void* location, void*, void*) {
+  fail_at("a shift by more bits than there are", location);
+}

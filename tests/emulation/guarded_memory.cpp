@@ -7,6 +7,7 @@
 #include <c10/core/CPUAllocator.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -22,32 +23,29 @@ constexpr size_t kPage = 4096;
 constexpr size_t kAlignment = 16;  // of the end; what kernels may ask of a tensor
 
 struct Piece {
+  unsigned char* open;   // where the memory that can be touched begins
   unsigned char* begin;  // of the tensor
   size_t bytes;
-  void* mapping;
-  size_t mapping_bytes;
+  unsigned char* end;  // of what can be touched
+
+  unsigned char* mapping() const { return open - kPage; }
+  size_t mapping_bytes() const { return size_t(end - open) + 2 * kPage; }
+  std::string string() const { return "a tensor's memory of " + std::to_string(bytes) + " bytes"; }
 };
 
 std::mutex mutex;
 
-std::map<uintptr_t, Piece>& pieces() {  // by the end of their mapping
-  static auto* const all = new std::map<uintptr_t, Piece>;
-  return *all;
-}
-
-std::map<void*, uintptr_t>& ends() {
-  static auto* const all = new std::map<void*, uintptr_t>;
+std::map<const void*, Piece>& pieces() {  // by their begin
+  static auto* const all = new std::map<const void*, Piece>;
   return *all;
 }
 
 void release(void* begin) {
   if (begin == nullptr) return;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto end = ends().find(begin);
-  const auto piece = pieces().find(end->second);
-  munmap(piece->second.mapping, piece->second.mapping_bytes);
-  pieces().erase(piece);
-  ends().erase(end);
+  const auto it = pieces().find(begin);
+  munmap(it->second.mapping(), it->second.mapping_bytes());
+  pieces().erase(it);
 }
 
 class GuardedAllocator : public c10::Allocator {
@@ -58,20 +56,19 @@ class GuardedAllocator : public c10::Allocator {
     if (bytes == 0) return {nullptr, nullptr, &release, device};
     const size_t aligned = (bytes + kAlignment - 1) / kAlignment * kAlignment;
     const size_t open = (aligned + kPage - 1) / kPage * kPage;
-    const size_t all = open + 2 * kPage;
-    void* mapping =
-        mmap(nullptr, all, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* mapping = mmap(nullptr, open + 2 * kPage, PROT_NONE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     auto* first = static_cast<unsigned char*>(mapping) + kPage;
     if (mapping == MAP_FAILED || mprotect(first, open, PROT_READ | PROT_WRITE) != 0) {
       throw std::bad_alloc();
     }
-    if (open <= kMaxPoisoned) memset(first, kPoison, open);
-    unsigned char* begin = first + open - aligned;
+    const Piece piece{first, first + open - aligned, bytes, first + open};
+    // What is too large to be touched in vain keeps its zeros.
+    memset(first, kPoison, open <= kMaxPoisoned ? open : size_t(piece.begin - first));
+    memset(piece.begin + bytes, kPoison, aligned - bytes);
     const std::lock_guard<std::mutex> lock(mutex);
-    const uintptr_t end = reinterpret_cast<uintptr_t>(mapping) + all;
-    pieces()[end] = {begin, bytes, mapping, all};
-    ends()[begin] = end;
-    return {begin, begin, &release, device};
+    pieces()[piece.begin] = piece;
+    return {piece.begin, piece.begin, &release, device};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* to, const void* from, size_t bytes) const override {
@@ -79,18 +76,35 @@ class GuardedAllocator : public c10::Allocator {
   }
 
  private:
-  static constexpr size_t kMaxPoisoned = 64 << 20;  // more is left to be touched where it is used
+  static constexpr size_t kMaxPoisoned = 64 << 20;
 };
 
 }  // namespace
 
 std::string describe_address(const void* address) {
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto it = pieces().upper_bound(reinterpret_cast<uintptr_t>(address));
-  if (it == pieces().end() || address < it->second.mapping) return "memory that is no tensor's";
-  const Piece& piece = it->second;
-  return "byte " + std::to_string(static_cast<const unsigned char*>(address) - piece.begin) +
-         " of a tensor's memory of " + std::to_string(piece.bytes) + " bytes";
+  for (const auto& [begin, piece] : pieces()) {
+    if (address >= piece.mapping() && address < piece.mapping() + piece.mapping_bytes()) {
+      return "byte " + std::to_string(static_cast<const unsigned char*>(address) - piece.begin) +
+             " of " + piece.string();
+    }
+  }
+  return "memory that is no tensor's";
+}
+
+std::string find_damage() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::string found;
+  for (const auto& [begin, piece] : pieces()) {
+    const auto check = [&found, &piece = piece](unsigned char* from, unsigned char* to) {
+      if (std::all_of(from, to, [](unsigned char c) { return c == kPoison; })) return;
+      if (found.empty()) found = piece.string();
+      memset(from, kPoison, size_t(to - from));
+    };
+    check(piece.open, piece.begin);
+    check(piece.begin + piece.bytes, piece.end);
+  }
+  return found;
 }
 
 }  // namespace specextend::emulation

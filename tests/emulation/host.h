@@ -12,4 +12,8 @@ cudaError_t check_launch_config(const void* kernel, const cudaLaunchConfig_t& co
 // What is known of an address outside of all memory that may be touched: "the 3rd byte behind ...".
 std::string describe_address(const void* address);
 
+// The first tensor in whose neighbourhood something was written: "a tensor's memory of ...". Empty
+// if there is none. What it finds it repairs.
+std::string find_damage();
+
 }  // namespace specextend::emulation

@@ -138,6 +138,12 @@ __global__ void global_access(Probe p) {
   if (p.fault == 3) p.out[0] = p.in[-1];
   if (p.fault == 4) p.out[0] = int(__ldg(reinterpret_cast<const int64_t*>(p.in + 1)));
   if (p.fault == 5) p.out[0] = p.count / p.in[0];
+  if (p.fault == 6) p.out[-1] = 1;
+  if (p.fault == 7) p.out[0] = int(*reinterpret_cast<const int64_t*>(p.in + 1));
+  if (p.fault == 8) p.out[0] = 1 << p.count * 2;
+  int values[4] = {1, 2, 3, 4};
+  if (p.fault == 9) p.out[0] = values[p.count];
+  if (p.fault == 10) __trap();
 }
 
 __device__ __attribute__((noinline)) int deep(volatile int* p, int depth) {

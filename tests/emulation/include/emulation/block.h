@@ -64,6 +64,12 @@ unsigned char* shared_memory();
 // Fails unless [p, p + bytes) lies in shared memory and p is a multiple of `bytes`.
 void check_shared(const char* what, const void* p, size_t bytes);
 
+// --- tensor cores (tensor_cores.cpp) ---
+
+void ldmatrix(uint32_t* r, const void* row, bool transposed, const char* file, int line);
+void mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, bool bfloat16, const char* file,
+         int line);
+
 // --- copies: the functions of ptx.cuh of the same names (copies.cpp) ---
 
 void cp_async_16(void* shared, const void* global, bool valid);
