@@ -22,10 +22,10 @@ SCHEDULES = [Schedule(seed, kind) for kind in KINDS for seed in range(6)]
 class Probes(emulation.Library):
     """The kernels of emulation/probes.cu."""
 
-    def __init__(self):
-        super().__init__(
-            emulation.build("probes", emulation.RUNTIME, [emulation.HERE / "probes.cu"])
-        )
+    def __init__(self, name="probes", options=()):
+        own = [emulation.HERE / "probes.cu", *([emulation.HERE / "fiber.cpp"] if options else [])]
+        shared = [path for path in emulation.RUNTIME if path not in own]
+        super().__init__(emulation.build(name, shared, own, options))
         self._probe = self.handle.specextend_probe
         self._probe.restype = ctypes.c_char_p
 
@@ -55,12 +55,16 @@ class Probes(emulation.Library):
         return str(caught.value)
 
 
-@pytest.fixture(scope="module")
-def probes():
+def probes_or_skip(*args):
     try:
-        library = Probes()
+        return Probes(*args)
     except emulation.ToolMissing as missing:
         pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="module")
+def probes():
+    library = probes_or_skip()
     with library.guarded_memory():
         yield library
 
@@ -348,6 +352,18 @@ def test_uninitialised_memory(probes):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert torch.empty(100, dtype=dtype).isnan().all()
     assert (ints(100) == -1).all()
+
+
+def test_fibers_of_other_processors():
+    """The switch that knows no processor's registers."""
+    probes = probes_or_skip("probes_ucontext", ["-DSPECEXTEND_EMULATION_UCONTEXT"])
+    for schedule in SCHEDULES:
+        with probes.guarded_memory(), probes.schedule(schedule):
+            out = probes("reverse", ints(2, 96), arange(96), block=96, shared=384)
+            assert torch.equal(out[0], arange(96).flip(0))
+            text = probes.error(schedule, "warp_faults", ints(32), arange(32), fault=2)
+            assert "no thread can go on" in text
+            assert "stack overflow" in probes.error(schedule, "stack", ints(1), count=10**6)
 
 
 def test_the_same_schedule_is_the_same_run(probes):

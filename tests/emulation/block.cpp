@@ -218,7 +218,7 @@ void Run::run_block() {
     set_ready(i);
   }
   memset(shared_end - shared_open, kPoison, shared_open);
-  forget_copies();
+  forget_copies(count);
   while (exited < count && error.empty()) {
     if (ready_warps == 0) {
       error = report();

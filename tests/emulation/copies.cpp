@@ -113,8 +113,9 @@ void check_bulk(const void* shared, const void* global, uint32_t bytes) {
 
 }  // namespace
 
-void forget_copies() {
-  for (ThreadCopies& t : all_copies) {
+void forget_copies(int threads) {
+  for (int i = 0; i < threads; ++i) {
+    ThreadCopies& t = all_copies[i];
     t.async.clear();
     t.stores.clear();
     t.async_group = t.store_group = 0;

@@ -7,11 +7,11 @@
 #include <c10/core/CPUAllocator.h>
 #include <sys/mman.h>
 
-#include <algorithm>
 #include <cstring>
 #include <map>
 #include <mutex>
 #include <new>
+#include <vector>
 
 #include "emulation/block.h"
 #include "host.h"
@@ -94,10 +94,11 @@ std::string describe_address(const void* address) {
 
 std::string find_damage() {
   const std::lock_guard<std::mutex> lock(mutex);
+  static const std::vector<unsigned char> untouched(kPage, kPoison);
   std::string found;
   for (const auto& [begin, piece] : pieces()) {
     const auto check = [&found, &piece = piece](unsigned char* from, unsigned char* to) {
-      if (std::all_of(from, to, [](unsigned char c) { return c == kPoison; })) return;
+      if (memcmp(from, untouched.data(), size_t(to - from)) == 0) return;
       if (found.empty()) found = piece.string();
       memset(from, kPoison, size_t(to - from));
     };

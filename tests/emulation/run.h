@@ -12,8 +12,8 @@ void note_progress();
 
 // --- copies.cpp ---
 
-// Before a block.
-void forget_copies();
+// Before a block of so many threads.
+void forget_copies(int threads);
 // After the thread's last instruction.
 void end_copies_of_thread();
 // Copies of the thread that runs land before they must, if the schedule wants it.
