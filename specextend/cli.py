@@ -1,4 +1,4 @@
-"""The command line: ``specextend generate | chat | demo | info``."""
+"""The command line: ``specextend generate | chat | demo | train | info``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import torch
 
 from . import _C, __version__, assets
 from .config import SpecConfig
+from .train.options import add_options as train_options
 
 # What the caller can put right is told in one line; all else is a bug, and shows itself whole.
 EXPECTED = (ValueError, OSError, ImportError)
@@ -198,6 +199,9 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--document", metavar="FILE", help="[modules of Python's standard library]")
     _add_models(sub, "float32")
     add_config_options(sub, without=("draft_cache", "gate", "seed"))
+
+    sub = command("train", train, "train a draft for a model: a LongSpec block or an EAGLE-3 head")
+    train_options(sub)
 
     sub = command("info", info, "say what was built, and what it runs on")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
@@ -474,6 +478,12 @@ def demo(args: argparse.Namespace) -> int:
     return run_demo(args)
 
 
+def train(args: argparse.Namespace) -> int:
+    from .train.command import train
+
+    return train(args)
+
+
 def facts() -> dict:
     """What was built, and what it runs on."""
 
@@ -529,7 +539,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.command is None:
-        parser.error("a command is wanted: generate, chat, demo or info")
+        parser.error("a command is wanted: generate, chat, demo, train or info")
     try:
         if getattr(args, "threads", None) is not None:
             if args.threads < 1:

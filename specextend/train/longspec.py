@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..draft.longspec import WINDOW, LongSpecBlock, Rotation
+from ..config import SpecConfig
+from ..draft.longspec import (
+    WINDOW,
+    BlockShape,
+    LongSpecBlock,
+    LongSpecDraft,
+    Rotation,
+    save_block,
+)
 from .data import Batch
 from .loss import Measured, Wanted, backward_in_blocks
 from .target import FrozenTarget
 
 ANCHORS = 4  # tokens at the beginning that may keep their positions
-MAX_LAG = 4  # tokens of the target's keys that a query may miss
 
 
 def anchor_offset_positions(
@@ -111,6 +121,69 @@ def training_form(
     return block(embeddings, self_attention, cross_attention)
 
 
+def new_block(target: FrozenTarget, sample: Tensor) -> LongSpecBlock:
+    """An untrained block, which begins as the pieces of the target that it resembles.
+
+    Its self-attention reads what the target's first layer reads, its cross-attention looks into
+    the last layer's keys: it starts with the projections of these two, and with the last layer's
+    MLP. What they add to the residual stream is scaled by what the target's last norm would do to
+    ``sample``, since no norm follows the block. Where a target has no such parts (other names,
+    fused projections), all is random, and the block adds nothing at first.
+
+    Args:
+        target: the target.
+        sample: [B, L] int64 tokens of the training text.
+    """
+    block = LongSpecBlock(BlockShape.of_target(target.model)).to(target.model.device)
+    matrices = [p for p in block.parameters() if p.dim() > 1]
+    with torch.no_grad():
+        for matrix in matrices:
+            matrix.normal_(0, matrix.shape[1] ** -0.5)
+        for module in (block.self_qkv, block.cross_q):
+            module.bias.zero_()
+        for module in (block.self_out, block.cross_out, block.down):
+            module.weight.zero_()
+        try:
+            block.load_state_dict(_target_pieces(target, sample), strict=False)
+        except (AttributeError, RuntimeError):  # a part that is not there, or of another shape
+            pass
+    return block
+
+
+def _target_pieces(target: FrozenTarget, sample: Tensor) -> dict[str, Tensor]:
+    """Parameters of Llama's first and last layer under the block's names."""
+    decoder = target.model.get_decoder()
+    first, last, norm = decoder.layers[0], decoder.layers[-1], decoder.norm
+    near, far, mlp = first.self_attn, last.self_attn, last.mlp
+    probe = torch.randn(1, norm.weight.shape[0]).to(norm.weight)
+    if not torch.allclose(norm(probe), F.rms_norm(probe, probe.shape[1:], norm.weight), rtol=0.02):
+        raise AttributeError("its norms are of another kind")  # Gemma's add 1 to their weights
+    seen: list[Tensor] = []
+    hook = norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        positions = torch.arange(sample.shape[1], device=sample.device).expand_as(sample)
+        target.read(sample, positions, logits=False)
+    finally:
+        hook.remove()
+    rms = seen[0].float().square().mean(-1).sqrt().mean()
+    scale = (norm.weight.float() / rms)[:, None]
+    pieces = {
+        "self_norm.weight": first.input_layernorm.weight,
+        "self_qkv.weight": torch.cat([getattr(near, f"{p}_proj").weight for p in "qkv"]),
+        "self_out.weight": near.o_proj.weight * scale,
+        "cross_norm.weight": last.input_layernorm.weight,
+        "cross_q.weight": far.q_proj.weight,
+        "cross_out.weight": far.o_proj.weight * scale,
+        "mlp_norm.weight": last.post_attention_layernorm.weight,
+        "gate_up.weight": torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
+        "down.weight": mlp.down_proj.weight * scale,
+    }
+    if near.q_proj.bias is not None:
+        pieces["self_qkv.bias"] = torch.cat([getattr(near, f"{p}_proj").bias for p in "qkv"])
+        pieces["cross_q.bias"] = far.q_proj.bias
+    return pieces
+
+
 class LongSpecRecipe:
     """What is special to training a LongSpec block.
 
@@ -152,8 +225,18 @@ class LongSpecRecipe:
         lag = int(torch.randint(1, self.max_lag + 1, (), generator=generator))
         reading = self.target.read(batch.ids, positions, logits=self.labels == "target")
         embeddings = self.target.embedding(batch.ids).detach()
-        hidden = training_form(
-            self.module, self.rotation, embeddings, positions, reading.keys, reading.values, lag
-        )
         wanted = Wanted.of(batch, reading.logits)
-        return backward_in_blocks(hidden, self.target.head, wanted, scale)
+        with self.target.autocast():
+            hidden = training_form(
+                self.module, self.rotation, embeddings, positions, reading.keys, reading.values, lag
+            )
+            return backward_in_blocks(hidden, self.target.head, wanted, scale)
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+        """Write the block in the published format."""
+        save_block(self.module, self.target.model, folder, dtype)
+
+    def draft(self, config: SpecConfig) -> LongSpecDraft:
+        """The block as it is, as a draft."""
+        model = self.target.model
+        return LongSpecDraft(copy.deepcopy(self.module).to(model.dtype), model, config)

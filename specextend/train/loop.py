@@ -216,15 +216,10 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step; checkpoints on the way, the draft's files at the end."""
         config, device = self.config, self.parameters[0].device
-        total, tokens, start = Measured(0.0, 0.0, 0), 0, time.perf_counter()
+        total, tokens, start = Measured(), 0, time.perf_counter()
         while self.step < config.steps:
             step = self.step
-            measured = self._update(device)
-            total = Measured(
-                total.loss + measured.loss,
-                total.right + measured.right,
-                total.rows + measured.rows,
-            )
+            total += self._update(device)
             tokens += config.batch * config.length
             self.step += 1
             last = self.step == config.steps
@@ -239,7 +234,7 @@ class Trainer:
                         config.rate(step), acceptance,
                     )
                 )  # fmt: skip
-                total, tokens, start = Measured(0.0, 0.0, 0), 0, time.perf_counter()
+                total, tokens, start = Measured(), 0, time.perf_counter()
             if last or self.step % config.save_every == 0:
                 self.save()
         if self.processes.index == 0:

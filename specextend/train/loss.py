@@ -1,4 +1,4 @@
-"""Next-token losses, a block of rows at a time: no tensor of all logits with gradients exists."""
+"""Next-token losses, and what they are measured in."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from .data import Batch
 
 ROWS = 1024  # rows whose logits exist at once
+IGNORED = -100
 
 
 @dataclass
@@ -19,7 +20,7 @@ class Wanted:
     """What each row should predict.
 
     Attributes:
-        tokens: [B, L] int64, -100 where nothing is asked.
+        tokens: [B, L] int64, ``IGNORED`` where nothing is asked.
         teacher: [B, L, V] logits whose distribution is wanted in place of the token; or None.
     """
 
@@ -29,49 +30,65 @@ class Wanted:
     @staticmethod
     def of(batch: Batch, teacher: Tensor | None) -> Wanted:
         """Row t is to predict token t + 1, or what the teacher predicts there."""
-        tokens = torch.full_like(batch.ids, -100)
-        tokens[:, :-1] = batch.ids[:, 1:].masked_fill(~batch.counts[:, 1:], -100)
+        tokens = torch.full_like(batch.ids, IGNORED)
+        tokens[:, :-1] = batch.ids[:, 1:].masked_fill(~batch.counts[:, 1:], IGNORED)
         return Wanted(tokens, teacher)
 
 
 @dataclass
 class Measured:
-    """Sums over the rows of a batch that count: of loss, of right first choices, of rows."""
+    """Sums over rows that count: of loss, of right first choices, of rows."""
 
-    loss: float
-    right: float
-    rows: int
+    loss: float = 0.0
+    right: float = 0.0
+    rows: int = 0
+
+    def __add__(self, other: Measured) -> Measured:
+        return Measured(self.loss + other.loss, self.right + other.right, self.rows + other.rows)
+
+
+def row_loss(logits: Tensor, tokens: Tensor, teacher: Tensor | None) -> tuple[Tensor, Measured]:
+    """Summed cross-entropy of rows that count, and its figures.
+
+    Args:
+        logits: [N, V].
+        tokens: [N] int64, ``IGNORED`` for rows that do not count.
+        teacher: [N, V] logits of the wanted distribution; None: the token is wanted.
+    """
+    logits, counted = logits.float(), tokens != IGNORED
+    if teacher is None:
+        choice = tokens
+        loss = F.cross_entropy(logits, tokens, ignore_index=IGNORED, reduction="sum")
+    else:
+        wanted = teacher.float().softmax(-1)
+        choice = wanted.argmax(-1)
+        loss = -((wanted * logits.log_softmax(-1)).sum(-1) * counted).sum()
+    right = ((logits.argmax(-1) == choice) & counted).sum()
+    return loss, Measured(loss.item(), right.item(), int(counted.sum()))
 
 
 def backward_in_blocks(
     hidden: Tensor, head: Callable[[Tensor], Tensor], wanted: Wanted, scale: float
 ) -> Measured:
-    """Back-propagate ``scale`` times the mean loss of ``head(hidden)``.
+    """Back-propagate ``scale`` times the mean loss of ``head(hidden)``, some rows at a time, so
+    that logits with gradients never exist for all of them.
 
     Args:
         hidden: [B, L, h], part of a graph.
-        head: hidden rows to logits; its own parameters, if trainable, get their gradients too.
+        head: hidden rows to logits; frozen.
         wanted: what the rows should predict.
         scale: factor of the gradients.
     """
     flat = hidden.detach().flatten(0, 1).requires_grad_()
     tokens = wanted.tokens.flatten()
     teacher = None if wanted.teacher is None else wanted.teacher.flatten(0, 1)
-    rows = int((tokens >= 0).sum())
-    loss_sum = right = 0.0
+    rows, total = max(1, int((tokens != IGNORED).sum())), Measured()
     for start in range(0, len(flat), ROWS):
         part = slice(start, start + ROWS)
-        counted = tokens[part] >= 0
-        logits = head(flat[part]).float()
-        if teacher is None:
-            choice = tokens[part]
-            loss = F.cross_entropy(logits, choice, ignore_index=-100, reduction="sum")
-        else:
-            probs = teacher[part].float().softmax(-1)
-            choice = probs.argmax(-1)
-            loss = -((probs * logits.log_softmax(-1)).sum(-1) * counted).sum()
-        (loss * (scale / max(rows, 1))).backward()
-        loss_sum += loss.item()
-        right += ((logits.argmax(-1) == choice) & counted).sum().item()
+        loss, measured = row_loss(
+            head(flat[part]), tokens[part], None if teacher is None else teacher[part]
+        )
+        (loss * (scale / rows)).backward()
+        total += measured
     hidden.backward(flat.grad.view_as(hidden))
-    return Measured(loss_sum, right, rows)
+    return total

@@ -20,13 +20,13 @@ class Reading:
     Attributes:
         keys, values: [B, L, Hkv, D] of the last layer, keys with their rotation.
         logits: [B, L, V], when asked for.
-        hidden: per layer asked for, [B, L, h]: its input.
+        features: [B, L, F], the hidden states of the layers asked for, side by side.
     """
 
     keys: Tensor
     values: Tensor
     logits: Tensor | None
-    hidden: list[Tensor]
+    features: Tensor | None
 
 
 class FrozenTarget:
@@ -44,16 +44,32 @@ class FrozenTarget:
         self.max_positions = getattr(config, "max_position_embeddings", None)
         self._cache: KVCache | None = None
 
+    def autocast(self) -> torch.autocast:
+        """Where the target has 16 bits: products of the draft's float32 weights in bfloat16."""
+        dtype = self.model.dtype
+        return torch.autocast(
+            self.model.device.type, torch.bfloat16, enabled=dtype != torch.float32
+        )
+
     @torch.no_grad()
     def read(
         self, ids: Tensor, positions: Tensor, logits: bool, layers: tuple[int, ...] = ()
     ) -> Reading:
-        """Read ``ids`` [B, L] at ``positions`` [B, L]; the result lives until the next call."""
+        """Read ``ids`` [B, L] at ``positions`` [B, L].
+
+        Args:
+            ids, positions: int64.
+            logits: whether the target's logits are wanted.
+            layers: whose hidden states are wanted, as `transformers` counts them.
+
+        Returns:
+            What was asked for; keys and values are overwritten by the next call.
+        """
         batch, length = ids.shape
         cache = self._cache
         if cache is None or cache.capacity != length or cache.lens.shape[0] != batch:
             cache = self._cache = KVCache(self.num_layers, length, batch, ids.device)
-        state = Pass(cache, [(cache, cache.lens)], length)
+        state = Pass(cache, [(cache, cache.lens)], length, feature_layers=layers)
         out = self.patched.forward(ids, positions, state, last_only=not logits)
         last = cache.layers[-1]
-        return Reading(last.k, last.v, out[..., : self.vocab] if logits else None, [])
+        return Reading(last.k, last.v, out[..., : self.vocab] if logits else None, state.features)

@@ -1,0 +1,142 @@
+"""EAGLE-3's training form: hidden states of three depths, several steps on the head's own output.
+
+Training-time test (arXiv 2503.01840): the head is unrolled, each step reads the hidden states that
+the step before it made, as it will have to when it drafts; the loss of every step counts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import SpecConfig
+from ..draft.eagle import EagleDraft
+from ..draft.eagle_head import EagleHead, HeadConfig
+from .data import Batch, TokenStream
+from .loss import Measured, Wanted, row_loss
+from .target import FrozenTarget
+
+DECAY = 0.8  # weight of a step's loss against that of the step before it
+
+
+def feature_layers(num_layers: int) -> tuple[int, int, int]:
+    """Hidden states that a new head reads: EAGLE-3's, or in shallow targets, where these would fall
+    together, the first layer's output, the last layer's input and its output."""
+    usual = (2, num_layers // 2, num_layers - 3)
+    return usual if sorted(set(usual)) == list(usual) else (1, num_layers - 1, num_layers)
+
+
+def frequent_tokens(stream: TokenStream, vocab: int, count: int) -> Tensor:
+    """[count] int64, ascending: the most frequent tokens of a text, ties to the lower id."""
+    frequency = np.bincount(stream.ids, minlength=vocab)
+    order = np.lexsort((np.arange(vocab), -frequency))[:count]
+    return torch.from_numpy(np.sort(order))
+
+
+def new_head(target: FrozenTarget, tokens: Tensor | None = None) -> EagleHead:
+    """An untrained head with the target's sizes and rotary base.
+
+    Args:
+        target: the target.
+        tokens: [draft vocabulary] int64 ids, ascending, that the head will propose, with a matrix
+            of its own that begins as the target's rows; None: the target's head, for all of them.
+    """
+    model, config = target.model, target.model.config.get_text_config()
+    heads = config.num_attention_heads
+    rope = getattr(config, "rope_parameters", None) or {}
+    said = {
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(config, "head_dim", None),
+        "intermediate_size": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "draft_vocab_size": None if tokens is None else len(tokens),
+        "rms_norm_eps": getattr(config, "rms_norm_eps", None),
+        "rope_theta": rope.get("rope_theta"),
+        "max_position_embeddings": target.max_positions,
+        "eagle_aux_hidden_state_layer_ids": feature_layers(config.num_hidden_layers),
+    }
+    names = set() if tokens is None else {"lm_head.weight", "d2t"}
+    head = EagleHead(HeadConfig.read(said, config, 3), model, frozenset(names))
+    with torch.no_grad():
+        for parameter in head.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, parameter.shape[1] ** -0.5)
+        for layer in head.layers:  # at first the layer only passes on what fc makes
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        if tokens is not None:
+            head.d2t.copy_(tokens - torch.arange(len(tokens)))
+            head.lm_head.weight.copy_(target.head.weight[tokens.to(target.head.weight.device)])
+    return head.to(model.device)
+
+
+class Eagle3Recipe:
+    """What is special to training an EAGLE-3 head.
+
+    Args:
+        target: the frozen target.
+        head: the head to train.
+        steps: proposed tokens that it is unrolled for.
+        labels: ``"target"``: the target's distribution over the head's vocabulary (the paper's);
+            ``"data"``: the text's tokens.
+    """
+
+    def __init__(self, target: FrozenTarget, head: EagleHead, steps: int, labels: str):
+        self.target, self.module, self.steps, self.labels = target, head, steps, labels
+        ids = head.vocabulary
+        self._draft_ids: Tensor | None = None  # the head's id of each of the target's, or -1
+        if ids is not None:
+            self._draft_ids = torch.full((target.vocab,), -1, device=ids.device)
+            self._draft_ids[ids] = torch.arange(len(ids), device=ids.device)
+
+    def backward(self, batch: Batch, generator: torch.Generator, scale: float) -> Measured:
+        """Add the gradients of ``scale`` times the mean loss, weighted over steps."""
+        ids, head = batch.ids, self.module
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape[0], -1)
+        reading = self.target.read(
+            ids, positions, logits=self.labels == "target", layers=head.config.feature_layers
+        )
+        wanted = Wanted.of(batch, reading.logits)
+        with self.target.autocast():
+            results = head.unroll(ids, reading.features.to(head.norm.weight.dtype), self.steps)
+            weight, weights = 1.0, sum(DECAY**s for s in range(self.steps))
+            loss, total = torch.zeros((), device=ids.device), Measured()
+            for step, (logits, _) in enumerate(results):
+                rows = slice(1 + step, 1 + step + logits.shape[1])
+                summed, measured = row_loss(logits.flatten(0, 1), *self._rows(wanted, rows))
+                loss = loss + summed * (weight / weights / max(1, measured.rows))
+                total, weight = total + measured, weight * DECAY
+        (loss * scale).backward()
+        return total
+
+    def _rows(self, wanted: Wanted, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Tokens and teacher of some rows, in the head's vocabulary; a row whose answer it cannot
+        give does not count."""
+        tokens, teacher = wanted.tokens[:, rows].flatten(), wanted.teacher
+        if teacher is not None:
+            teacher = teacher[:, rows].flatten(0, 1)
+        if self._draft_ids is not None:
+            answer = tokens if teacher is None else teacher.argmax(-1)
+            known = self._draft_ids[answer.clamp(min=0)]
+            tokens = torch.where((tokens >= 0) & (known >= 0), known, -100)
+            teacher = None if teacher is None else teacher[:, self.module.vocabulary]
+        return tokens, teacher
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+        """Write the head in the official format."""
+        self._copy(dtype).save(folder)
+
+    def draft(self, config: SpecConfig) -> EagleDraft:
+        """The head as it is, as a draft."""
+        return EagleDraft(self._copy(self.target.model.dtype), config)
+
+    def _copy(self, dtype: torch.dtype) -> EagleHead:
+        state = self.module.state_dict()
+        head = EagleHead(self.module.config, self.target.model, frozenset(state))
+        head.load_state_dict(state)
+        return head.to(self.target.model.device, dtype).requires_grad_(False)
