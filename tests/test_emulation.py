@@ -9,12 +9,17 @@ from dataclasses import dataclass, replace
 
 import emulation
 import pytest
+import test_append_kv
+import test_chunk_scores
 import test_compact_kv
+import test_gather_chunks
 import test_merge_states
 import torch
 from backends import build_or_skip, emulated
 from emulation import KINDS, Schedule
 from kv_cases import DTYPES, LAYOUTS, Guarded
+
+from specextend import ops, reference
 
 SCHEDULES = [Schedule(seed, kind) for kind in KINDS for seed in range(6)]
 
@@ -396,6 +401,34 @@ def compact_kv_aligned_of(seed):
     test_compact_kv.check(caches, [3, 8], paths, [49, 30])
 
 
+def gather_chunks_of(seed):
+    test_gather_chunks.Case(
+        lens=(90, 77, 12),
+        dims=((2, 80, 8), (1, 72, 24)),
+        pairs=[24, 36, 1][seed % 3],
+        dtype=torch.float32,
+        interleaved=seed % 2 == 1,
+        seed=seed,
+    ).check()
+
+
+def chunk_scores_of(seed):
+    case = test_chunk_scores.random_case(seed, batch=3, heads=11, chunk_size=2, capacity=140)
+    for reduce in ("mean", "max"):
+        got = test_chunk_scores.score(*case, chunk_size=2, reduce=reduce).double()
+        want = reference.chunk_scores(*case, chunk_size=2, reduce=reduce)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+def select_chunks_of(seed):
+    scores = torch.rand(2, 1500, generator=torch.Generator().manual_seed(seed))
+    lens = torch.tensor([1500, 900], dtype=torch.int32)
+    options = {"chunk_size": 1, "budget": 300, "num_sinks": 1, "num_recent": 2}
+    got = ops.select_chunks(scores, lens, **options)
+    for ours, theirs in zip(got, reference.select_chunks(scores, lens, **options), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @dataclass(frozen=True)
 class Mutation:
     """A change of a kernel's source that a test of its op must notice.
@@ -447,6 +480,21 @@ SM90 = {
     "options": ("-DSPECEXTEND_HAS_SM90A",),
     "capability": 90,
 }
+SELECT = {
+    "header": "kernels/select_chunks.cuh",
+    "sources": ("cuda/select_chunks.cu",),
+    "check": select_chunks_of,
+}
+GATHER = {
+    "header": "kernels/gather_chunks.cuh",
+    "sources": ("cuda/gather_chunks_float.cu",),
+    "check": gather_chunks_of,
+}
+SCORES = {
+    "header": "kernels/chunk_scores.cuh",
+    "sources": ("cuda/chunk_scores.cu",),
+    "check": chunk_scores_of,
+}
 MUTATIONS = [
     Mutation(
         "merge_states: the second part is read with the strides of one row",
@@ -490,7 +538,60 @@ MUTATIONS = [
         new="uint32_t(rest < kCompactSm90SegmentBytes ? rest / 2",
         **SM90,
     ),
+    Mutation(
+        "select_chunks: counts before all bins are 0",
+        old="  __syncthreads();\n  const unsigned lane",
+        new="  const unsigned lane",
+        **SELECT,
+    ),
+    Mutation(
+        "select_chunks: a histogram is read before it is whole",
+        old="    __syncthreads();\n\n    uint32_t count[",
+        new="    uint32_t count[",
+        **SELECT,
+    ),
+    Mutation(
+        "select_chunks: places before all warps have counted",
+        old="  __syncthreads();\n  uint64_t before",
+        new="  uint64_t before",
+        **SELECT,
+    ),
+    Mutation(
+        "gather_chunks: a table is read before it is whole",
+        old="      }\n      __syncthreads();\n    }\n    for (unsigned done",
+        new="      }\n    }\n    for (unsigned done",
+        **GATHER,
+    ),
+    Mutation(
+        "chunk_scores: warps are added before they have ended",
+        old="= total;\n    __syncthreads();",
+        new="= total;",
+        **SCORES,
+    ),
 ]
+
+
+def test_one_block_for_all_sequences():
+    """What is beyond the largest grid: blocks go from sequence to sequence."""
+    fewer = Mutation(
+        "all sequences in one block",
+        "kernels/grid.cuh",
+        "kMaxGridZ = 65535",
+        "kMaxGridZ = 1",
+        (
+            "cuda/append_kv.cu",
+            "cuda/chunk_scores.cu",
+            "cuda/compact_kv.cu",
+            "cuda/gather_chunks_float.cu",
+        ),
+        gather_chunks_of,
+    ).library()
+    for schedule in SCHEDULES:
+        with emulated(fewer, schedule):
+            gather_chunks_of(schedule.seed)
+            chunk_scores_of(schedule.seed)
+            compact_kv_of(schedule.seed)
+            test_append_kv.check("bshd", "bhsd", [0, 7, 13, 19], 5)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
