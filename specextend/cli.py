@@ -23,6 +23,7 @@ from .train.options import add_options as train_options
 
 # What the caller can put right is told in one line; all else is a bug, and shows itself whole.
 EXPECTED = (ValueError, OSError, ImportError)
+WORDS = ("ngram", "self")  # drafts that are no files
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -104,12 +105,16 @@ def add_config_options(parser: argparse.ArgumentParser, without: tuple[str, ...]
 def config_from(args: argparse.Namespace, **defaults) -> SpecConfig:
     """The configuration that the options ask for."""
     given = {k[len("config_") :]: v for k, v in vars(args).items() if k.startswith("config_")}
-    if args.target is None and args.draft is None:
+    if args.target is None and args.draft in (None, *WORDS, *assets.DRAFTS):
         defaults = {**assets.SETTINGS, **defaults}
     try:
         return SpecConfig(**{**defaults, **given})
     except ValueError as error:
         raise UsageError(error) from error
+
+
+def _words(names) -> str:
+    return ", ".join(f'"{name}"' for name in names)
 
 
 def _add_models(parser: argparse.ArgumentParser, dtype: str) -> None:
@@ -118,9 +123,10 @@ def _add_models(parser: argparse.ArgumentParser, dtype: str) -> None:
         "--target", metavar="MODEL", help="folder or hub id of a causal LM [the embedded target]"
     )
     group.add_argument(
-        "--draft", metavar="MODEL",
-        help='folder or hub id of a causal LM with the same tokenizer, or "none": plain decoding '
-        "[the embedded draft]",
+        "--draft", metavar="DRAFT",
+        help="folder or hub id of a causal LM with the same tokenizer or of a trained head (EAGLE, "
+        'LongSpec); "ngram": look-up in the text; "self": the target on a part of its cache; '
+        f'"none": plain decoding; {_words(assets.DRAFTS)}: embedded ones [model]',
     )  # fmt: skip
     group.add_argument(
         "--dtype", choices=DTYPES, default=dtype, help=f'"auto": as the checkpoint is [{dtype}]'
@@ -192,7 +198,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_models(sub, "auto")
     add_config_options(sub)
 
-    sub = command("demo", demo, "continue a long document in five ways, and compare them")
+    sub = command("demo", demo, "continue a long document in several ways, and compare them")
     sub.add_argument("--tokens", type=int, metavar="N", help="length of the prompt [16000]")
     sub.add_argument("--max-new-tokens", type=int, metavar="N", help="[256]")
     sub.add_argument("--short", action="store_true", help="2000 tokens and 48 new ones")
@@ -212,7 +218,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def load_pair(args: argparse.Namespace):
-    """Target, draft (or None), and the tokenizers of both.
+    """Target, draft as ``SpecExtend`` takes it, and the tokenizers of both, None without.
 
     Raises:
         ValueError: a model is not there, or only one of a pair was named.
@@ -220,6 +226,8 @@ def load_pair(args: argparse.Namespace):
     from huggingface_hub.utils import logging as hub_logging
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
+
+    from .draft.checkpoint import Checkpoint
 
     hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
@@ -231,28 +239,36 @@ def load_pair(args: argparse.Namespace):
                 f"the embedded models are not in {assets.target_path().parent}: name others with "
                 "--target and --draft"
             )
-        target, draft = assets.target_path(), draft or assets.draft_path()
+        target, draft = assets.target_path(), draft or "model"
+        if draft in assets.DRAFTS:
+            draft = assets.draft_path(draft)
     elif draft is None:
         raise UsageError(
-            "--target needs --draft, a model with the same tokenizer, or --draft none for plain "
-            "decoding"
+            "--target needs --draft: a model with the same tokenizer, a head trained for it, "
+            "ngram, self, or none for plain decoding"
         )
 
-    def load(auto, name, **kwargs):
+    def named(name) -> str | Path:
         path = Path(name).expanduser()
-        if path.is_dir():
-            return auto.from_pretrained(path, **kwargs)
+        if path.exists():
+            return path
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name)):
             raise ValueError(f"there is no folder {name}")
-        return auto.from_pretrained(name, **kwargs)
+        return str(name)
 
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    tokenizer = load(AutoTokenizer, target)
-    model = load(AutoModelForCausalLM, target, dtype=dtype).eval()
+    target = named(target)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).eval()
     if str(draft).lower() == "none":
         return model, None, tokenizer, None
-    draft_model = load(AutoModelForCausalLM, draft, dtype=dtype).eval()
-    return model, draft_model, tokenizer, load(AutoTokenizer, draft)
+    if draft in WORDS:
+        return model, draft, tokenizer, None
+    draft = named(draft)
+    folder = Checkpoint.open(draft).folder
+    if not (folder / "tokenizer_config.json").exists():  # as trained heads come
+        return model, draft, tokenizer, None
+    return model, draft, tokenizer, AutoTokenizer.from_pretrained(folder)
 
 
 def _generation_options(args: argparse.Namespace, tokenizer) -> dict:

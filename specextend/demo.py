@@ -1,4 +1,4 @@
-"""The demonstration: a long document continued in five ways, and what each of them cost."""
+"""The demonstration: a long document continued in several ways, and what each of them cost."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ HUGGING_FACE = "Hugging Face generate"
 PLAIN = "plain decoding"
 RETRIEVAL = "tree, retrieval"
 TREES = {"tree, full cache": "full", "tree, window": "window", RETRIEVAL: "retrieval"}
+TREE = "tree"  # of a draft that has no cache, or one of its own kind
 
 
 @dataclass
@@ -175,27 +176,38 @@ def run_demo(args: argparse.Namespace) -> int:
     pair = load_pair(args)
     if pair[1] is None:
         raise UsageError("the demonstration needs a draft")
+    # Tried once for its size and the ways to use it, and for errors to come early.
+    draft = SpecExtend(pair[0], pair[1], config, tokenizer=pair[2], draft_tokenizer=pair[3]).draft
+    ways = {title: kind for title, kind in TREES.items() if kind in draft.caches}
+    if len(ways) == 1:
+        ways = dict.fromkeys([TREE], *draft.caches)
+    best, title = list(ways)[-1], "SpecExtend: tree speculation"
+    if best == RETRIEVAL:
+        title += ", cross-model retrieval"
     name, ids = _document(args.document, pair[2], tokens)
     out = standard_output()
     out.line(f"{name}: {tokens:,} tokens, then {new} new ones", "bold")
-    out.line(f"target {_size(pair[0])}, draft {_size(pair[1])}, {_dtype(pair[0])}, on the CPU")
+    kind = {"ngram": "n-gram look-up", "self": "the target itself"}.get(args.draft)
+    kind = kind or _size(draft.num_parameters)
+    size = _size(pair[0].num_parameters())
+    out.line(f"target {size}, draft {kind}, {_dtype(pair[0])}, on the CPU")
     show = Demonstration(pair, config, ids, new, out, standard_error())
 
     runs: dict[str, Run] = {}
     runs[PLAIN] = show.live("plain decoding, our kernels", None)
-    runs[RETRIEVAL] = show.live("SpecExtend: tree speculation, cross-model retrieval", "retrieval")
+    runs[best] = show.live(title, ways[best])
     if out.has_style:
         out.write("accepted from the draft", "accepted")
         out.write(", the target's own\n", "own")
     out.line()
     runs[HUGGING_FACE] = show.hugging_face()
-    for title, kind in TREES.items():
+    for title, kind in ways.items():
         if title not in runs:
             runs[title] = show.silent(title, kind)
 
-    rows = [HUGGING_FACE, PLAIN, *TREES]
+    rows = [HUGGING_FACE, PLAIN, *ways]
     _write_table(out, {row: runs[row] for row in rows})
-    _write_notes(out, pair[0], tokens, new)
+    _write_notes(out, pair[0], args.draft, tokens, new)
     for row in rows[1:]:
         text = difference(pair[2], runs[row].tokens, runs[HUGGING_FACE].tokens, HUGGING_FACE)
         if text:
@@ -233,8 +245,8 @@ def _last_lines(tokenizer, prompt: list[int], count: int = 4) -> str:
     return "\n".join(text.split("\n")[-count:])
 
 
-def _size(model) -> str:
-    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
+def _size(parameters: int) -> str:
+    return f"{parameters / 1e6:.1f} M parameters"
 
 
 def _dtype(model) -> str:
@@ -269,7 +281,7 @@ def _write_table(out: Output, runs: dict[str, Run]) -> None:
     out.table(header, rows)
 
 
-def _write_notes(out: Output, target, tokens: int, new: int) -> None:
+def _write_notes(out: Output, target, draft: str | None, tokens: int, new: int) -> None:
     threads = torch.get_num_threads()
     out.line()
     out.line("tokens /s: decoding alone, from the first token on; accept. length: tokens per")
@@ -279,7 +291,8 @@ def _write_notes(out: Output, target, tokens: int, new: int) -> None:
         f"{_processor()}, {threads} thread{'s' * (threads != 1)}, {_C.cpu_isa()}, {_dtype(target)}"
         f" | specextend {__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, Python {platform.python_version()}"
-        f" | specextend demo --tokens {tokens} --max-new-tokens {new} --dtype {_dtype(target)}"
+        f" | specextend demo{f' --draft {draft}' * bool(draft)} --tokens {tokens} "
+        f"--max-new-tokens {new} --dtype {_dtype(target)}"
     )
 
 

@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from eagle_heads import make
 from models import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
@@ -93,6 +94,18 @@ class TestGenerate:
             rf"prefill of {len(TEXT)} tokens [\d.]+ s \+ draft [\d.]+ s\n",
             err,
         )
+
+    @pytest.mark.parametrize("draft", ["ngram", "self", "head"])
+    def test_other_drafts(self, run, folder, tmp_path, draft):
+        """Words, and a folder without a tokenizer of its own."""
+        name = make("eagle1", vocab=257).write(tmp_path) if draft == "head" else draft
+        arguments = ("--target", folder / "target", "--draft", name, "--json", *SMALL)
+        code, out, err = run(
+            "generate", "--prompt", TEXT, "--max-new-tokens", 12, *arguments, pair=None
+        )
+        result = json.loads(out)
+        assert (code, err) == (0, "") and result["tokens"] == greedy(TEXT, 12)
+        assert result["draft"] == str(name) and result["stats"]["num_draft_tokens"] > 0
 
     def test_json(self, run):
         code, out, err = run("generate", "--json", "--max-new-tokens", 25, stdin=TEXT)
@@ -236,7 +249,8 @@ class TestOptions:
         sections, texts = cli.config_docs()
         names = [field.name for field in dataclasses.fields(SpecConfig)]
         assert sorted(texts) == sorted(names)
-        assert set(sections.values()) == {"Tree", "Draft's context", "Running"}
+        expected = {"Tree", "N-gram look-up", "Draft's context", "Running"}
+        assert set(sections.values()) == expected
         assert all(len(text) > 10 and "``" not in text for text in texts.values())
 
     def test_help(self, run):
@@ -262,7 +276,9 @@ class TestOptions:
     def test_untouched(self):
         """The embedded pair has settings of its own; an option wins over them."""
         parser = cli.make_parser()
-        assert cli.config_from(parser.parse_args(["chat"])) == SpecConfig(**assets.SETTINGS)
+        for options in ([], ["--draft", "model"], ["--draft", "ngram"], ["--draft", "self"]):
+            args = parser.parse_args(["chat", *options])
+            assert cli.config_from(args) == SpecConfig(**assets.SETTINGS)
         named = ["chat", "--target", "a", "--draft", "b"]
         assert cli.config_from(parser.parse_args(named)) == SpecConfig()
         assert cli.config_from(parser.parse_args(["chat", "--budget", "256"])).budget == 256

@@ -12,6 +12,7 @@ import termios
 from fcntl import ioctl
 
 import pytest
+from eagle_heads import make
 from models import tiny_model
 from test_cli import byte_tokenizer
 
@@ -27,8 +28,8 @@ def table(text: str) -> dict[str, list[str]]:
     """The cells of each row."""
     rows = {}
     for line in text.splitlines():
-        for name in ROWS:
-            if line.startswith(name + " "):
+        for name in (*ROWS, demo.TREE):
+            if line.startswith(name + "  "):
                 rows[name] = line[len(name) :].split()
     return rows
 
@@ -121,6 +122,32 @@ def test_own_models_and_document(tiny, capsys):
     text = capsys.readouterr().out
     assert text.startswith("document.txt: 300 tokens, then 20 new ones\ntarget 0.0 M parameters")
     check_table(text)
+
+
+@pytest.mark.parametrize(
+    "draft, said, ways",
+    [
+        ("ngram", "n-gram look-up", [demo.TREE]),
+        ("self", "the target itself", ["tree, window", demo.RETRIEVAL]),
+        ("head", "0.0 M parameters", list(demo.TREES)),
+    ],
+)
+def test_other_drafts(tiny, tmp_path, capsys, draft, said, ways):
+    """One row for every way that a draft can be used in."""
+    if draft == "head":
+        draft = str(make("eagle1", vocab=257).write(tmp_path / "head"))
+    assert cli.main([*tiny, "--draft", draft, "--tokens", "300", "--max-new-tokens", "12"]) == 0
+    text = capsys.readouterr().out
+    assert f", draft {said}, float32" in text and f"specextend demo --draft {draft} " in text
+    rows = table(text)
+    assert list(rows) == [demo.HUGGING_FACE, demo.PLAIN, *ways]
+    assert all(rows[name][-1] == "yes" for name in [demo.PLAIN, *ways])
+
+
+def test_the_embedded_head_is_asked_for_by_name(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(demo.assets.DRAFTS, "eagle3", str(tmp_path))
+    assert cli.main(["demo", "--short", "--draft", "eagle3"]) == 1
+    assert "the embedded draft 'eagle3' is not in" in capsys.readouterr().err
 
 
 def test_difference_is_an_error(tiny, capsys, monkeypatch):

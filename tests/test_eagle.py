@@ -201,16 +201,20 @@ class TestLossless:
         [
             ("eagle1", "full", "opt"),
             ("eagle1", "retrieval", "fixed"),
-            ("eagle3-vllm-two-layers", "window", "top_k"),
+            ("eagle3-vllm-two-layers", "window", "eagle2"),
             ("eagle3-vllm-two-layers", "retrieval", "opt"),
             ("eagle3.1", "retrieval", "fixed"),
         ],
     )
     def test_caches_trees_lengths(self, target, dialect, draft_cache, shape, tmp_path):
+        options = dict(tree_shape=shape, tree_widths=(3, 4, 2))
+        if shape == "eagle2":  # its own parameters: 60 tokens, the root among them
+            options = dict(
+                tree_shape="top_k", tree_nodes=59, tree_depth=7, tree_width=10, tree_top_k=10
+            )
         spec = SpecExtend(
-            target, make(dialect).write(tmp_path), SMALL, draft_cache=draft_cache,
-            tree_shape=shape, tree_widths=(3, 4, 2),
-        )  # fmt: skip
+            target, make(dialect).write(tmp_path), SMALL, draft_cache=draft_cache, **options
+        )
         for length in (1, 2, 33, 120):
             ids = prompt(length)
             out = spec.generate(ids, max_new_tokens=20, do_sample=False)

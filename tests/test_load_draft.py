@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,8 +49,6 @@ class TestKinds:
         for folder, safe in ((tmp_path / "safe", True), (str(tmp_path / "bin"), False)):
             small.save_pretrained(folder)
             if not safe:
-                from pathlib import Path
-
                 (Path(folder) / "model.safetensors").unlink()
                 torch.save(small.state_dict(), Path(folder) / "pytorch_model.bin")
             draft = load(target, folder)
@@ -116,6 +116,19 @@ class TestKinds:
         monkeypatch.setattr(checkpoint, "snapshot_download", download)
         with pytest.raises(ValueError, match="'ngrams' is neither a folder, nor .* no network"):
             load(target, "ngrams")
+
+
+def test_a_kind_of_ones_own(target):
+    """The example of docs/drafts.md."""
+    text = (Path(__file__).resolve().parents[1] / "docs" / "drafts.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict = {}
+    exec(compile(block, "drafts.md", "exec"), names)
+    spec = SpecExtend(target, names["Constant"](CONFIG, VOCAB), CONFIG)
+    ids = prompt(40)
+    out = spec.generate(ids, max_new_tokens=20, do_sample=False)
+    assert torch.equal(out, target.generate(ids, max_new_tokens=20, do_sample=False))
+    assert spec.stats.num_draft_tokens > 0
 
 
 class TestNoDraft:

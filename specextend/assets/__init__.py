@@ -24,6 +24,8 @@ HELD_OUT = (
 )
 # What suits the pair: the draft has seen 512 tokens at most, and on a CPU every node costs.
 SETTINGS = {"budget": 512, "tree_nodes": 6}
+# Drafts for the embedded target, by the names of the command line, and their folders.
+DRAFTS = {"model": "draft", "eagle3": "eagle3", "longspec": "longspec"}
 MIN_CHARS = 72_000  # about 18,000 tokens of the embedded tokenizer
 # In ipaddress.py the IPv6 classes repeat the IPv4 ones, 7,000 tokens after them. A prompt that ends
 # here has both to look back at.
@@ -35,9 +37,16 @@ def target_path() -> Path:
     return Path(__file__).parent / "target"
 
 
-def draft_path() -> Path:
-    """Folder of the embedded draft model and its tokenizer."""
-    return Path(__file__).parent / "draft"
+def draft_path(kind: str = "model") -> Path:
+    """Folder of an embedded draft; that of the model has its tokenizer too.
+
+    Raises:
+        ValueError: there is none of this kind.
+    """
+    path = Path(__file__).parent / DRAFTS[kind]
+    if not (path / "config.json").exists():
+        raise ValueError(f"the embedded draft {kind!r} is not in {path}")
+    return path
 
 
 def held_out_documents() -> list[tuple[str, str]]:

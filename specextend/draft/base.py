@@ -38,6 +38,14 @@ class Draft(ABC):
         """Why the draft cannot be captured in CUDA graphs; None if it can."""
         return "drafts of its kind are not captured"
 
+    #: values of ``draft_cache`` that it knows; one alone where the option means nothing to it
+    caches: tuple[str, ...] = ("full", "window", "retrieval")
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of its own."""
+        return 0
+
     @abstractmethod
     def begin(self, prompt: Tensor, max_length: int, cache: KVCache) -> None:
         """Forget every earlier generation.

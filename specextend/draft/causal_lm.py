@@ -44,6 +44,10 @@ class CausalLMDraft(Draft):
     def obstacle(self) -> str | None:
         return obstacle(self.model.model)
 
+    @property
+    def num_parameters(self) -> int:
+        return self.model.model.num_parameters()
+
     def begin(self, prompt, max_length, cache) -> None:
         # Behind the committed rows: a growing tree, or a path of which not every token counts.
         capacity = max_length + 1 + max(self.config.tree_keys, self.config.max_depth + 1)

@@ -35,6 +35,7 @@ class EagleDraft(Draft):
         self.config = config
         self.feature_layers = head.config.feature_layers
         self.wants_scores = config.draft_cache == "retrieval"
+        self._vocabulary = head.vocabulary
 
     @staticmethod
     def recognises(checkpoint: Checkpoint) -> bool:
@@ -47,6 +48,10 @@ class EagleDraft(Draft):
     ) -> EagleDraft:
         """Load a head for ``target``."""
         return cls(EagleHead.load(checkpoint, target.model), config)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.head.parameters())
 
     def begin(self, prompt, max_length, cache) -> None:
         layers, device = self.head.config.num_layers, prompt.device
@@ -89,7 +94,7 @@ class EagleDraft(Draft):
             self._step,
             self.config,
             depth,
-            self.head.vocabulary,
+            self._vocabulary,
         )
 
     def _pair(self, tokens: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:

@@ -236,6 +236,8 @@ class LongSpecDraft(Draft):
         window: keys that self-attention sees, the token itself included.
     """
 
+    caches = ("full",)  # a cache of its own kind
+
     def __init__(
         self,
         block: LongSpecBlock,
@@ -263,6 +265,10 @@ class LongSpecDraft(Draft):
     ) -> LongSpecDraft:
         """The draft that a checkpoint holds; see :func:`load_block`."""
         return cls(load_block(checkpoint, target.model), target.model, config)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.block.parameters())
 
     def begin(self, prompt: Tensor, max_length: int, cache: KVCache) -> None:
         self._target = cache

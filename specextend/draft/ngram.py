@@ -28,6 +28,8 @@ class NGramDraft(Draft):
     It works on the host, on the tokens that the loop has read in any case.
     """
 
+    caches = ("full",)
+
     def __init__(self, config: SpecConfig):
         self.config = config
 

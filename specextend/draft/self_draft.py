@@ -32,9 +32,11 @@ class SelfDraft(CausalLMDraft):
 
     takes_count = False
     _root_rows = 1
+    caches = ("window", "retrieval")
+    num_parameters = 0
 
     def __init__(self, target: PatchedModel, config: SpecConfig, vocab: int):
-        if config.draft_cache == "full":
+        if config.draft_cache not in self.caches:
             raise ValueError(
                 'draft="self" needs draft_cache="retrieval" or "window": on its full cache the '
                 "target is no faster as its own draft"
