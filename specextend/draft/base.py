@@ -27,6 +27,9 @@ class Draft(ABC):
     #: counts them: i is the input of layer i, and the number of layers is what the head reads
     feature_layers: tuple[int, ...] = ()
 
+    #: values of ``draft_cache`` that it knows; one alone where the option means nothing to it
+    caches: tuple[str, ...] = ("full", "window", "retrieval")
+
     #: what the draft's work is captured in on a GPU, if it has no :meth:`obstacle`; set before
     #: ``begin``
     graphs: Graphs = Graphs()
@@ -37,9 +40,6 @@ class Draft(ABC):
     def obstacle(self) -> str | None:
         """Why the draft cannot be captured in CUDA graphs; None if it can."""
         return "drafts of its kind are not captured"
-
-    #: values of ``draft_cache`` that it knows; one alone where the option means nothing to it
-    caches: tuple[str, ...] = ("full", "window", "retrieval")
 
     @property
     def num_parameters(self) -> int:
