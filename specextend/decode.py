@@ -33,7 +33,7 @@ from .cache import KVCache
 from .config import SpecConfig
 from .draft import CausalLMDraft, Draft, load_draft
 from .gate import Gate
-from .graphs import CudaRecorder, Graphs, Mailbox, Stopwatch, obstacle, warn_uncaptured
+from .graphs import CudaRecorder, Graphs, Mailbox, Stopwatch, bucket, obstacle, warn_uncaptured
 from .guard import check_length, self_check
 from .sampling import TokenChooser
 from .stats import SpecStats
@@ -584,6 +584,8 @@ class _Generation:
     def _verify(self, tree: Tree, scoring: bool, phase: str) -> _Outcome:
         """The verify pass and the acceptance: one graph, or two parts around what the host does."""
         drafted = tree.depth > 0
+        if drafted and self.graphs.enabled:
+            tree = tree.padded(1 + bucket(tree.num_nodes - 1, self.config.max_nodes))
         key = (tree.num_nodes, drafted, scoring)
         given = (tree.tokens, tree.parents, tree.depths, tree.mask if drafted else None)
         if self.graphs.enabled and not self.chooser.needs_host:

@@ -112,6 +112,15 @@ class Graphs:
         self._recordings.clear()
 
 
+def bucket(nodes: int, max_nodes: int) -> int:
+    """The size to pad a tree of ``nodes`` proposed nodes to, so that few sizes are captured:
+    ``max_nodes`` or what halving it gives, rounded up."""
+    size = max(nodes, max_nodes)
+    while size > 1 and (size + 1) // 2 >= nodes:
+        size = (size + 1) // 2
+    return size
+
+
 def warn_uncaptured(name: str, reason: str) -> None:
     """Say that something runs without graphs."""
     warnings.warn(
@@ -149,6 +158,7 @@ class Mailbox:
     """A few numbers per round from the device to the host, copied while the host goes on."""
 
     def __init__(self, size: int, device: torch.device):
+        self._device = device
         self._numbers: Tensor | None = None
         self._pinned: Tensor | None = None
         if device.type == "cuda":
@@ -161,7 +171,7 @@ class Mailbox:
             self._numbers = numbers
         else:
             self._pinned.copy_(numbers, non_blocking=True)
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(self._device))
 
     def receive(self) -> list[float]:
         """What was sent last, once it has arrived: the one wait of a round."""
@@ -175,6 +185,7 @@ class Stopwatch:
     """Seconds that the device takes for a ``with`` block; on a CPU the host's."""
 
     def __init__(self, device: torch.device):
+        self._device = device
         self._events = None
         if device.type == "cuda":
             self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
@@ -188,7 +199,7 @@ class Stopwatch:
 
     def _mark(self, index: int) -> float:
         if self._events is not None:
-            self._events[index].record()
+            self._events[index].record(torch.cuda.current_stream(self._device))
         return time.perf_counter()
 
     @property

@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import ops
 from .config import SpecConfig
@@ -41,6 +42,24 @@ class Tree:
     def num_nodes(self) -> int:
         """Rows of the verify pass: the root and the proposed nodes."""
         return self.tokens.shape[1]
+
+    def padded(self, num_nodes: int) -> Tree:
+        """The same tree with ``num_nodes`` rows: the new ones are reached by no path."""
+        more = num_nodes - self.num_nodes
+        if more <= 0:
+            return self
+        rows = torch.arange(self.num_nodes, num_nodes, device=self.tokens.device)[:, None]
+        words = torch.arange((num_nodes + 63) // 64, device=rows.device)
+        itself = torch.where(rows // 64 == words, 1 << rows % 64, 0)
+        mask = F.pad(self.mask, (0, len(words) - self.mask.shape[-1]))
+        return Tree(
+            F.pad(self.tokens, (0, more)),
+            F.pad(self.parents, (0, more), value=-1),
+            F.pad(self.depths, (0, more)),
+            torch.cat([mask, itself.expand(mask.shape[0], -1, -1)], 1),
+            self.gain,
+            self.depth,
+        )
 
     @staticmethod
     def root_only(root: Tensor) -> Tree:

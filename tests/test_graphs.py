@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 from specextend import _C, SpecConfig, SpecExtend, graphs
-from specextend.graphs import Graphs, Mailbox, Stopwatch, obstacle
+from specextend.graphs import Graphs, Mailbox, Stopwatch, bucket, obstacle
 from specextend.sampling import TokenChooser
 
 CONFIG = SpecConfig(
@@ -121,6 +121,17 @@ class TestTapedRound:
             prompt(40), max_new_tokens=80, **GREEDY
         )
         assert out == plain[0, 40:].tolist()
+
+    def test_trees_of_any_size_share_few_graphs(self, models, taped, monkeypatch):
+        """N-gram look-up makes trees on the host; the target's passes are captured all the same."""
+        config = CONFIG.replace(tree_nodes=13, tree_width=2)
+        ids = prompt(20).repeat(1, 4)
+        got, spec = run((models[0], "ngram"), config, ids, max_new_tokens=120, **GREEDY)
+        assert spec.stats.num_accepted_tokens > 0
+        assert taped[0].records <= 5 and taped[0].replays > 20  # a root alone, 13, 7, 4, 2 nodes
+        monkeypatch.undo()
+        expected, _ = run((models[0], "ngram"), config, ids, max_new_tokens=120, **GREEDY)
+        assert got == expected
 
     def test_scores_and_logits(self, models, taped, monkeypatch):
         options = dict(
@@ -236,6 +247,10 @@ class TestGraphs:
         with Stopwatch(cpu) as watch:
             sum(range(1000))
         assert 0 < watch.seconds < 10
+
+    def test_buckets(self):
+        assert [bucket(n, 13) for n in range(1, 15)] == [1, 2, 4, 4, *[7] * 3, *[13] * 6, 14]
+        assert [bucket(n, 8) for n in (1, 2, 3, 4, 5, 8)] == [1, 2, 4, 4, 8, 8]
 
 
 class TestObstacle:

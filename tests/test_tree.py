@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from specextend import SpecConfig
+from specextend import SpecConfig, ops
 from specextend.tree import Tree, grow_tree
 
 V = 5
@@ -134,3 +134,21 @@ def test_root_only():
     assert tree.num_nodes == 1 and tree.depth == 0 and tree.gain is None
     assert tree.parents.tolist() == [[-1]] and tree.depths.tolist() == [[0]]
     check_mask(tree)
+
+
+@pytest.mark.parametrize("rows", [5, 13, 64, 66])
+def test_padding_is_reached_by_no_path(rows):
+    tree, _ = grow(SpecConfig(tree_nodes=9, tree_depth=3, tree_top_k=3, tree_width=3), 3)
+    padded = tree.padded(rows)
+    count = tree.num_nodes
+    assert padded.num_nodes == max(rows, count) and padded.depth == tree.depth
+    for name in ("tokens", "parents", "depths"):
+        assert torch.equal(getattr(padded, name)[:, :count], getattr(tree, name))
+    assert torch.equal(padded.mask[:, :count, :1], tree.mask)
+    assert not padded.mask[:, :count, 1:].any()
+    for node in range(count, rows):
+        bits = [int(w) >> b & 1 for w in padded.mask[0, node] for b in range(64)]
+        assert [i for i, bit in enumerate(bits) if bit] == [node]
+    choice = torch.zeros_like(padded.tokens)  # every padded node carries what the target chose
+    path, _, _, _ = ops.verify_tree(padded.tokens, padded.parents, choice)
+    assert path.max() < count
