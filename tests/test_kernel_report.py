@@ -84,3 +84,13 @@ def test_no_attention_kernel_spills():
     assert kernels
     spilling = [f"{k.name} ({k.arch})" for k in kernels if "attention" in k.name and k.spills]
     assert not spilling
+
+
+def test_every_kernel_is_accounted_for():
+    """docs/performance.md says of each whether a GPU has run it."""
+    table = (ROOT / "docs/performance.md").read_text().split("## Has a GPU run it?")[1]
+    ops = sorted((path.stem for path in (ROOT / "csrc/ops").glob("*.cpp")), key=len, reverse=True)
+    for source in (ROOT / "csrc/cuda").glob("*.cu"):
+        name = source.stem.replace("attention_combine", "tree_attention_combine")
+        op = next((op for op in ops if name.startswith(op)), name)
+        assert f"| `{op}`" in table or f", `{op}`" in table, source.name
