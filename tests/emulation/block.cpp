@@ -77,18 +77,18 @@ struct Run {
   std::mutex mutex;
   Thread threads[kMaxThreads];
   unsigned char* shared_end;  // of all shared memory; a guard follows, and one comes before
-  unsigned char* shared;      // of the block
-  size_t shared_bytes;
-  size_t shared_open;  // bytes before the end that may be touched
+  unsigned char* shared;      // of the cluster's first block
+  size_t shared_bytes, shared_stride;  // of a block
+  size_t shared_open;                  // bytes before the end that may be touched
 
   std::string kernel, error;
   void (*body)(void*);
   void* argument;
-  int count, exited, current, polls;
-  unsigned ready[kMaxThreads / kWarp];  // lanes of each warp
+  int count, block_threads, exited, current, polls;  // `count`: threads of the cluster
+  unsigned ready[kMaxThreads / kWarp];               // lanes of each warp
   unsigned ready_warps;
-  unsigned calling[kMaxThreads / kWarp];  // lanes of each warp that wait in a warp call
-  Barrier barriers[kBarriers];
+  unsigned calling[kMaxThreads / kWarp];          // lanes of each warp that wait in a warp call
+  Barrier barriers[kMaxCluster * kBarriers + 1];  // of each block; the cluster's
   int favourite_warp, favourite_lane;
   uint64_t random;
 
@@ -99,7 +99,7 @@ struct Run {
   void* address;
 
   Run() {
-    const size_t bytes = (kMaxSharedBytes + kPage - 1) / kPage * kPage;
+    const size_t bytes = (kMaxCluster * kMaxSharedBytes + kPage - 1) / kPage * kPage;
     void* memory = mmap(nullptr, bytes + 2 * kSharedGuardBytes, PROT_NONE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) abort();
@@ -108,6 +108,7 @@ struct Run {
   }
 
   Thread& me() { return threads[current]; }
+  int rank() const { return current / block_threads; }  // of the block in the cluster
 
   uint64_t next() {  // splitmix64
     uint64_t x = random += 0x9e3779b97f4a7c15;
@@ -183,7 +184,7 @@ std::string Run::report() const {
       what = "wait at " + t.place.string() + " for lanes " + mask;
     } else if (t.state == State::kAtBarrier) {
       what = "wait at " + t.place.string() + " for " + std::to_string(barriers[t.barrier].threads) +
-             " threads at barrier " + std::to_string(t.barrier);
+             " threads at barrier " + std::to_string(t.barrier % kBarriers);
     }
     groups[what].push_back(i);
   }
@@ -219,6 +220,7 @@ void Run::run_block() {
   }
   memset(shared_end - shared_open, kPoison, shared_open);
   forget_copies(count);
+  const unsigned first = blockIdx.x;  // of the cluster
   while (exited < count && error.empty()) {
     if (ready_warps == 0) {
       error = report();
@@ -231,13 +233,17 @@ void Run::run_block() {
     const int warp = choose(ready_warps, favourite_warp);
     current = warp * kWarp + choose(ready[warp], favourite_lane);
     threadIdx = me().index;
+    blockIdx.x = first + unsigned(rank());
     me().fiber.resume();
   }
   const auto untouched = [](const unsigned char* begin, const unsigned char* end) {
     return std::all_of(begin, end, [](unsigned char c) { return c == kPoison; });
   };
-  if (error.empty() && !(untouched(shared_end - shared_open, shared) &&
-                         untouched(shared + shared_bytes, shared_end))) {
+  bool clean = untouched(shared_end - shared_open, shared);
+  for (const unsigned char* own = shared; own < shared_end; own += shared_stride) {
+    clean &= untouched(own + shared_bytes, own + shared_stride);
+  }
+  if (error.empty() && !clean) {
     error = kernel + ", block " + triple(blockIdx) +
             ": a write next to shared memory, of which it has " + std::to_string(shared_bytes) +
             " bytes";
@@ -311,7 +317,7 @@ std::string describe_fault(const Run& r) {
       return "an assertion that does not hold";
   }
   const auto* address = static_cast<const unsigned char*>(r.address);
-  if (address >= r.shared_end - kMaxSharedBytes - kSharedGuardBytes &&
+  if (address >= r.shared_end - kMaxCluster * kMaxSharedBytes - kSharedGuardBytes &&
       address < r.shared_end + kSharedGuardBytes) {
     return "access to byte " + std::to_string(address - r.shared) +
            " of shared memory, which has " + std::to_string(r.shared_bytes) + " bytes";
@@ -347,14 +353,15 @@ std::string kernel_name(const void* kernel) {
   return result;
 }
 
-// The memory in front of what the block does not have becomes inaccessible.
-void open_shared(Run& r, size_t bytes) {
+// The memory in front of what the cluster does not have becomes inaccessible.
+void open_shared(Run& r, size_t bytes, size_t cluster) {
   const size_t aligned = (bytes + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
-  const size_t open = (aligned + kPage - 1) / kPage * kPage;
+  const size_t open = (cluster * aligned + kPage - 1) / kPage * kPage;
   r.shared_bytes = bytes;
-  r.shared = r.shared_end - aligned;
+  r.shared_stride = aligned > 0 ? aligned : 1;
+  r.shared = r.shared_end - cluster * aligned;
   if (open != r.shared_open) {
-    const size_t all = (kMaxSharedBytes + kPage - 1) / kPage * kPage;
+    const size_t all = (kMaxCluster * kMaxSharedBytes + kPage - 1) / kPage * kPage;
     if (mprotect(r.shared_end - all, all - open, PROT_NONE) != 0 ||
         mprotect(r.shared_end - open, open, PROT_READ | PROT_WRITE) != 0) {
       abort();
@@ -377,17 +384,20 @@ cudaError_t run_grid(const void* kernel, const cudaLaunchConfig_t& config, void 
   r.error.clear();
   r.body = body;
   r.argument = argument;
-  r.count = int(block.x * block.y * block.z);
+  const unsigned cluster = cluster_of(config);
+  r.block_threads = int(block.x * block.y * block.z);
+  r.count = r.block_threads * int(cluster);
   r.random = settings.seed * 2 + 1;
   gridDim = grid;
   blockDim = block;
   for (int i = 0; i < r.count; ++i) {
-    const unsigned x = unsigned(i);
+    const unsigned x = unsigned(i % r.block_threads);
     r.threads[i].index = {x % block.x, x / block.x % block.y, x / block.x / block.y};
   }
-  open_shared(r, config.dynamicSmemBytes);
+  open_shared(r, config.dynamicSmemBytes, cluster);
 
-  std::vector<uint64_t> order(uint64_t(grid.x) * grid.y * grid.z);
+  const unsigned across = grid.x / cluster;
+  std::vector<uint64_t> order(uint64_t(across) * grid.y * grid.z);
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
   for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[r.next() % i]);
 
@@ -395,8 +405,8 @@ cudaError_t run_grid(const void* kernel, const cudaLaunchConfig_t& config, void 
   r.host = pthread_self();
   if (sigsetjmp(r.abandon, 1) == 0) {
     for (const uint64_t i : order) {
-      blockIdx = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y),
-                  unsigned(i / grid.x / grid.y)};
+      blockIdx = {unsigned(i % across) * cluster, unsigned(i / across % grid.y),
+                  unsigned(i / across / grid.y)};
       r.expired = false;
       set_timer(kSecondsPerBlock);
       r.run_block();
@@ -471,16 +481,13 @@ void warp_call(const char* name, const char* file, int line, unsigned mask, void
   me.fiber.suspend();
 }
 
-int barrier(const char* name, const char* file, int line, int id, int threads, bool uniform,
-            int value) {
+namespace {
+
+// The calling thread waits until `threads` have come to the barrier; the sum of their values.
+int meet(const Place& place, int barrier, int threads, bool uniform, int value) {
   Run& r = run();
   Thread& me = r.me();
-  const Place place{name, file, line};
-  if (threads == 0) threads = r.count;
-  if (id < 0 || id >= kBarriers)
-    fail(place.string() + ": there is no barrier " + std::to_string(id));
-  if (id > 0 && threads % kWarp != 0) fail(place.string() + ": threads must be whole warps");
-  Barrier& b = r.barriers[id];
+  Barrier& b = r.barriers[barrier];
   if (b.arrived > 0) {
     const Place& other = r.threads[b.waiting[0]].place;
     if (b.threads != threads) {
@@ -496,7 +503,7 @@ int barrier(const char* name, const char* file, int line, int id, int threads, b
   b.uniform = uniform;
   b.sum += value;
   b.waiting.push_back(r.current);
-  me.barrier = id;
+  me.barrier = barrier;
   r.set_waiting(State::kAtBarrier, place);
   if (++b.arrived == threads) {
     for (const int i : b.waiting) {
@@ -511,12 +518,42 @@ int barrier(const char* name, const char* file, int line, int id, int threads, b
   return me.sum;
 }
 
-unsigned char* shared_memory() { return run().shared; }
+}  // namespace
+
+int barrier(const char* name, const char* file, int line, int id, int threads, bool uniform,
+            int value) {
+  Run& r = run();
+  const Place place{name, file, line};
+  if (threads == 0) threads = r.block_threads;
+  if (id < 0 || id >= kBarriers)
+    fail(place.string() + ": there is no barrier " + std::to_string(id));
+  if (id > 0 && threads % kWarp != 0) fail(place.string() + ": threads must be whole warps");
+  return meet(place, r.rank() * kBarriers + id, threads, uniform, value);
+}
+
+void cluster_barrier(const char* name, const char* file, int line) {
+  meet({name, file, line}, kMaxCluster * kBarriers, run().count, true, 0);
+}
+
+int cluster_rank() { return run().rank(); }
+
+void* in_cluster(void* p, int rank) {
+  check_shared("a distributed shared memory address", p, 1);
+  if ((rank + 1) * run().block_threads > run().count || rank < 0)
+    fail("a block that the cluster lacks");
+  return static_cast<char*>(p) + (rank - run().rank()) * int64_t(run().shared_stride);
+}
+
+unsigned char* shared_memory() {
+  const Run& r = run();
+  return r.shared + size_t(r.rank()) * r.shared_stride;
+}
 
 void check_shared(const char* what, const void* p, size_t bytes) {
   const Run& r = run();
   const auto* address = static_cast<const unsigned char*>(p);
-  const int64_t offset = address - r.shared;
+  int64_t offset = address - r.shared;  // in one of the cluster's blocks
+  if (offset > 0 && address < r.shared_end) offset %= int64_t(r.shared_stride);
   if (offset < 0 || offset + int64_t(bytes) > int64_t(r.shared_bytes)) {
     fail(std::string(what) + " at byte " + std::to_string(offset) +
          " of shared memory, which has " + std::to_string(r.shared_bytes) + " bytes");

@@ -29,6 +29,14 @@ std::map<const void*, int>& shared_limits() {
 
 }  // namespace
 
+unsigned cluster_of(const cudaLaunchConfig_t& config) {
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config.attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) return attribute.val.clusterDim.x;
+  }
+  return 1;
+}
+
 cudaError_t check_launch_config(const void* kernel, const cudaLaunchConfig_t& config) {
   const auto it = shared_limits().find(kernel);
   const size_t limit = it == shared_limits().end() ? kSharedBytesUnasked : it->second;
@@ -38,6 +46,14 @@ cudaError_t check_launch_config(const void* kernel, const cudaLaunchConfig_t& co
                     grid.y <= 65535 && grid.z <= 65535 && block.x >= 1 && block.y >= 1 &&
                     block.z >= 1 && block.x <= 1024 && block.y <= 1024 && block.z <= 64 &&
                     uint64_t(block.x) * block.y * block.z <= uint64_t(kMaxThreads);
+  const unsigned cluster = cluster_of(config);
+  if (cluster > 1) {
+    if (settings.capability < 90 || cluster > unsigned(kMaxCluster) || grid.x % cluster != 0 ||
+        block.x * block.y * block.z * cluster > unsigned(kMaxThreads) ||
+        block.x * block.y * block.z % kWarp != 0) {
+      return cudaErrorInvalidConfiguration;
+    }
+  }
   return fits ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
 

@@ -9,6 +9,9 @@ namespace specextend::emulation {
 // Whether a device would take the launch.
 cudaError_t check_launch_config(const void* kernel, const cudaLaunchConfig_t& config);
 
+// Blocks along x that run together.
+unsigned cluster_of(const cudaLaunchConfig_t& config);
+
 // What is known of an address outside of all memory that may be touched: "the 3rd byte behind ...".
 std::string describe_address(const void* address);
 

@@ -4,9 +4,6 @@
 
 namespace specextend::emulation {
 
-// Index of the thread that runs.
-int thread();
-
 // The block got somewhere: who polls may go on doing so.
 void note_progress();
 

@@ -60,10 +60,17 @@ struct dim3 {
   constexpr operator uint3() const { return {x, y, z}; }
 };
 
-// Attributes of a launch are taken and ignored: kernels here run one after the other.
-enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+// Of the attributes of a launch, those about its beginning are ignored: kernels here run one after
+// the other.
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension = 4,
+  cudaLaunchAttributeProgrammaticStreamSerialization = 6,
+};
 
 union cudaLaunchAttributeValue {
+  struct {
+    unsigned x, y, z;
+  } clusterDim;
   int programmaticStreamSerializationAllowed;
 };
 

@@ -16,6 +16,7 @@ namespace specextend::emulation {
 
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
+constexpr int kMaxCluster = 2;                  // blocks
 constexpr size_t kMaxSharedBytes = 227 * 1024;  // of a block
 constexpr unsigned char kPoison = 0xff;         // every element a NaN, every integer -1
 
@@ -42,6 +43,9 @@ const std::string& last_error();
 
 unsigned lane();
 
+// Its index in the block; in a cluster, those of the next block follow.
+int thread();
+
 // Numbers of the schedule, below `bound`.
 unsigned draw(unsigned bound);
 
@@ -58,6 +62,14 @@ void warp_call(const char* name, const char* file, int line, unsigned mask, void
 // kernel if `uniform`; the sum of their values.
 int barrier(const char* name, const char* file, int line, int id, int threads, bool uniform,
             int value);
+
+// All threads of the cluster.
+void cluster_barrier(const char* name, const char* file, int line);
+
+// Which block of its cluster runs, and what lies in block `rank` where `p` lies in its shared
+// memory.
+int cluster_rank();
+void* in_cluster(void* p, int rank);
 
 unsigned char* shared_memory();
 

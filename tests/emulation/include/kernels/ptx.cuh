@@ -51,6 +51,7 @@ inline void let_successors_begin() {}
 using emulation::mbarrier_arrive_expect_tx;
 using emulation::mbarrier_init;
 using emulation::mbarrier_try_wait_parity;
+inline void mbarrier_arrive(uint64_t* barrier) { mbarrier_arrive_expect_tx(barrier, 0); }
 inline void fence_mbarrier_init() {}
 
 using emulation::bulk_commit_group;

@@ -1,0 +1,36 @@
+#pragma once
+
+// Where elements lie in the Hopper family of tree_attention. Shared by host and device code.
+
+#include <cstdint>
+
+#include "host_device.h"
+
+namespace specextend {
+
+constexpr int kHopperWarpgroupRows = 64;  // of one product of a warpgroup
+constexpr int kHopperBlockRows = 128;     // of a block: two warpgroups multiply
+constexpr int kHopperMinRows = 64;        // of a KV head that it takes more than
+
+// Head dimensions are rounded up to what kernels are made for.
+constexpr int hopper_dim(int head_dim) { return (head_dim + 63) / 64 * 64; }
+
+// Keys of a tile. Sums, logits and weights of a product have to fit into 240 registers.
+constexpr int hopper_tile_keys(int dim) { return dim <= 128 ? 128 : 64; }
+
+// A tile of `rows` rows in shared memory: panels of 64 columns, in which the eight 16-byte vectors
+// of a row change places with the row (the 128-byte swizzle of tensor copies). Index of an element.
+SPECEXTEND_HOST_DEVICE int shared_index(int rows, int row, int column) {
+  return (column / 64 * rows + row) * 64 + ((column / 8 ^ row) & 7) * 8 + column % 8;
+}
+
+// Element i of a product [64, n] in the registers of thread `thread` of the warpgroup.
+SPECEXTEND_HOST_DEVICE int fragment_row(int thread, int i) {
+  return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
+}
+
+SPECEXTEND_HOST_DEVICE int fragment_column(int thread, int i) {
+  return i / 4 * 8 + thread % 4 * 2 + i % 2;
+}
+
+}  // namespace specextend
