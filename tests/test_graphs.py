@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from eagle_heads import LAYERS, make
 from models import VOCAB, prompt, tiny_model
 from tape import HostRead, TapeRecorder
 from transformers import LogitsProcessorList
@@ -66,7 +67,9 @@ class TestTapedRound:
         monkeypatch.undo()
         expected, eager = run(models, config, ids, max_new_tokens=60, **GREEDY)
         assert flat(got) == flat(expected)
-        if shape != "opt":  # whose depth follows the gain one round later when rounds overlap
+        # The depth follows the gain one round later when rounds overlap, and a window moves on
+        # earlier where paddings are counted.
+        if shape != "opt" and draft_cache != "window":
             assert got == expected
             assert spec.stats.retrieved_chunks == eager.stats.retrieved_chunks
         target, draft = taped
@@ -132,6 +135,20 @@ class TestTapedRound:
         monkeypatch.undo()
         expected, _ = run((models[0], "ngram"), config, ids, max_new_tokens=120, **GREEDY)
         assert got == expected
+
+    @pytest.mark.parametrize("dialect", ["eagle1", "eagle3"])
+    @pytest.mark.parametrize("draft_cache", ["full", "window", "retrieval"])
+    def test_eagle_heads(self, taped, monkeypatch, dialect, draft_cache, tmp_path):
+        """Their features come from the captured verify pass."""
+        config = CONFIG.replace(draft_cache=draft_cache, tree_shape="top_k")
+        pair = tiny_model("llama", num_hidden_layers=LAYERS), make(dialect).write(tmp_path)
+        got, _ = run(pair, config, prompt(70), max_new_tokens=50, **GREEDY)
+        assert all(recorder.replays > 5 for recorder in taped)
+        monkeypatch.undo()
+        expected, _ = run(pair, config, prompt(70), max_new_tokens=50, **GREEDY)
+        assert flat(got) == flat(expected)
+        if draft_cache != "window":  # which moves on earlier where paddings are counted
+            assert got == expected
 
     def test_scores_and_logits(self, models, taped, monkeypatch):
         options = dict(
@@ -308,7 +325,9 @@ class TestOnCuda:
             run(on_gpu, config.replace(graphs=how), ids, max_new_tokens=60, **options)[0]
             for how in ("auto", "off")
         ]
-        assert steps[0] == steps[1]
+        assert flat(steps[0]) == flat(steps[1])
+        if draft_cache != "window":
+            assert steps[0] == steps[1]
 
     def test_cuda_round_does_not_synchronise(self, on_gpu):
         spec = SpecExtend(*on_gpu, self.CONFIG)

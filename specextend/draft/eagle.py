@@ -30,6 +30,8 @@ class EagleDraft(Draft):
         config: tree and cache options.
     """
 
+    takes_count = True
+
     def __init__(self, head: EagleHead, config: SpecConfig):
         self.head = head
         self.config = config
@@ -53,12 +55,17 @@ class EagleDraft(Draft):
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.head.parameters())
 
+    def obstacle(self) -> None:
+        return None
+
     def begin(self, prompt, max_length, cache) -> None:
         layers, device = self.head.config.num_layers, prompt.device
-        full = KVCache(layers, max_length + 1 + self.config.tree_keys, batch=1, device=device)
+        # Behind the committed rows: a growing tree, or a path of which not every token counts.
+        rows = max_length + 1 + max(self.config.tree_keys, self.config.max_depth + 1)
+        full = KVCache(layers, rows, batch=1, device=device)
         frequencies = self.head.rope(device).inv_freq.float()
         rotary = Rotary(frequencies.expand(layers, -1).contiguous(), interleaved=False)
-        self._caches = WorkingCache(full, self.config, rotary)
+        self._caches = WorkingCache(full, self.config, rotary, self.graphs)
         self._features: Tensor | None = None  # of the last tokens, whose next ones are not decided
         self._skip = 1  # the prompt's first token stands behind no hidden state
 
@@ -73,28 +80,56 @@ class EagleDraft(Draft):
     def retrieve(self, scores: Tensor) -> Tensor:
         return self._caches.refill(scores)
 
-    def propose(self, tokens, depth, features) -> Tree:
+    def propose(self, tokens, depth, features, count=None) -> Tree:
+        if count is None:
+            tokens, hidden = self._pair(tokens, features)
+        else:  # the last round's tokens, and as many hidden states: nothing is left over
+            hidden = features
         caches = self._caches
-        tokens, hidden = self._pair(tokens, features)
         if not caches.fits(tokens.shape[1]):
-            # After a rest of the gate: more tokens than the working cache has room for.
-            if tokens.shape[1] > 1:
+            if not caches.fits_refilled(tokens.shape[1]):
+                # After a rest of the gate: more tokens than the working cache has room for.
                 self._fill(tokens[:, :-1], hidden[:, :-1])
-            tokens, hidden = tokens[:, -1:], hidden[:, -1:]
+                tokens, hidden = tokens[:, -1:], hidden[:, -1:]
             caches.refill()
         elif caches.needs_refill:
             caches.refill()
-        count = tokens.shape[1]
-        out, hidden = self._forward(tokens, hidden, caches.extend(count))
-        caches.advance(count)
-        self._hidden = hidden[:, -1:]
+        if count is not None:
+            key = ("propose", tokens.shape[1], depth)
+            return self.graphs.call(
+                key,
+                lambda tokens, hidden, count: self._grow(
+                    depth, tokens, self.head.fuse(hidden), count
+                ),
+                tokens,
+                hidden,
+                count,
+            )
+        tree = self._grow(depth, tokens, hidden, None)
+        caches.settle(tokens.shape[1])
+        return tree
+
+    def settle(self, count: int) -> None:
+        self._caches.settle(count)
+
+    def _grow(self, depth: int, tokens: Tensor, hidden: Tensor, count: Tensor | None) -> Tree:
+        """Take in ``tokens`` behind their fused hidden states and grow a tree; on the device."""
+        width = tokens.shape[1]
+        if count is None:
+            last = torch.full((1,), width - 1, device=tokens.device)
+        else:
+            # Rows that do not count are behind those that do, and the tree is written over them.
+            tokens, last = tokens.clamp(min=0), count.long() - 1
+        out, hidden = self._forward(tokens, hidden, self._caches.extend(width))
+        self._caches.commit(width if count is None else count)
+        self._hidden = hidden.index_select(1, last)
         return grow_tree(
-            tokens[:, -1:],
-            self.head.logits(out[:, -1:]),
+            tokens.index_select(1, last),
+            self.head.logits(out.index_select(1, last)),
             self._step,
             self.config,
             depth,
-            self._vocabulary,
+            self.head.vocabulary,
         )
 
     def _pair(self, tokens: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,13 +148,17 @@ class EagleDraft(Draft):
         full.advance(count)
 
     def _forward(self, tokens: Tensor, hidden: Tensor, state: Pass) -> tuple[Tensor, Tensor]:
-        first = self._caches.full.length
-        positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
+        positions = self._positions(tokens.shape[1])
         return self.head(tokens, hidden, positions, attend(state, self.head.config.windows))
+
+    def _positions(self, count: int, first: int = 0) -> Tensor:
+        """[1, count] int64, from the ``first`` one behind the committed ones on."""
+        lens = self._caches.full.lens
+        return lens[:, None] + torch.arange(first, first + count, device=lens.device)
 
     def _step(self, tokens: Tensor, level: int, mask: Tensor, num_keys: int, parents) -> Tensor:
         rows = parents[..., None].expand(-1, -1, self._hidden.shape[-1])
-        positions = torch.full_like(tokens, self._caches.full.length + level)
+        positions = self._positions(1, level).expand_as(tokens)
         attention = attend(self._caches.grow(level, mask, num_keys), self.head.config.windows)
         hidden = self._hidden.gather(1, rows)
         out, self._hidden = self.head(tokens, hidden, positions, attention)
