@@ -37,7 +37,6 @@ constexpr int kFairPolls = 1024;  // from here on no thread is favoured
 constexpr int kMaxPolls = 1 << 22;
 constexpr size_t kSharedGuardBytes = 16 << 20;
 constexpr size_t kSharedAlignment = 1024;
-constexpr size_t kPage = 4096;
 
 struct Place {
   const char* name = "";
@@ -99,7 +98,7 @@ struct Run {
   void* address;
 
   Run() {
-    const size_t bytes = (kMaxCluster * kMaxSharedBytes + kPage - 1) / kPage * kPage;
+    const size_t bytes = round_to_pages(kMaxCluster * kMaxSharedBytes);
     void* memory = mmap(nullptr, bytes + 2 * kSharedGuardBytes, PROT_NONE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) abort();
@@ -356,12 +355,12 @@ std::string kernel_name(const void* kernel) {
 // The memory in front of what the cluster does not have becomes inaccessible.
 void open_shared(Run& r, size_t bytes, size_t cluster) {
   const size_t aligned = (bytes + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
-  const size_t open = (cluster * aligned + kPage - 1) / kPage * kPage;
+  const size_t open = round_to_pages(cluster * aligned);
   r.shared_bytes = bytes;
   r.shared_stride = aligned > 0 ? aligned : 1;
   r.shared = r.shared_end - cluster * aligned;
   if (open != r.shared_open) {
-    const size_t all = (kMaxCluster * kMaxSharedBytes + kPage - 1) / kPage * kPage;
+    const size_t all = round_to_pages(kMaxCluster * kMaxSharedBytes);
     if (mprotect(r.shared_end - all, all - open, PROT_NONE) != 0 ||
         mprotect(r.shared_end - open, open, PROT_READ | PROT_WRITE) != 0) {
       abort();

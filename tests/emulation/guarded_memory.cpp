@@ -19,7 +19,7 @@
 namespace specextend::emulation {
 namespace {
 
-constexpr size_t kPage = 4096;
+const size_t kPage = round_to_pages(1);
 constexpr size_t kAlignment = 16;  // of the end; what kernels may ask of a tensor
 
 struct Piece {
@@ -55,7 +55,7 @@ class GuardedAllocator : public c10::Allocator {
     const c10::Device device(c10::DeviceType::CPU);
     if (bytes == 0) return {nullptr, nullptr, &release, device};
     const size_t aligned = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    const size_t open = (aligned + kPage - 1) / kPage * kPage;
+    const size_t open = round_to_pages(aligned);
     void* mapping = mmap(nullptr, open + 2 * kPage, PROT_NONE,
                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     auto* first = static_cast<unsigned char*>(mapping) + kPage;

@@ -1,10 +1,16 @@
 #pragma once
 
 #include <cuda_runtime_api.h>
+#include <unistd.h>
 
 #include <string>
 
 namespace specextend::emulation {
+
+inline size_t round_to_pages(size_t bytes) {
+  static const size_t page = size_t(sysconf(_SC_PAGESIZE));
+  return (bytes + page - 1) / page * page;
+}
 
 // Whether a device would take the launch.
 cudaError_t check_launch_config(const void* kernel, const cudaLaunchConfig_t& config);
