@@ -110,7 +110,8 @@ def _recipe(args: argparse.Namespace, target: FrozenTarget, stream: TokenStream,
     if checkpoint is not None:
         block = load_block(checkpoint, target.model)
     else:
-        block = new_block(target, stream.batch(0, 1, min(512, preset.length), args.seed).ids)
+        sample = stream.batch(0, 4, min(512, preset.length), args.seed).ids
+        block = new_block(target, sample.to(target.model.device))
     shifted = preset.anchor_offset if args.anchor_offset is None else args.anchor_offset
     block = block.float().requires_grad_(True)
     return LongSpecRecipe(target, block, shifted, args.max_lag, args.labels or "data")
