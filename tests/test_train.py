@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from specextend import SpecConfig, SpecExtend, cli
+from specextend.attention import PatchedModel
 from specextend.draft import EagleDraft, LongSpecDraft
 from specextend.train.data import Batch, TokenStream
 from specextend.train.eagle3 import Eagle3Recipe, feature_layers, frequent_tokens, new_head
@@ -27,6 +28,7 @@ from specextend.train.longspec import (
 from specextend.train.loop import Processes, TrainConfig, Trainer
 from specextend.train.loss import Measured, Wanted, backward_in_blocks, row_loss
 from specextend.train.target import FrozenTarget
+from specextend.train.validation import Continuation, count_rounds
 
 CONFIG = SpecConfig(tree_shape="fixed", tree_widths=(2, 3, 2), draft_cache="full", gate="off")
 RUN = TrainConfig(steps=6, batch=4, micro_batch=2, length=24, lr=5e-3, warmup=1, save_every=3)
@@ -62,9 +64,8 @@ def recipe_of(kind: str, model, stream, **options):
     if kind == "eagle3":
         tokens = frequent_tokens(stream, VOCAB, 60) if options.pop("small", False) else None
         return Eagle3Recipe(target, new_head(target, tokens), options.get("steps", 3), "target")
-    sample = stream.batch(0, 1, 24, 0).ids
     options = {"anchor_offset": True, "max_lag": 4, "labels": "target"} | options
-    return LongSpecRecipe(target, new_block(target, sample), **options)
+    return LongSpecRecipe(target, new_block(target), **options)
 
 
 # ---- what is drawn -------------------------------------------------------------------------------
@@ -374,21 +375,74 @@ class TestRuns:
             TrainConfig(**{**vars(RUN), **change})
 
 
+class TestValidation:
+    @pytest.mark.parametrize("kind", ["longspec", "eagle3", "ngram"])
+    @pytest.mark.parametrize("shape", ["fixed", "top_k"])
+    def test_counts_as_the_loop_does(self, kind, shape, stream):
+        """The same drafts along the same text: the loop's rounds, without its verify passes."""
+        model, config = tiny_model("llama"), CONFIG.replace(tree_shape=shape, tree_depth=3)
+        made = "ngram" if kind == "ngram" else recipe_of(kind, model, stream).draft(config)
+        spec = SpecExtend(model, made, config)
+        ids = torch.cat([prompt(30), prompt(30)], 1)
+        spec.generate(ids, max_new_tokens=50, do_sample=False)
+        layers = spec.draft.feature_layers
+        continuation = Continuation(PatchedModel(model), ids, 50, layers)
+        for _ in range(2):  # a continuation serves many times
+            emitted, rounds = count_rounds(spec.draft, continuation, config)
+            assert (emitted, rounds) == (49, spec.stats.num_rounds)
+
+    def test_drafts_that_retrieve(self, stream):
+        model, config = tiny_model("llama"), CONFIG.replace(draft_cache="retrieval")
+        draft = recipe_of("eagle3", model, stream).draft(config)
+        continuation = Continuation(PatchedModel(model), prompt(30), 5, draft.feature_layers)
+        with pytest.raises(ValueError, match="measured by the loop alone"):
+            count_rounds(draft, continuation, config)
+
+
 class TestBeginnings:
     def test_a_block_begins_with_pieces_of_the_target(self, stream):
         model = tiny_model("qwen2", num_hidden_layers=3)
-        block = recipe_of("longspec", model, stream).module
+        block = new_block(FrozenTarget(model), stream.batch(0, 1, 24, 0).ids)
         first, last = model.model.layers[0], model.model.layers[2]
         assert torch.equal(block.cross_q.weight, last.self_attn.q_proj.weight)
         assert torch.equal(block.self_norm.weight, first.input_layernorm.weight)
         ratio = block.down.weight / last.mlp.down_proj.weight
         assert ratio.std() < 1e-3 * ratio.mean().abs()  # the norm's weights are all 1
 
-    def test_a_block_of_another_kind_of_target_adds_nothing(self, stream):
-        block = recipe_of("longspec", tiny_model("gpt_neox"), stream).module
+    def test_a_head_begins_with_pieces_of_the_target(self):
+        """Its near heads attend as the target's first layer, its far heads find its keys."""
+        model = tiny_model("llama", num_hidden_layers=4)
+        target = FrozenTarget(model)
+        head = new_head(target, from_target=True)
+        ids = prompt(12)
+        positions = torch.arange(12)[None]
+        features = target.read(ids, positions, False, head.config.feature_layers).features
+        seen = {}
+
+        def attend(index, q, k, v):
+            seen["k"] = k
+            return torch.zeros_like(q)
+
+        head(ids[:, 1:], head.fuse(features[:, :-1]), positions[:, :-1], attend)
+        cache = target._cache.layers  # of the reading above: keys per layer
+        torch.testing.assert_close(seen["k"][:, :, 2:], cache[3].k[:, :-1], rtol=1e-3, atol=1e-4)
+        near = target.model.model.layers[0].self_attn
+        expected = near.v_proj(target.model.model.layers[0].input_layernorm(
+            target.embedding(ids[:, 1:])))  # fmt: skip
+        weight = head.layers[0].self_attn.v_proj.weight[: expected.shape[-1]]
+        embeds = head.layers[0].input_layernorm(target.embedding(ids[:, 1:]))
+        torch.testing.assert_close(embeds @ weight[:, :32].T, expected)
+
+    @pytest.mark.parametrize("family", ["gpt_neox", "gemma2"])
+    def test_random_beginnings_add_nothing(self, family, stream):
+        target = FrozenTarget(tiny_model(family))
+        block = new_block(target)
         x = torch.randn(1, 5, 32)
         out = block(x, lambda q, k, v: torch.randn_like(q), lambda q: torch.randn_like(q))
         assert torch.equal(out, x)
+        for begin in (lambda: new_block(target, prompt(20)), lambda: new_head(target, None, True)):
+            with pytest.raises(ValueError, match="has no pieces .*; begin with random weights"):
+                begin()
 
     def test_layers_that_a_head_reads(self):
         assert feature_layers(32) == (2, 16, 29)
@@ -422,6 +476,7 @@ class TestCommand:
     @pytest.mark.parametrize("kind", ["longspec", "eagle3"])
     def test_trains_validates_resumes(self, folder, kind, capsys):
         options = ("--kind", kind, "--steps", "4", "--log-every", "2", "--no-tensorboard",
+                   "--start", "target",
                    "--validation-data", str(folder / "held.txt"), "--validation-length", "40",
                    "--validation-tokens", "8", "--validate-every", "2")  # fmt: skip
         assert self.run(folder, *options) == 0

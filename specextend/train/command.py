@@ -13,7 +13,6 @@ import torch
 
 from ..assets import target_path
 from ..config import SpecConfig
-from ..decode import SpecExtend
 from ..draft.checkpoint import Checkpoint
 from ..draft.eagle_head import EagleHead
 from ..draft.longspec import load_block
@@ -24,6 +23,7 @@ from .longspec import LongSpecRecipe, new_block
 from .loop import Processes, Report, TrainConfig, Trainer, append_log
 from .options import PRESETS, Preset
 from .target import FrozenTarget
+from .validation import Continuation, count_rounds
 
 
 def _processes() -> tuple[Processes, torch.device | None]:
@@ -57,7 +57,7 @@ def acceptance_validator(
     target: FrozenTarget, recipe, stream: TokenStream, prompts: int, length: int, tokens: int
 ) -> Callable[[], float]:
     """A function that measures the mean acceptance length of the draft as it is: greedy, on
-    prompts spread evenly over a text, with the loop itself.
+    prompts spread evenly over a text.
 
     Raises:
         ValueError: the text is too short.
@@ -67,19 +67,18 @@ def acceptance_validator(
         raise ValueError(
             f"the validation text has {len(stream)} tokens, prompts of {length} are wanted"
         )
-    device = target.model.device
-    starts = [room * i // max(1, prompts - 1) for i in range(prompts)]
-    ids = [torch.tensor(stream.ids[s : s + length].astype("int64"))[None] for s in starts]
-    config = SpecConfig(tree_shape="fixed", draft_cache="full", gate="off", seed=0)
+    config = SpecConfig(tree_shape="fixed", draft_cache="full")
+    layers, continuations = recipe.draft(config).feature_layers, []
+    for i in range(prompts):
+        start = room * i // max(1, prompts - 1)
+        ids = torch.from_numpy(stream.ids[start : start + length].astype("int64"))[None]
+        ids = ids.to(target.model.device)
+        continuations.append(Continuation(target.patched, ids, tokens, layers))
 
     def measure() -> float:
-        emitted = rounds = 0
-        for prompt in ids:
-            spec = SpecExtend(target.model, recipe.draft(config), config)
-            spec.generate(prompt.to(device), max_new_tokens=tokens, do_sample=False)
-            emitted += spec.stats.num_emitted_tokens - 1  # the first token is the prefill's
-            rounds += spec.stats.num_rounds
-        return emitted / max(1, rounds)
+        draft = recipe.draft(config)
+        counts = [count_rounds(draft, continuation, config) for continuation in continuations]
+        return sum(emitted for emitted, _ in counts) / max(1, sum(rounds for _, rounds in counts))
 
     return measure
 
@@ -104,14 +103,17 @@ def _recipe(args: argparse.Namespace, target: FrozenTarget, stream: TokenStream,
             tokens = None
             if args.draft_vocab is not None:
                 tokens = frequent_tokens(stream, target.vocab, args.draft_vocab)
-            head = new_head(target, tokens)
+            head = new_head(target, tokens, args.start == "target")
         head = head.float().requires_grad_(True)
         return Eagle3Recipe(target, head, args.ttt_steps, args.labels or "target")
     if checkpoint is not None:
         block = load_block(checkpoint, target.model)
     else:
-        sample = stream.batch(0, 4, min(512, preset.length), args.seed).ids
-        block = new_block(target, sample.to(target.model.device))
+        sample = None
+        if args.start == "target":
+            sample = stream.batch(0, 4, min(512, preset.length), args.seed).ids
+            sample = sample.to(target.model.device)
+        block = new_block(target, sample)
     shifted = preset.anchor_offset if args.anchor_offset is None else args.anchor_offset
     block = block.float().requires_grad_(True)
     return LongSpecRecipe(target, block, shifted, args.max_lag, args.labels or "data")

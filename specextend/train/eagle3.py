@@ -17,8 +17,11 @@ from ..draft.eagle import EagleDraft
 from ..draft.eagle_head import EagleHead, HeadConfig
 from .data import Batch, TokenStream
 from .loss import Measured, Wanted, row_loss
-from .target import FrozenTarget
+from .target import FrozenTarget, check_norm
 
+# In a head that begins with pieces of the target: how much of the feature the residual has, and how
+# much stronger the first layer's heads are, as the embedding itself is not there.
+RESIDUAL, NEAR = 0.3, 2.0
 DECAY = 0.8  # weight of a step's loss against that of the step before it
 
 
@@ -36,22 +39,30 @@ def frequent_tokens(stream: TokenStream, vocab: int, count: int) -> Tensor:
     return torch.from_numpy(np.sort(order))
 
 
-def new_head(target: FrozenTarget, tokens: Tensor | None = None) -> EagleHead:
+def new_head(
+    target: FrozenTarget, tokens: Tensor | None = None, from_target: bool = False
+) -> EagleHead:
     """An untrained head with the target's sizes and rotary base.
 
     Args:
         target: the target.
         tokens: [draft vocabulary] int64 ids, ascending, that the head will propose, with a matrix
             of its own that begins as the target's rows; None: the target's head, for all of them.
+        from_target: begin with pieces of the target (:func:`_target_pieces`) instead of random
+            weights; the head then has twice the target's attention heads.
+
+    Raises:
+        ValueError: the target has no such pieces.
     """
     model, config = target.model, target.model.config.get_text_config()
-    heads = config.num_attention_heads
+    heads, times = config.num_attention_heads, 2 if from_target else 1
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
     rope = getattr(config, "rope_parameters", None) or {}
     said = {
         "hidden_size": config.hidden_size,
-        "num_attention_heads": heads,
-        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(config, "head_dim", None),
+        "num_attention_heads": times * heads,
+        "num_key_value_heads": times * kv_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
         "intermediate_size": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         "vocab_size": config.vocab_size,
         "draft_vocab_size": None if tokens is None else len(tokens),
@@ -72,7 +83,53 @@ def new_head(target: FrozenTarget, tokens: Tensor | None = None) -> EagleHead:
         if tokens is not None:
             head.d2t.copy_(tokens - torch.arange(len(tokens)))
             head.lm_head.weight.copy_(target.head.weight[tokens.to(target.head.weight.device)])
+        if from_target:
+            try:
+                head.load_state_dict(_target_pieces(target, head.config), strict=False)
+            except (AttributeError, RuntimeError) as error:
+                raise ValueError(
+                    f"{type(model).__name__} has no pieces that a head could begin with ({error}); "
+                    "begin with random weights"
+                ) from error
     return head.to(model.device)
+
+
+def _target_pieces(target: FrozenTarget, config: HeadConfig) -> dict[str, Tensor]:
+    """Parameters of a Llama under the head's names.
+
+    Half of the attention heads are its first layer's and look at the embeddings. The other half are
+    those of a deep layer whose input is one of the features: they ask with the embedding, and look
+    at that feature. The MLP is that layer's.
+    """
+    decoder = target.model.get_decoder()
+    check_norm(decoder.norm)
+    depth, size = len(decoder.layers), config.hidden_size
+    place = max(i for i, index in enumerate(config.feature_layers) if index < depth)
+    first, deep = decoder.layers[0], decoder.layers[config.feature_layers[place]]
+    near, far = first.self_attn, deep.self_attn
+    fc = torch.zeros(size, len(config.feature_layers) * size)
+    fc[:, place * size : (place + 1) * size] = RESIDUAL * torch.eye(size)
+    # The embedding comes through the first layer's norm; the far queries want the deep one's.
+    norms = deep.input_layernorm.weight / first.input_layernorm.weight
+    none = {p: torch.zeros_like(getattr(near, f"{p}_proj").weight) for p in "qkv"}
+    pieces = {
+        "fc.weight": fc,
+        "norm.weight": decoder.norm.weight,
+        "layers.0.input_layernorm.weight": first.input_layernorm.weight,
+        "layers.0.hidden_norm.weight": deep.input_layernorm.weight,
+        "layers.0.post_attention_layernorm.weight": deep.post_attention_layernorm.weight,
+        "layers.0.self_attn.o_proj.weight": torch.cat(
+            [near.o_proj.weight * NEAR, far.o_proj.weight], 1
+        ),
+    }
+    for p in "qkv":
+        ours = torch.cat([getattr(near, f"{p}_proj").weight, none[p]], 1)
+        theirs = getattr(far, f"{p}_proj").weight
+        halves = [theirs * norms, none[p]] if p == "q" else [none[p], theirs]
+        pieces[f"layers.0.self_attn.{p}_proj.weight"] = torch.cat([ours, torch.cat(halves, 1)])
+    for p in ("gate", "up", "down"):
+        pieces[f"layers.0.mlp.{p}_proj.weight"] = getattr(deep.mlp, f"{p}_proj").weight
+    return pieces
 
 
 class Eagle3Recipe:

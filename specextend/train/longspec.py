@@ -20,7 +20,7 @@ from ..draft.longspec import (
 )
 from .data import Batch
 from .loss import Measured, Wanted, backward_in_blocks
-from .target import FrozenTarget
+from .target import FrozenTarget, check_norm
 
 ANCHORS = 4  # tokens at the beginning that may keep their positions
 
@@ -121,18 +121,21 @@ def training_form(
     return block(embeddings, self_attention, cross_attention)
 
 
-def new_block(target: FrozenTarget, sample: Tensor) -> LongSpecBlock:
-    """An untrained block, which begins as the pieces of the target that it resembles.
+def new_block(target: FrozenTarget, sample: Tensor | None = None) -> LongSpecBlock:
+    """An untrained block.
 
-    Its self-attention reads what the target's first layer reads, its cross-attention looks into
-    the last layer's keys: it starts with the projections of these two, and with the last layer's
-    MLP. What they add to the residual stream is scaled by what the target's last norm would do to
-    ``sample``, since no norm follows the block. Where a target has no such parts (other names,
-    fused projections), all is random, and the block adds nothing at first.
+    Without a sample it is random, and adds nothing at first. With one it begins as the pieces of
+    the target that it resembles: its self-attention reads what the target's first layer reads, its
+    cross-attention looks into the last layer's keys, so it starts with the projections of these
+    two, and with the last layer's MLP. What they add to the residual stream is scaled by what the
+    target's last norm would do, on average, to the sample, since no norm follows the block.
 
     Args:
         target: the target.
         sample: [B, L] int64 tokens of the training text.
+
+    Raises:
+        ValueError: the target has no such pieces.
     """
     block = LongSpecBlock(BlockShape.of_target(target.model)).to(target.model.device)
     matrices = [p for p in block.parameters() if p.dim() > 1]
@@ -143,10 +146,14 @@ def new_block(target: FrozenTarget, sample: Tensor) -> LongSpecBlock:
             module.bias.zero_()
         for module in (block.self_out, block.cross_out, block.down):
             module.weight.zero_()
-        try:
-            block.load_state_dict(_target_pieces(target, sample), strict=False)
-        except (AttributeError, RuntimeError):  # a part that is not there, or of another shape
-            pass
+        if sample is not None:
+            try:
+                block.load_state_dict(_target_pieces(target, sample), strict=False)
+            except (AttributeError, RuntimeError) as error:
+                raise ValueError(
+                    f"{type(target.model).__name__} has no pieces that a block could begin with "
+                    f"({error}); begin with random weights"
+                ) from error
     return block
 
 
@@ -155,9 +162,7 @@ def _target_pieces(target: FrozenTarget, sample: Tensor) -> dict[str, Tensor]:
     decoder = target.model.get_decoder()
     first, last, norm = decoder.layers[0], decoder.layers[-1], decoder.norm
     near, far, mlp = first.self_attn, last.self_attn, last.mlp
-    probe = torch.randn(1, norm.weight.shape[0]).to(norm.weight)
-    if not torch.allclose(norm(probe), F.rms_norm(probe, probe.shape[1:], norm.weight), rtol=0.02):
-        raise AttributeError("its norms are of another kind")  # Gemma's add 1 to their weights
+    check_norm(norm)
     seen: list[Tensor] = []
     hook = norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:

@@ -39,6 +39,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--output", metavar="FOLDER", required=True)
     group.add_argument("--init", metavar="DRAFT", help="begin from a trained draft of this kind")
+    group.add_argument(
+        "--start", choices=("random", "target"), default="random",
+        help="a new draft begins with random weights, or with layers of the target, which a Llama "
+        "or one of its kin has [random]",
+    )  # fmt: skip
     group.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
 
     group = parser.add_argument_group("training")

@@ -73,3 +73,16 @@ class FrozenTarget:
         out = self.patched.forward(ids, positions, state, last_only=not logits)
         last = cache.layers[-1]
         return Reading(last.k, last.v, out[..., : self.vocab] if logits else None, state.features)
+
+
+def check_norm(norm: torch.nn.Module) -> None:
+    """Refuse norms whose weights mean something else than Llama's, such as Gemma's, which add 1.
+
+    Raises:
+        AttributeError: as for any part of a Llama that a target does not have.
+    """
+    weight = norm.weight
+    probe = torch.randn(4, weight.shape[0]).to(weight)
+    plain = torch.nn.functional.rms_norm(probe, weight.shape, weight)
+    if not torch.allclose(norm(probe), plain, rtol=0.02, atol=0.02):
+        raise AttributeError("its norms are of another kind")
