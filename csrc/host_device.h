@@ -17,4 +17,12 @@ SPECEXTEND_HOST_DEVICE float rounded_product(float a, float b) {
 #endif
 }
 
+SPECEXTEND_HOST_DEVICE double rounded_product(double a, double b) {
+#ifdef __CUDA_ARCH__
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 }  // namespace specextend

@@ -228,6 +228,13 @@ def test_nothing_left_by_rounding(device):
     assert got == [[0, -1], 0, [1, -1], 1]
 
 
+def test_nothing_left_after_two_rejections(device):
+    # Laws that are not normalised get there; what the first rejection left is kept.
+    p, q = [0.5, 1.5], [1.0, 1.0]
+    got = single([9, 0, 0], [-1, 0, 0], [p] * 3, [q] * 3, [0, 0.9, 0.9], [0.1, 0, 0], device)
+    assert got == [[0, -1, -1], 0, [1, -1, -1], 1]
+
+
 def test_leaves_do_not_read_the_draft(device):
     tokens, parents, target, draft, uniforms, final = random_case(11)
     assert tokens.shape[1] > 2

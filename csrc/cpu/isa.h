@@ -5,11 +5,9 @@
 #include <vector>
 
 #include "params.h"
+#include "vocab.h"
 
 namespace specextend::cpu {
-
-constexpr int kVocabBlock = 512;  // elements of a row of logits that are summed together
-constexpr int kVocabLanes = 16;   // partial maxima and sums of a block
 
 struct RowStats {
   float max;  // of the elements that are not NaN; -inf if there is none
@@ -20,8 +18,8 @@ struct RowStats {
 struct VocabKernels {
   // Lowest index of the largest element; -1 if one is NaN or all are -inf.
   int64_t (*argmax)(const void* row, int64_t n);
-  // Per block of kVocabBlock: the largest element of the row so far (ref), the sum of exp(x - ref),
-  // where NaN counts as -inf, and the largest element of each lane.
+  // Per block: its largest element (ref), the sum of exp(x - ref), where NaN counts as -inf, and the
+  // largest element of each lane.
   RowStats (*row_stats)(const void* row, int64_t n, float* block_refs, double* block_sums,
                         float* lane_max);
   // out = exp(x - ref), with the bits that row_stats summed. n <= kVocabBlock.

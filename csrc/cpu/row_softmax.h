@@ -1,38 +1,54 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 
-#include "cpu/isa.h"
+#include "vocab.h"
 
 namespace specextend::cpu {
 
-inline int64_t num_vocab_blocks(int64_t vocab) { return (vocab + kVocabBlock - 1) / kVocabBlock; }
-
-// What a block's sum, in units of exp(ref), counts in units of exp(max).
-inline double block_scale(float ref, float max) {
-  return ref == max ? 1. : std::exp(double(ref) - double(max));
-}
-
-// Turns the sums of row_stats into cumulative sums over the blocks, all in units of exp(max), and
-// returns the last: the denominator of the row's softmax. max is finite.
-inline double accumulate_blocks(const float* refs, double* sums, int64_t num_blocks, float max) {
+// Turns the blocks' values into their cumulative sums by runs, and returns the last.
+inline double accumulate(double* values, int64_t n) {
   double total = 0.;
-  for (int64_t b = 0; b < num_blocks; ++b) {
-    total += sums[b] * block_scale(refs[b], max);
-    sums[b] = total;
+  for (int64_t begin = 0; begin < n; begin += kVocabRun) {
+    const int64_t end = std::min(begin + kVocabRun, n);
+    double sum = 0.;
+    for (int64_t i = begin; i < end; ++i) {
+      sum += values[i];
+      values[i] = total + sum;
+    }
+    total += sum;
   }
   return total;
 }
 
-// The first block whose cumulative sum exceeds the threshold; where none does, because the
-// threshold is the whole sum, the last block that adds to it.
+// The same for the sums of row_stats, all in units of exp(max): the denominator of the row's
+// softmax. max is finite.
+inline double accumulate_blocks(const float* refs, double* sums, int64_t num_blocks, float max) {
+  for (int64_t b = 0; b < num_blocks; ++b) sums[b] *= block_scale(refs[b], max);
+  return accumulate(sums, num_blocks);
+}
+
+// The first block whose cumulative sum exceeds the threshold of a draw.
 inline int64_t block_above(const double* cumulative, int64_t num_blocks, double threshold) {
-  const double* end = cumulative + num_blocks;
-  const double* above = std::upper_bound(cumulative, end, threshold);
-  if (above == end) above = std::lower_bound(cumulative, end, end[-1]);
-  return above - cumulative;
+  return std::upper_bound(cumulative, cumulative + num_blocks, threshold) - cumulative;
+}
+
+// The first of n values whose cumulative sum by runs, from `base` on, exceeds the threshold; where
+// rounding lets none, the last above 0.
+inline int first_above(const double* values, int n, double base, double threshold) {
+  int last = 0;
+  for (int begin = 0; begin < n; begin += kVocabRun) {
+    double sum = 0.;
+    for (int i = begin; i < std::min(begin + kVocabRun, n); ++i) {
+      if (!(values[i] > 0.)) continue;
+      last = i;
+      sum += values[i];
+      if (base + sum > threshold) return i;
+    }
+    base += sum;
+  }
+  return last;
 }
 
 }  // namespace specextend::cpu

@@ -27,22 +27,16 @@ int64_t draw(const VocabKernels& kernels, const void* row, int64_t vocab, int el
   if (stats.has_nan || std::isnan(u) || std::isinf(stats.max)) return -1;
 
   const double total = accumulate_blocks(refs, sums, num_blocks, stats.max);
-  const double threshold = std::max(u, 0.) * total;
+  const double threshold = draw_threshold(u, total);
   const int64_t block = block_above(sums, num_blocks, threshold);
   const int64_t begin = block * kVocabBlock;
   const int size = int(std::min<int64_t>(kVocabBlock, vocab - begin));
   float e[kVocabBlock];
   kernels.exp_block(static_cast<const char*>(row) + begin * element_size, size, refs[block], e);
   const double scale = block_scale(refs[block], stats.max);
-  double sum = block > 0 ? sums[block - 1] : 0.;
-  int64_t last = begin;
-  for (int i = 0; i < size; ++i) {
-    if (e[i] == 0.f) continue;
-    last = begin + i;
-    sum += e[i] * scale;
-    if (sum > threshold) break;
-  }
-  return last;
+  double values[kVocabBlock];
+  for (int i = 0; i < size; ++i) values[i] = e[i] * scale;
+  return begin + first_above(values, size, block > 0 ? sums[block - 1] : 0., threshold);
 }
 
 }  // namespace

@@ -64,24 +64,25 @@ class Walk {
   int64_t* next_root_;
 };
 
-// fp64, in eight lanes that are added in order.
-double sum(const float* x, int64_t n) {
-  double lanes[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    for (int lane = 0; lane < 8; ++lane) lanes[lane] += double(x[i + lane]);
+// Of one block.
+double block_sum(const float* x, int n) {
+  double lanes[kVocabLanes] = {};
+  int i = 0;
+  for (; i + kVocabLanes <= n; i += kVocabLanes) {
+    for (int lane = 0; lane < kVocabLanes; ++lane) lanes[lane] += double(x[i + lane]);
   }
-  for (; i < n; ++i) lanes[i % 8] += double(x[i]);
-  double total = 0.;
-  for (double lane : lanes) total += lane;
-  return total;
+  for (; i < n; ++i) lanes[i % kVocabLanes] += double(x[i]);
+  for (int w = kVocabLanes / 2; w > 0; w /= 2) {
+    for (int lane = 0; lane < w; ++lane) lanes[lane] += lanes[lane + w];
+  }
+  return lanes[0];
 }
 
 // What is left of the target's law at one node while its children are rejected: the normalised
 // positive part of law - draft, again and again.
 class Residual {
  public:
-  explicit Residual(int64_t vocab) : vocab_(vocab) {}
+  explicit Residual(int64_t vocab) : vocab_(vocab), num_blocks_(num_vocab_blocks(vocab)) {}
 
   void start(const float* target) {
     weights_ = target;
@@ -92,13 +93,14 @@ class Residual {
 
   void subtract(const float* draft) {
     static thread_local Scratch<float> scratch;
-    float* rest = scratch.get(size_t(vocab_));
+    float* rest = scratch.get(size_t(2 * vocab_));
+    if (weights_ == rest) rest += vocab_;
     const double scale = 1. / total_;
     for (int64_t i = 0; i < vocab_; ++i) {
       const float x = float(double(weights_[i]) * scale - double(draft[i]));
       rest[i] = x < 0.f ? 0.f : x;  // NaN stays
     }
-    const double total = sum(rest, vocab_);
+    const double total = accumulate(block_sums(rest), num_blocks_);
     // Where the draft's law is the target's up to rounding nothing is left, and any token will do:
     // a rejection has the probability of that rounding.
     if (total == 0.) return;
@@ -108,34 +110,36 @@ class Residual {
 
   // The first token whose cumulative probability exceeds u; -1 where that is undefined.
   int64_t draw(double u) const {
-    static thread_local Scratch<double> scratch;
-    const int64_t num_blocks = num_vocab_blocks(vocab_);
-    double* cumulative = scratch.get(size_t(num_blocks));
-    double total = 0.;
-    for (int64_t b = 0; b < num_blocks; ++b) {
-      const int64_t begin = b * kVocabBlock;
-      total += sum(weights_ + begin, std::min<int64_t>(kVocabBlock, vocab_ - begin));
-      cumulative[b] = total;
-    }
+    double* cumulative = block_sums(weights_);
+    const double total = accumulate(cumulative, num_blocks_);
     if (!(total > 0.) || std::isinf(total) || std::isnan(u)) return -1;
-    const double threshold = std::max(u, 0.) * total;
-    const int64_t block = block_above(cumulative, num_blocks, threshold);
-    const int64_t end = std::min((block + 1) * kVocabBlock, vocab_);
-    double above = block > 0 ? cumulative[block - 1] : 0.;
-    int64_t token = -1;
-    for (int64_t i = block * kVocabBlock; i < end; ++i) {
-      if (!(weights_[i] > 0.f)) continue;
-      token = i;
-      above += double(weights_[i]);
-      if (above > threshold) break;
-    }
-    return token;
+    const double threshold = draw_threshold(u, total);
+    const int64_t block = block_above(cumulative, num_blocks_, threshold);
+    const int64_t begin = block * kVocabBlock;
+    const int size = block_size(begin);
+    double values[kVocabBlock];
+    std::copy_n(weights_ + begin, size, values);
+    const double base = block > 0 ? cumulative[block - 1] : 0.;
+    return begin + first_above(values, size, base, threshold);
   }
 
  private:
+  int block_size(int64_t begin) const {
+    return int(std::min<int64_t>(kVocabBlock, vocab_ - begin));
+  }
+
+  double* block_sums(const float* x) const {
+    static thread_local Scratch<double> scratch;
+    double* sums = scratch.get(size_t(num_blocks_));
+    for (int64_t b = 0; b < num_blocks_; ++b) {
+      sums[b] = block_sum(x + b * kVocabBlock, block_size(b * kVocabBlock));
+    }
+    return sums;
+  }
+
   const float* weights_ = nullptr;
   double total_ = 1.;
-  int64_t vocab_;
+  int64_t vocab_, num_blocks_;
 };
 
 }  // namespace

@@ -9,9 +9,10 @@ def sample_nodes(logits: Tensor, uniforms: Tensor | None = None) -> Tensor:
 
     With ``uniforms`` the token is the first, in order of ids, whose cumulative probability under
     ``softmax(logits)`` exceeds the node's uniform number. The exponentials are fp32, their sums
-    fp64 in fixed order: a row and a uniform number give the same token in any batch, on any number
-    of threads and on any instruction set, and a change of the logits by rounding changes it only
-    where the uniform number is as close as that to the boundary between two tokens. With noise
+    fp64 in fixed order (``csrc/vocab.h``): a row and a uniform number give the same token in any
+    batch, on any number of threads, on any instruction set and on any GPU, and a change of the
+    logits by rounding changes it only where the uniform number is as close as that to the boundary
+    between two tokens. With noise
     that belongs to the position, sampled speculative output therefore equals sampled plain output
     token by token.
 
@@ -23,7 +24,7 @@ def sample_nodes(logits: Tensor, uniforms: Tensor | None = None) -> Tensor:
 
     Returns:
         tokens: [B, N] int64. Never one of probability 0, which with ``uniforms`` includes those
-        87 or more below the largest logit. -1 where there is no choice: a row with a NaN, or all
+        87 or more below the largest logit of their block of 512. -1 where there is no choice: a row with a NaN, or all
         -inf; with ``uniforms`` also a row with +inf, or a NaN in its place in ``uniforms``.
 
     Nothing is read on the host.

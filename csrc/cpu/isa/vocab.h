@@ -2,9 +2,8 @@
 
 // Passes over one row of logits, compiled once per instruction set by table.h.
 //
-// A row is cut into blocks of kVocabBlock elements and every block into kVocabLanes lanes, however
-// wide the registers are; element j belongs to lane j % kVocabLanes. Nothing is fused or reordered,
-// so a row gives the same bits on every instruction set.
+// Sums are formed as csrc/vocab.h says, however wide the registers are. Nothing is fused or
+// reordered, so a row gives the same bits on every instruction set.
 
 #include <cmath>
 #include <cstdint>
@@ -163,21 +162,18 @@ SPECEXTEND_ALWAYS_INLINE bool any_above(const Lanes& v, float x) {
   return bits != 0;
 }
 
-// exp(x) for x <= 0 within 1 ulp or so; 0 below -87 and for NaN. Cody-Waite reduction by multiples
-// of log 2 (its high part has 9 bits, so the product is exact) and a minimax polynomial for
-// (exp(r) - 1 - r) / r^2 on |r| <= log(2) / 2, of relative error 3e-9.
+// exp_nonpositive(float) of csrc/vocab.h, lane by lane.
 SPECEXTEND_ALWAYS_INLINE Floats exp(Floats x) {
-  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
-  const Floats shifted = x * 0x1.715476p+0f + kRound;
-  const Floats n = shifted - kRound;
-  const Floats r = (x - n * 0x1.63p-1f) - n * -0x1.bd0106p-13f;
-  Floats p = r * 0x1.6a23ccp-10f + 0x1.123a2p-7f;
-  p = p * r + 0x1.5558f2p-5f;
-  p = p * r + 0x1.555492p-3f;
-  p = p * r + 0x1.fffffcp-2f;
+  const Floats shifted = x * Exp32::kLog2E + Exp32::kRound;
+  const Floats n = shifted - Exp32::kRound;
+  const Floats r = (x - n * Exp32::kLn2High) - n * Exp32::kLn2Low;
+  Floats p = r * Exp32::kP4 + Exp32::kP3;
+  p = p * r + Exp32::kP2;
+  p = p * r + Exp32::kP1;
+  p = p * r + Exp32::kP0;
   p = p * (r * r) + r + 1.f;
   const Ints bits = as_ints(p) + (as_ints(shifted) << 23);
-  return as_floats(bits & (x >= -87.f));
+  return as_floats(bits & (x >= Exp32::kLeast));
 }
 
 template <typename T>
@@ -215,7 +211,7 @@ template <typename T>
 RowStats row_stats(const void* row, int64_t n, float* block_refs, double* block_sums,
                    float* lane_max) {
   const T* x = static_cast<const T*>(row);
-  float ref = -INFINITY;
+  float best = -INFINITY;
   Ints nan{};
   for (int64_t begin = 0, b = 0; begin < n; begin += kVocabBlock, ++b) {
     const int size = int(n - begin < kVocabBlock ? n - begin : kVocabBlock);
@@ -228,7 +224,8 @@ RowStats row_stats(const void* row, int64_t n, float* block_refs, double* block_
       }
     });
     std::memcpy(lane_max + b * kVocabLanes, m.part, sizeof(m.part));
-    if (any_above(m, ref)) ref = highest(m);
+    const float ref = highest(m);
+    best = ref > best ? ref : best;
 
     Doubles low[kParts] = {}, high[kParts] = {};
     const Floats bound = broadcast(ref);
@@ -243,7 +240,7 @@ RowStats row_stats(const void* row, int64_t n, float* block_refs, double* block_
     block_refs[b] = ref;
     block_sums[b] = add_lanes(low, high);
   }
-  return {ref, any(nan)};
+  return {best, any(nan)};
 }
 
 template <typename T>
