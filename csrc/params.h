@@ -24,16 +24,17 @@ struct TreeAttentionParams {
   const int32_t* prefix_lens;  // [B]: P, clamped to [0, S - N]
   const uint64_t* mask;        // [B, M, ceil(N / 64)] packed visibility (tree.h); null: a chain
   const int32_t* q_depths;     // [B, M]: position of a row is P + depth; null: a chain's
-  const int32_t* k_depths;     // [B, N]: likewise for the tree's keys; both are read with a window only
-  const float* sinks;          // [Hq]: a logit that takes part in the softmax with no value; or null
-  void* out;                   // [B, M, Hq, D], contiguous
-  float* lse;                  // [B, M, Hq], natural log, over the keys alone (without the sink)
-  float* chunk_lse;            // [B, M, Hq, num_chunks] over the prefix's chunks, or null
-  int64_t capacity;            // S
+  const int32_t*
+      k_depths;        // [B, N]: likewise for the tree's keys; both are read with a window only
+  const float* sinks;  // [Hq]: a logit that takes part in the softmax with no value; or null
+  void* out;           // [B, M, Hq, D], contiguous
+  float* lse;          // [B, M, Hq], natural log, over the keys alone (without the sink)
+  float* chunk_lse;    // [B, M, Hq, num_chunks] over the prefix's chunks, or null
+  int64_t capacity;    // S
   int batch, num_rows, num_tree_keys, num_heads, num_kv_heads, head_dim;
   int chunk_size, num_chunks;  // num_chunks = ceil(S / chunk_size)
   int window;                  // keys at positions > position - window are seen; 0: all
-  float scale, softcap;        // softcap 0: none, else logits become softcap * tanh(logit / softcap)
+  float scale, softcap;  // softcap 0: none, else logits become softcap * tanh(logit / softcap)
 };
 
 // Two partial attentions over disjoint key sets -> one. All tensors contiguous.
@@ -135,6 +136,13 @@ struct SampleNodesParams {
   int batch, num_nodes;
 };
 
+// Its working memory on a GPU: a place for each row, and in it for each block of vocab.h.
+struct SampleNodesScratch {
+  uint64_t* keys;  // [B * N, blocks], without uniforms
+  float* refs;     // [B * N, blocks], with uniforms
+  double* sums;    // [B * N, run_place(blocks)], with uniforms
+};
+
 // The top_k children of every frontier node, and the best `width` of all: the next frontier.
 struct ExpandTreeParams {
   const void* logits;  // [B, F, V]
@@ -146,6 +154,15 @@ struct ExpandTreeParams {
   float* beam_logp_out;    // [B, width]
   int64_t vocab;
   int batch, frontier, top_k, width;
+};
+
+// Its working memory on a GPU.
+struct ExpandTreeScratch {
+  float* refs;           // [B * F, blocks] of vocab.h
+  double* sums;          // [B * F, run_place(blocks)]
+  uint64_t* lane_keys;   // [B * F, blocks, kVocabLanes]: of each lane's best element
+  uint64_t* candidates;  // [B * F, capacity] or null: shared memory is enough
+  uint64_t* beam;        // [B, capacity] or null
 };
 
 // The best nodes of a pool of candidates, as a tree. All tensors contiguous.
@@ -173,8 +190,8 @@ struct ChunkScoresParams {
   bool tree;     // a head's mass that no chunk has is that of tree keys behind the prefix
 };
 
-// Likewise from the keys alone, of which the row sees all: `attention` without values, outputs, tree
-// or sinks, its prefix being all keys.
+// Likewise from the keys alone, of which the row sees all: `attention` without values, outputs,
+// tree or sinks, its prefix being all keys.
 struct ChunkScoresKeysParams {
   TreeAttentionParams attention;
   const int32_t* rows;  // [B], clamped to [0, M)

@@ -24,6 +24,10 @@ SPECEXTEND_HOST_DEVICE int64_t num_vocab_blocks(int64_t vocab) {
   return (vocab + kVocabBlock - 1) / kVocabBlock;
 }
 
+// On a GPU, cumulative sums are taken by warps whose lanes have a run each: the place of value i in
+// memory where that meets no bank twice.
+SPECEXTEND_HOST_DEVICE int64_t run_place(int64_t i) { return i + i / kVocabRun; }
+
 // The fp32 exponential: Cody-Waite reduction by multiples of log 2 (its high part has 9 bits, so
 // the product is exact) and a minimax polynomial for (exp(r) - 1 - r) / r^2 on |r| <= log(2) / 2,
 // of relative error 3e-9.

@@ -1,3 +1,4 @@
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -6,6 +7,14 @@
 #include "cpu/cpu.h"
 #include "ops/allocate.h"
 #include "ops/dtype.h"
+#ifdef SPECEXTEND_HAS_CUDA
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "launch.h"
+#include "stream.h"
+#include "vocab.h"
+#endif
 
 namespace specextend {
 namespace {
@@ -56,6 +65,40 @@ Tensor sample_nodes_cpu(const Tensor& logits, std::optional<Tensor> uniforms) {
   return r.tokens;
 }
 
+#ifdef SPECEXTEND_HAS_CUDA
+Tensor sample_nodes_cuda(const Tensor& logits, std::optional<Tensor> uniforms) {
+  Prepared r = prepare(logits, uniforms);
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const cudaStream_t stream = current_stream(logits.get_device_index());
+  const int64_t rows = r.tokens.numel(), blocks = num_vocab_blocks(r.params.vocab);
+  std::optional<Tensor> keys, refs, sums;
+  SampleNodesScratch scratch{};
+  if (uniforms) {
+    refs = allocate(logits, {rows, blocks}, ScalarType::Float);
+    sums = allocate(logits, {rows, run_place(blocks)}, ScalarType::Double);
+    scratch.refs = refs->mutable_data_ptr<float>();
+    scratch.sums = sums->mutable_data_ptr<double>();
+  } else {
+    keys = allocate(logits, {rows, blocks}, ScalarType::Long);
+    scratch.keys = static_cast<uint64_t*>(keys->mutable_data_ptr());
+  }
+  cudaError_t error = cudaSuccess;
+  switch (r.dtype) {
+    case DType::kFloat32:
+      error = launch_sample_nodes<float>(r.params, scratch, stream);
+      break;
+    case DType::kFloat16:
+      error = launch_sample_nodes<__half>(r.params, scratch, stream);
+      break;
+    case DType::kBFloat16:
+      error = launch_sample_nodes<__nv_bfloat16>(r.params, scratch, stream);
+      break;
+  }
+  check_launch(kOp, error);
+  return r.tokens;
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(specextend, m) {
@@ -64,5 +107,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(specextend, m) {
 STABLE_TORCH_LIBRARY_IMPL(specextend, CPU, m) {
   m.impl("sample_nodes", TORCH_BOX(&sample_nodes_cpu));
 }
+#ifdef SPECEXTEND_HAS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(specextend, CUDA, m) {
+  m.impl("sample_nodes", TORCH_BOX(&sample_nodes_cuda));
+}
+#endif
 
 }  // namespace specextend
