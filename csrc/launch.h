@@ -8,6 +8,7 @@
 
 #include "params.h"
 #include "work_partition.h"
+#include "workspace.h"
 
 namespace specextend {
 
@@ -18,6 +19,19 @@ cudaError_t launch_append_kv(const AppendKvParams& p, cudaStream_t stream);
 template <typename T>
 cudaError_t launch_sample_nodes(const SampleNodesParams& p, const SampleNodesScratch& scratch,
                                 cudaStream_t stream);
+
+template <typename T>
+cudaError_t launch_expand_tree(const ExpandTreeParams& p, const ExpandTreeScratch& scratch,
+                               cudaStream_t stream);
+
+cudaError_t launch_finalize_tree(const FinalizeTreeParams& p, const FinalizeTreeScratch& scratch,
+                                 cudaStream_t stream);
+
+cudaError_t launch_verify_tree(const VerifyTreeParams& p, cudaStream_t stream);
+
+cudaError_t launch_verify_tree_rejection(const VerifyTreeRejectionParams& p,
+                                         const VerifyTreeRejectionScratch& scratch,
+                                         cudaStream_t stream);
 
 cudaError_t launch_compact_kv(const CompactKvParams& p, cudaStream_t stream);
 

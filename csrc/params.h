@@ -136,13 +136,6 @@ struct SampleNodesParams {
   int batch, num_nodes;
 };
 
-// Its working memory on a GPU: a place for each row, and in it for each block of vocab.h.
-struct SampleNodesScratch {
-  uint64_t* keys;  // [B * N, blocks], without uniforms
-  float* refs;     // [B * N, blocks], with uniforms
-  double* sums;    // [B * N, run_place(blocks)], with uniforms
-};
-
 // The top_k children of every frontier node, and the best `width` of all: the next frontier.
 struct ExpandTreeParams {
   const void* logits;  // [B, F, V]
@@ -154,15 +147,6 @@ struct ExpandTreeParams {
   float* beam_logp_out;    // [B, width]
   int64_t vocab;
   int batch, frontier, top_k, width;
-};
-
-// Its working memory on a GPU.
-struct ExpandTreeScratch {
-  float* refs;           // [B * F, blocks] of vocab.h
-  double* sums;          // [B * F, run_place(blocks)]
-  uint64_t* lane_keys;   // [B * F, blocks, kVocabLanes]: of each lane's best element
-  uint64_t* candidates;  // [B * F, capacity] or null: shared memory is enough
-  uint64_t* beam;        // [B, capacity] or null
 };
 
 // The best nodes of a pool of candidates, as a tree. All tensors contiguous.

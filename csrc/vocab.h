@@ -18,6 +18,7 @@ namespace specextend {
 
 constexpr int kVocabBlock = 512;
 constexpr int kVocabLanes = 16;
+constexpr int kVocabLaneElements = kVocabBlock / kVocabLanes;
 constexpr int kVocabRun = 16;
 
 SPECEXTEND_HOST_DEVICE int64_t num_vocab_blocks(int64_t vocab) {

@@ -199,6 +199,7 @@ def test_a_sequence_alone_is_the_same(device):
             assert torch.equal(x[0], y[b])
 
 
+@pytest.mark.not_emulated("the registered op is asked")
 def test_opcheck(device):
     logp, parents, _ = random_pool(5)
     torch.library.opcheck(

@@ -11,6 +11,7 @@
 #include "kernels/vocab.cuh"
 #include "order.h"
 #include "params.h"
+#include "workspace.h"
 
 namespace specextend {
 

@@ -92,14 +92,7 @@ __device__ __forceinline__ void append_key(bool has_one, uint64_t key, uint64_t*
   if (has_one) keys[place] = key;
 }
 
-// Memory for sort_keys of n keys.
-inline int64_t sort_capacity(int64_t n) {
-  int64_t capacity = 1;
-  while (capacity < n) capacity *= 2;
-  return capacity;
-}
-
-// Ascending, by a bitonic network. `keys` has room for the next power of two.
+// Ascending, by a bitonic network. `keys` has room for sort_capacity(n) (workspace.h).
 __device__ __forceinline__ void sort_keys(uint64_t* keys, uint32_t n) {
   uint32_t padded = 1;
   while (padded < n) padded *= 2;

@@ -11,7 +11,6 @@
 
 namespace specextend {
 
-constexpr int kVocabLaneElements = kVocabBlock / kVocabLanes;
 constexpr int kVocabThreads = 256;  // of blocks of threads that look at blocks of a row
 
 // --- a block of a row by 16 threads, a lane each; half a warp ---

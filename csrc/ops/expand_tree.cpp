@@ -1,3 +1,4 @@
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -6,6 +7,14 @@
 #include "cpu/cpu.h"
 #include "ops/allocate.h"
 #include "ops/dtype.h"
+#ifdef SPECEXTEND_HAS_CUDA
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "launch.h"
+#include "ops/scratch.h"
+#include "stream.h"
+#endif
 
 namespace specextend {
 namespace {
@@ -65,6 +74,30 @@ Result expand_tree_cpu(const Tensor& logits, const Tensor& beam_logp, int64_t to
   return r.result;
 }
 
+#ifdef SPECEXTEND_HAS_CUDA
+Result expand_tree_cuda(const Tensor& logits, const Tensor& beam_logp, int64_t top_k,
+                        int64_t width) {
+  Prepared r = prepare(logits, beam_logp, top_k, width);
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const cudaStream_t stream = current_stream(logits.get_device_index());
+  const AllocatedScratch scratch(logits, r.params);
+  cudaError_t error = cudaSuccess;
+  switch (r.dtype) {
+    case DType::kFloat32:
+      error = launch_expand_tree<float>(r.params, scratch.arrays, stream);
+      break;
+    case DType::kFloat16:
+      error = launch_expand_tree<__half>(r.params, scratch.arrays, stream);
+      break;
+    case DType::kBFloat16:
+      error = launch_expand_tree<__nv_bfloat16>(r.params, scratch.arrays, stream);
+      break;
+  }
+  check_launch(kOp, error);
+  return r.result;
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(specextend, m) {
@@ -75,5 +108,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(specextend, m) {
 STABLE_TORCH_LIBRARY_IMPL(specextend, CPU, m) {
   m.impl("expand_tree", TORCH_BOX(&expand_tree_cpu));
 }
+#ifdef SPECEXTEND_HAS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(specextend, CUDA, m) {
+  m.impl("expand_tree", TORCH_BOX(&expand_tree_cuda));
+}
+#endif
 
 }  // namespace specextend

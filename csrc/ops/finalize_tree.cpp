@@ -1,3 +1,4 @@
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -6,6 +7,11 @@
 #include "cpu/cpu.h"
 #include "ops/allocate.h"
 #include "tree.h"
+#ifdef SPECEXTEND_HAS_CUDA
+#include "launch.h"
+#include "ops/scratch.h"
+#include "stream.h"
+#endif
 
 namespace specextend {
 namespace {
@@ -56,6 +62,17 @@ Result finalize_tree_cpu(const Tensor& logp, const Tensor& parents, int64_t num_
   return r.result;
 }
 
+#ifdef SPECEXTEND_HAS_CUDA
+Result finalize_tree_cuda(const Tensor& logp, const Tensor& parents, int64_t num_nodes) {
+  Prepared r = prepare(logp, parents, num_nodes);
+  const torch::stable::accelerator::DeviceGuard guard(logp.get_device_index());
+  const cudaStream_t stream = current_stream(logp.get_device_index());
+  const AllocatedScratch scratch(logp, r.params);
+  check_launch(kOp, launch_finalize_tree(r.params, scratch.arrays, stream));
+  return r.result;
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(specextend, m) {
@@ -66,5 +83,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(specextend, m) {
 STABLE_TORCH_LIBRARY_IMPL(specextend, CPU, m) {
   m.impl("finalize_tree", TORCH_BOX(&finalize_tree_cpu));
 }
+#ifdef SPECEXTEND_HAS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(specextend, CUDA, m) {
+  m.impl("finalize_tree", TORCH_BOX(&finalize_tree_cuda));
+}
+#endif
 
 }  // namespace specextend

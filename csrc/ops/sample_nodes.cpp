@@ -12,8 +12,8 @@
 #include <cuda_fp16.h>
 
 #include "launch.h"
+#include "ops/scratch.h"
 #include "stream.h"
-#include "vocab.h"
 #endif
 
 namespace specextend {
@@ -70,28 +70,17 @@ Tensor sample_nodes_cuda(const Tensor& logits, std::optional<Tensor> uniforms) {
   Prepared r = prepare(logits, uniforms);
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const cudaStream_t stream = current_stream(logits.get_device_index());
-  const int64_t rows = r.tokens.numel(), blocks = num_vocab_blocks(r.params.vocab);
-  std::optional<Tensor> keys, refs, sums;
-  SampleNodesScratch scratch{};
-  if (uniforms) {
-    refs = allocate(logits, {rows, blocks}, ScalarType::Float);
-    sums = allocate(logits, {rows, run_place(blocks)}, ScalarType::Double);
-    scratch.refs = refs->mutable_data_ptr<float>();
-    scratch.sums = sums->mutable_data_ptr<double>();
-  } else {
-    keys = allocate(logits, {rows, blocks}, ScalarType::Long);
-    scratch.keys = static_cast<uint64_t*>(keys->mutable_data_ptr());
-  }
+  const AllocatedScratch scratch(logits, r.params);
   cudaError_t error = cudaSuccess;
   switch (r.dtype) {
     case DType::kFloat32:
-      error = launch_sample_nodes<float>(r.params, scratch, stream);
+      error = launch_sample_nodes<float>(r.params, scratch.arrays, stream);
       break;
     case DType::kFloat16:
-      error = launch_sample_nodes<__half>(r.params, scratch, stream);
+      error = launch_sample_nodes<__half>(r.params, scratch.arrays, stream);
       break;
     case DType::kBFloat16:
-      error = launch_sample_nodes<__nv_bfloat16>(r.params, scratch, stream);
+      error = launch_sample_nodes<__nv_bfloat16>(r.params, scratch.arrays, stream);
       break;
   }
   check_launch(kOp, error);

@@ -1,3 +1,4 @@
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -5,6 +6,11 @@
 #include "check.h"
 #include "cpu/cpu.h"
 #include "ops/allocate.h"
+#ifdef SPECEXTEND_HAS_CUDA
+#include "launch.h"
+#include "ops/scratch.h"
+#include "stream.h"
+#endif
 
 namespace specextend {
 namespace {
@@ -130,6 +136,28 @@ Result verify_tree_rejection_cpu(const Tensor& tokens, const Tensor& parents,
   return r.result;
 }
 
+#ifdef SPECEXTEND_HAS_CUDA
+Result verify_tree_cuda(const Tensor& tokens, const Tensor& parents, const Tensor& target_tokens) {
+  Prepared r = prepare(tokens, parents, target_tokens);
+  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
+  const cudaStream_t stream = current_stream(tokens.get_device_index());
+  check_launch(kOp, launch_verify_tree(r.params, stream));
+  return r.result;
+}
+
+Result verify_tree_rejection_cuda(const Tensor& tokens, const Tensor& parents,
+                                  const Tensor& target_probs, const Tensor& draft_probs,
+                                  const Tensor& uniforms, const Tensor& final_uniforms) {
+  PreparedRejection r =
+      prepare_rejection(tokens, parents, target_probs, draft_probs, uniforms, final_uniforms);
+  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
+  const cudaStream_t stream = current_stream(tokens.get_device_index());
+  const AllocatedScratch scratch(tokens, r.params);
+  check_launch(kRejectionOp, launch_verify_tree_rejection(r.params, scratch.arrays, stream));
+  return r.result;
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(specextend, m) {
@@ -145,5 +173,11 @@ STABLE_TORCH_LIBRARY_IMPL(specextend, CPU, m) {
   m.impl("verify_tree", TORCH_BOX(&verify_tree_cpu));
   m.impl("verify_tree.rejection", TORCH_BOX(&verify_tree_rejection_cpu));
 }
+#ifdef SPECEXTEND_HAS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(specextend, CUDA, m) {
+  m.impl("verify_tree", TORCH_BOX(&verify_tree_cuda));
+  m.impl("verify_tree.rejection", TORCH_BOX(&verify_tree_rejection_cuda));
+}
+#endif
 
 }  // namespace specextend
