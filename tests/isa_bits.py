@@ -16,7 +16,8 @@ import torch
 from specextend import _C, ops
 
 
-def _logits(dtype: torch.dtype, vocab: int) -> torch.Tensor:
+def hard_logits(dtype: torch.dtype, vocab: int) -> torch.Tensor:
+    """[2, 3, vocab]: rows where roundings, ties and underflow show."""
     generator = torch.Generator().manual_seed(vocab)
     logits = torch.randn(2, 3, vocab, generator=generator) * 4
     logits[0, 0, :: max(2, vocab // 5)] = -torch.inf
@@ -30,7 +31,7 @@ def _logits(dtype: torch.dtype, vocab: int) -> torch.Tensor:
 def _sample_nodes():
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for vocab in (1, 5, 16, 100, 512, 1500, 5003):
-            logits = _logits(dtype, vocab)
+            logits = hard_logits(dtype, vocab)
             yield ops.sample_nodes(logits)
             generator = torch.Generator().manual_seed(1)
             for _ in range(8):
@@ -41,14 +42,14 @@ def _expand_tree():
     beam_logp = -torch.arange(6).view(2, 3) / 3
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for vocab in (1, 5, 16, 100, 512, 1500, 5003):
-            logits = _logits(dtype, vocab)
+            logits = hard_logits(dtype, vocab)
             for top_k in {1, min(vocab, 10), vocab}:
                 yield from ops.expand_tree(logits, beam_logp, top_k=top_k, width=top_k)
 
 
 def _chunk_scores():
     for chunks in (1, 15, 16, 17, 600):
-        chunk_lse = _logits(torch.float32, chunks)[:, :, None, :].expand(-1, -1, 2, -1)
+        chunk_lse = hard_logits(torch.float32, chunks)[:, :, None, :].expand(-1, -1, 2, -1)
         lse = chunk_lse.logsumexp(-1) + 0.5
         for reduce in ("mean", "max"):
             yield ops.chunk_scores(

@@ -2,7 +2,8 @@ import math
 
 import pytest
 import torch
-from isa_bits import assert_same_bits_on_every_isa
+from emulation import KINDS
+from isa_bits import assert_same_bits_on_every_isa, hard_logits
 
 from specextend import ops, reference
 
@@ -45,9 +46,11 @@ def check(logits, beam_logp, top_k, width, device="cpu"):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", SIZES)
-def test_random(vocab, dtype, device):
+def test_random(vocab, dtype, device, schedule):
     logits, beam_logp = random_logits(vocab, dtype), random_beam(2, 3)
     for top_k in sorted({1, min(3, vocab), min(10, vocab), min(64, vocab), vocab // 2 + 1, vocab}):
+        if schedule.emulated and top_k > 600 and dtype != torch.float16:
+            continue  # sorting takes long
         for width in sorted({1, top_k, min(50, 3 * top_k), 3 * top_k}):
             check(logits, beam_logp, top_k, width, device)
 
@@ -63,12 +66,13 @@ def test_ties(vocab, dtype, device):
             check(-logits, torch.zeros(1, 4), top_k, min(4 * top_k, 50), device)  # 0 and -0
 
 
-def test_the_largest_at_every_place(device):
+def test_the_largest_at_every_place(device, schedule):
     vocab = 1100
-    logits = random_logits(vocab, rows=(1, 1)).expand(1, vocab, -1).clone()
-    ids = torch.arange(vocab)
-    logits[0, ids, ids] = 50.0
-    got = ops.expand_tree(logits.to(device), torch.zeros(1, vocab, device=device), top_k=3, width=1)
+    ids = torch.arange(0, vocab, 7 if schedule.emulated else 1)
+    logits = random_logits(vocab, rows=(1, 1)).expand(1, len(ids), -1).clone()
+    logits[0, torch.arange(len(ids)), ids] = 50.0
+    beam_logp = torch.zeros(1, len(ids), device=device)
+    got = ops.expand_tree(logits.to(device), beam_logp, top_k=3, width=1)
     assert torch.equal(got[0][0, :, 0].cpu(), ids)
 
 
@@ -158,6 +162,48 @@ def test_strides(dtype, device):
     logits = padded.transpose(0, 1)[1:3, 2:5, 3:5006]
     logits.copy_(random_logits(5003, dtype))
     check(logits, random_beam(2, 3), 30, 40, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_device_gives_the_same_bits(dtype, device, schedule):
+    if device == "cpu" and not schedule.emulated:
+        pytest.skip("the CPU's results are the expected ones")
+    beam_logp = random_beam(2, 3)
+    for vocab in (1, 5, 100, 512, 1500):
+        logits = hard_logits(dtype, vocab)
+        for top_k in sorted({1, min(vocab, 10), min(vocab, 200)}):
+            got = ops.expand_tree(logits.to(device), beam_logp.to(device), top_k=top_k, width=top_k)
+            want = torch.ops.specextend.expand_tree(logits, beam_logp, top_k=top_k, width=top_k)
+            tokens, logp, beam, beam_out = (t.cpu() for t in got)
+            assert torch.equal(tokens, want[0])
+            if schedule.emulated:
+                assert torch.equal(logp, want[1]) and torch.equal(beam, want[2])
+                assert torch.equal(beam_out, want[3])
+            else:  # the logarithm of the sum is another library's: once in 10^8 the last bit
+                torch.testing.assert_close(logp, want[1], rtol=1.2e-7, atol=0)
+
+
+def test_any_schedule(device, schedule):
+    logits, beam_logp = random_logits(1500).round().to(device), random_beam(2, 3).to(device)
+    expected = ops.expand_tree(logits, beam_logp, top_k=150, width=100)
+    for kind in KINDS:
+        with schedule(kind=kind, seed=3, multiprocessors=2):
+            got = ops.expand_tree(logits, beam_logp, top_k=150, width=100)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_graph_replay(device):
+    if device == "cpu":
+        pytest.skip("needs a GPU")
+    logits, beam_logp = random_logits(5003).to(device), random_beam(2, 3).to(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.expand_tree(logits, beam_logp, top_k=10, width=20)
+    logits.copy_(logits.flip(-1))
+    beam_logp -= 1
+    graph.replay()
+    expected = ops.expand_tree(logits, beam_logp, top_k=10, width=20)
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
 def test_every_instruction_set_gives_the_same_bits():

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from emulation import KINDS
 from tree_cases import ancestors, unpack_mask
 
 from specextend import ops, reference
@@ -57,6 +58,49 @@ def test_random_pools(seed, device):
             path = ancestors(tree, slot)
             assert depths[b, slot] == len(path) - 1
             assert visible[b, slot].nonzero()[:, 0].tolist() == path
+
+
+@pytest.mark.parametrize(("size", "num_nodes"), [(2500, 2048), (4096, 60), (4097, 700)])
+@pytest.mark.parametrize("shape", ["levels", "chain", "ties"])
+def test_large_pools(size, num_nodes, shape, device):
+    """More candidates than threads, than fit into shared memory, and deep ones."""
+    generator = torch.Generator().manual_seed(size)
+    reach = 60 if shape == "chain" else 1500
+    back = torch.randint(1, reach, (1, size), generator=generator)
+    parents = (torch.arange(size) - back).clamp(min=-1).int()
+    logp = -torch.rand(1, size, generator=generator)
+    if shape == "ties":
+        logp = logp.mul(4).round()
+    got = ops.finalize_tree(logp.to(device), parents.to(device), num_nodes=num_nodes)
+    for ours, theirs in zip(
+        got, reference.finalize_tree(logp, parents, num_nodes=num_nodes), strict=True
+    ):
+        assert torch.equal(ours.cpu(), theirs)
+
+
+def test_any_schedule(device, schedule):
+    logp, parents = -torch.rand(2, 300).mul(20).round().to(device), torch.arange(300) // 3 - 1
+    parents = parents.int().repeat(2, 1).to(device)
+    expected = ops.finalize_tree(logp, parents, num_nodes=100)
+    for kind in KINDS:
+        with schedule(kind=kind, seed=3, multiprocessors=2):
+            got = ops.finalize_tree(logp, parents, num_nodes=100)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_graph_replay(device):
+    if device == "cpu":
+        pytest.skip("needs a GPU")
+    logp = -torch.rand(2, 300, device=device)
+    parents = torch.full((2, 300), -1, dtype=torch.int32, device=device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.finalize_tree(logp, parents, num_nodes=70)
+    logp.copy_(logp.flip(-1))
+    parents[:, 1:] = torch.arange(299, device=device)
+    graph.replay()
+    expected = ops.finalize_tree(logp, parents, num_nodes=70)
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
 def test_no_stray_bits(device):

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from isa_bits import assert_same_bits_on_every_isa
+from emulation import KINDS
+from isa_bits import assert_same_bits_on_every_isa, hard_logits
 
 from specextend import ops, reference
 
@@ -88,10 +89,10 @@ def test_draws_where_the_maximum_comes_late(device):
     assert_draws(logits.flip(-1)[:, :-1], uniforms[:, :-1], reverse[:, :-1])
 
 
-def test_the_frequencies_are_the_probabilities(device):
+def test_the_frequencies_are_the_probabilities(device, schedule):
     # A regular grid of uniforms gives every token its share, to within one grid point.
     probs = torch.tensor([0.5, 0.0, 0.23, 0.2, 0.07], dtype=torch.float64)
-    count = 10_000
+    count = 500 if schedule.emulated else 10_000
     logits = probs.log().float().expand(1, count, -1)
     uniforms = (torch.arange(count, dtype=torch.float64)[None] + 0.5) / count
     tokens = ops.sample_nodes(logits.to(device), uniforms.to(device)).cpu()
@@ -100,6 +101,7 @@ def test_the_frequencies_are_the_probabilities(device):
     assert ((counts - probs * count).abs() <= 1).all()
 
 
+@pytest.mark.not_emulated("20,000 rows")
 def test_random_draws_pass_a_chi_square_test(device):
     generator = torch.Generator().manual_seed(7)
     count = 20_000
@@ -142,6 +144,7 @@ def test_no_choice(device):
     assert got.tolist() == [[-1, -1, -1, 300]]
 
 
+@pytest.mark.not_emulated("2,000 rows")
 def test_rounding_of_the_logits_rarely_changes_a_draw(device):
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(1, 2000, 300, generator=generator) * 3
@@ -193,6 +196,57 @@ def test_strides(dtype, device):
         got = ops.sample_nodes(logits.to(device), u)
         assert torch.equal(got, ops.sample_nodes(logits.contiguous().to(device), u))
         assert (got >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_device_gives_the_same_tokens(dtype, device, schedule):
+    """Also where the uniform number is that of a boundary, so that every rounding counts."""
+    if device == "cpu" and not schedule.emulated:
+        pytest.skip("the CPU's tokens are the expected ones")
+    on_cpu = torch.ops.specextend.sample_nodes
+    for vocab in (1, 5, 100, 512, 1500, 9000):
+        logits = hard_logits(dtype, vocab)
+        assert torch.equal(ops.sample_nodes(logits.to(device)).cpu(), on_cpu(logits))
+        cumulative = logits.double().softmax(-1).cumsum(-1)
+        for u in (0.0, 0.3, 0.7, 0.999, 1.0):
+            token = (cumulative < u).sum(-1, keepdim=True).clamp(max=vocab - 1)
+            uniforms = cumulative.gather(-1, token)[..., 0]
+            got = ops.sample_nodes(logits.to(device), uniforms.to(device)).cpu()
+            assert torch.equal(got, on_cpu(logits, uniforms))
+
+
+def test_more_blocks_than_a_warp_has_runs(device):
+    """Cumulative sums over the blocks take several turns of a warp."""
+    vocab = 2 * 32 * 16 * 512 + 1000
+    logits = torch.full((1, 3, vocab), -INF)
+    logits[..., [7, vocab // 2, vocab - 3]] = 0.0
+    uniforms = torch.tensor([[0.1, 0.5, 0.9]])
+    got = ops.sample_nodes(logits.to(device), uniforms.to(device))
+    assert got.tolist() == [[7, vocab // 2, vocab - 3]]
+    assert ops.sample_nodes(logits.to(device)).tolist() == [[7] * 3]
+
+
+def test_any_schedule(device, schedule):
+    logits, uniforms = random_logits(1500).to(device), torch.rand(2, 3, device=device)
+    expected = ops.sample_nodes(logits), ops.sample_nodes(logits, uniforms)
+    for kind in KINDS:
+        with schedule(kind=kind, seed=3, multiprocessors=2):
+            assert torch.equal(ops.sample_nodes(logits), expected[0])
+            assert torch.equal(ops.sample_nodes(logits, uniforms), expected[1])
+
+
+def test_graph_replay(device):
+    if device == "cpu":
+        pytest.skip("needs a GPU")
+    logits, uniforms = random_logits(5003).to(device), torch.rand(2, 3, device=device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        largest, drawn = ops.sample_nodes(logits), ops.sample_nodes(logits, uniforms)
+    logits.copy_(random_logits(5003, seed=1))
+    uniforms.uniform_()
+    graph.replay()
+    assert torch.equal(largest, ops.sample_nodes(logits))
+    assert torch.equal(drawn, ops.sample_nodes(logits, uniforms))
 
 
 def test_every_instruction_set_gives_the_same_bits():

@@ -2,6 +2,7 @@ import random
 
 import pytest
 import torch
+from emulation import KINDS
 from tree_cases import ancestors, random_parents
 
 from specextend import ops, reference
@@ -111,6 +112,46 @@ def test_nodes_without_a_place_are_not_reached(parent, device):
 
 def test_a_loop_through_the_root_ends(device):
     assert run([1, 1], [1, 0], [1, 1], device) == [[0, 1], 1, [1, 1], 1]
+
+
+@pytest.mark.parametrize("num_nodes", [1000, 8192, 8193])
+def test_large_trees(num_nodes, device):
+    """More nodes than threads, and than fit into shared memory: a long walk among many siblings."""
+    chain = list(range(0, num_nodes, max(1, num_nodes // 300)))
+    parents = torch.zeros(1, num_nodes, dtype=torch.int32)
+    tokens, target = torch.full((2, 1, num_nodes), 5)
+    tokens += 1
+    for place, node in enumerate(chain[1:], start=1):
+        parents[0, node] = chain[place - 1]
+        tokens[0, node] = target[0, chain[place - 1]] = 10 + place
+    got = ops.verify_tree(*(t.to(device) for t in (tokens, parents, target)))
+    path, num_accepted, emitted, next_root = (t[0].cpu() for t in got)
+    assert num_accepted == len(chain) - 1 and next_root == 5
+    assert path.tolist() == chain + [-1] * (num_nodes - len(chain))
+    text = [*range(11, 10 + len(chain)), 5]
+    assert emitted.tolist() == text + [-1] * (num_nodes - len(chain))
+
+
+def test_any_schedule(device, schedule):
+    case = [t.to(device) for t in random_case(11)]
+    expected = ops.verify_tree(*case)
+    for kind in KINDS:
+        with schedule(kind=kind, seed=3, multiprocessors=2):
+            got = ops.verify_tree(*case)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_graph_replay(device):
+    if device == "cpu":
+        pytest.skip("needs a GPU")
+    tokens, parents, target = (t.to(device) for t in random_case(11))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.verify_tree(tokens, parents, target)
+    target.copy_(target.flip(-1))
+    graph.replay()
+    expected = ops.verify_tree(tokens, parents, target)
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
 def test_empty_batch(device):

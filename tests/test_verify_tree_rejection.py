@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from emulation import KINDS
 from tree_cases import random_parents
 
 from specextend import ops, reference
@@ -87,9 +88,11 @@ def emission_law(target, draft, children):
 
 @pytest.mark.parametrize("num_children", [0, 1, 2, 3])
 @pytest.mark.parametrize(("target", "draft"), LAWS)
-def test_lossless_by_enumeration(target, draft, num_children, device):
+def test_lossless_by_enumeration(target, draft, num_children, device, schedule):
     """Over every draw of the children and a grid of all uniforms, tokens have the target's law."""
     steps = {0: 400, 1: 60, 2: 24, 3: 12}[num_children]
+    if schedule.emulated:
+        steps = {0: 40, 1: 12, 2: 6, 3: 3}[num_children]
     axis = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
     grid = torch.cartesian_prod(*[axis] * (num_children + 1)).view(-1, num_children + 1)
     batch, nodes = grid.shape[0], 1 + num_children
@@ -140,6 +143,7 @@ def chi_square_p(counts, probs):
     return 1 - torch.special.gammainc(freedom, statistic / 2)
 
 
+@pytest.mark.not_emulated("100,000 trees")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_two_tokens_have_the_joint_law(dtype, device):
     """Chi-square over 100k sampled trees of two levels, with a second token drawn where needed."""
@@ -260,6 +264,51 @@ def test_large_vocabularies_and_strides(vocab, device):
         exact = [t.double() if t.is_floating_point() else t for t in case]
         for ours, theirs in zip(got, reference.verify_tree_rejection(*exact), strict=True):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("vocab", [3, 600, 9000])
+def test_every_device_gives_the_same_results(vocab, device, schedule):
+    """Also where the last uniform number is that of a boundary, so that every rounding counts."""
+    if device == "cpu" and not schedule.emulated:
+        pytest.skip("the CPU's results are the expected ones")
+    rejected = 0
+    for seed in (1, 4, 7, 10):
+        tokens, parents, target, draft, uniforms, final = random_case(seed, vocab)
+        uniforms = uniforms * 0.5 + 0.5  # many rejections
+        rest = (target.double() - draft.double()).clamp(min=0)
+        rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, target.double())
+        cumulative = rest.cumsum(-1) / rest.sum(-1, keepdim=True)
+        token = (cumulative < final[..., None]).sum(-1, keepdim=True).clamp(max=vocab - 1)
+        final = cumulative.gather(-1, token)[..., 0]
+        case = tokens, parents, target, draft, uniforms, final
+        want = torch.ops.specextend.verify_tree.rejection(*case)
+        got = verify(*case, device=device)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        rejected += (want[1] == 0).sum()
+    assert rejected > 0
+
+
+def test_any_schedule(device, schedule):
+    case = random_case(16, 1100)
+    expected = verify(*case, device=device)
+    for kind in KINDS:
+        with schedule(kind=kind, seed=3, multiprocessors=2):
+            got = verify(*case, device=device)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_graph_replay(device):
+    if device == "cpu":
+        pytest.skip("needs a GPU")
+    case = [t.to(device) for t in random_case(11)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.verify_tree_rejection(*case)
+    case[4].uniform_()
+    case[5].uniform_()
+    graph.replay()
+    expected = ops.verify_tree_rejection(*case)
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
 def test_a_sequence_alone_is_the_same(device):
