@@ -16,6 +16,7 @@ template <typename T>
 cudaError_t launch_merge_states(const MergeStatesParams& p, cudaStream_t stream);
 
 cudaError_t launch_append_kv(const AppendKvParams& p, cudaStream_t stream);
+
 template <typename T>
 cudaError_t launch_sample_nodes(const SampleNodesParams& p, const SampleNodesScratch& scratch,
                                 cudaStream_t stream);

@@ -132,9 +132,9 @@ __global__ void __launch_bounds__(kExpandThreads)
     // The top_k lanes, and all their elements that are not worse than the worst of these lanes.
     uint64_t last = ~uint64_t(0);
     if (p.top_k < num_lanes) {
-      last =
-          select_threshold([&](int64_t i) { return lane_keys[i]; }, num_lanes, p.top_k, shared.bins)
-              .key;
+      last = select_threshold<uint64_t>([&](int64_t i) { return lane_keys[i]; }, num_lanes, p.top_k,
+                                        shared.bins)
+                 .key;
     }
     const int64_t warp_first = int64_t(threadIdx.x / 32) * 32;
     for (int64_t first = warp_first; first < num_lanes; first += blockDim.x) {
@@ -179,7 +179,8 @@ __global__ void __launch_bounds__(kThreads)
   const auto key_of = [&](int64_t i) { return rank_key(logp[i], uint32_t(i)); };
 
   if (threadIdx.x == 0) shared.num_keys = 0;
-  const uint64_t last = select_threshold(key_of, num_candidates, p.width, shared.bins).key;
+  const uint64_t last =
+      select_threshold<uint64_t>(key_of, num_candidates, p.width, shared.bins).key;
   for (int64_t first = 0; first < num_candidates; first += blockDim.x) {
     const int64_t i = first + threadIdx.x;
     const uint64_t key = i < num_candidates ? key_of(i) : 0;

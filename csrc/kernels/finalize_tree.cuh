@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(kFinalizeThreads)
   int32_t* const depths = p.depths + b * num_slots;
   int32_t* const slots = reinterpret_cast<int32_t*>(logps);  // of chosen candidates
   if (p.num_nodes > 0) {
-    const SelectThreshold t =
-        select_threshold([&](int64_t i) { return ranks[i]; }, size, p.num_nodes, shared.bins);
+    const auto t = select_threshold<uint64_t>([&](int64_t i) { return ranks[i]; }, size,
+                                              p.num_nodes, shared.bins);
     // Each thread looks at neighbours, so that nodes come out ascending. Ranks below the threshold
     // are counted in the upper half, those equal to it in the lower.
     const int span = (size - 1) / int(blockDim.x) + 1;

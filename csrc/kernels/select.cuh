@@ -13,24 +13,25 @@ namespace specextend {
 constexpr int kSelectBins = 256;  // of a digit's histogram
 
 // What is chosen: all keys below `key`, and of those equal to it the first num_equal.
+template <typename Key>
 struct SelectThreshold {
-  uint64_t key;
+  Key key;
   uint32_t num_equal;
 };
 
 // The threshold of the `wanted` smallest of the keys key_of(0), ..., key_of(n - 1), digit by digit:
 // a histogram of the keys that begin like it. 0 < wanted <= n. `bins` is shared memory.
-template <typename KeyOf>
-__device__ __forceinline__ SelectThreshold select_threshold(KeyOf key_of, int64_t n, int64_t wanted,
-                                                            uint32_t* bins) {
+template <typename Key, typename KeyOf>
+__device__ __forceinline__ SelectThreshold<Key> select_threshold(KeyOf key_of, int64_t n,
+                                                                 int64_t wanted, uint32_t* bins) {
   const unsigned lane = threadIdx.x % 32;
-  SelectThreshold t{0, uint32_t(wanted)};
-  for (int shift = 56; shift >= 0; shift -= 8) {
+  SelectThreshold<Key> t{0, uint32_t(wanted)};
+  for (int shift = 8 * int(sizeof(Key)) - 8; shift >= 0; shift -= 8) {
     for (unsigned i = threadIdx.x; i < kSelectBins; i += blockDim.x) bins[i] = 0;
     __syncthreads();
     for (int64_t first = 0; first < n; first += blockDim.x) {
       const int64_t i = first + threadIdx.x;
-      const uint64_t key = i < n ? uint64_t(key_of(i)) : 0;
+      const Key key = i < n ? key_of(i) : 0;
       const bool counts = i < n && (key ^ t.key) >> shift >> 8 == 0;
       const unsigned digit = unsigned(key >> shift) % kSelectBins;
       // High digits are much alike: those like the first lane's are counted together.
@@ -68,11 +69,11 @@ __device__ __forceinline__ SelectThreshold select_threshold(KeyOf key_of, int64_
       below += found ? 0 : count[i];
       bin += found ? 0 : 1;
     }
-    t.key |= uint64_t(__shfl_sync(kWholeWarp, bin, owner)) << shift;
+    t.key |= Key(__shfl_sync(kWholeWarp, bin, owner)) << shift;
     t.num_equal -= __shfl_sync(kWholeWarp, below, owner);
     __syncthreads();
     if (__shfl_sync(kWholeWarp, inside, owner) == t.num_equal) {  // all that begin like it
-      t.key |= (uint64_t(1) << shift) - 1;
+      t.key |= (Key(1) << shift) - 1;
       break;
     }
   }
