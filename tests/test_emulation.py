@@ -481,7 +481,6 @@ SM90 = {
     "capability": 90,
 }
 SELECT = {
-    "header": "kernels/select_chunks.cuh",
     "sources": ("cuda/select_chunks.cu",),
     "check": select_chunks_of,
 }
@@ -540,20 +539,23 @@ MUTATIONS = [
     ),
     Mutation(
         "select_chunks: counts before all bins are 0",
-        old="  __syncthreads();\n  const unsigned lane",
-        new="  const unsigned lane",
+        "kernels/select.cuh",
+        old="bins[i] = 0;\n    __syncthreads();",
+        new="bins[i] = 0;",
         **SELECT,
     ),
     Mutation(
         "select_chunks: a histogram is read before it is whole",
-        old="    __syncthreads();\n\n    uint32_t count[",
-        new="    uint32_t count[",
+        "kernels/select.cuh",
+        old="    __syncthreads();\n\n    // Every warp adds",
+        new="    // Every warp adds",
         **SELECT,
     ),
     Mutation(
         "select_chunks: places before all warps have counted",
-        old="  __syncthreads();\n  uint64_t before",
-        new="  uint64_t before",
+        "kernels/block.cuh",
+        old="= upto;\n  __syncthreads();",
+        new="= upto;",
         **SELECT,
     ),
     Mutation(
