@@ -24,8 +24,9 @@ def sample_nodes(logits: Tensor, uniforms: Tensor | None = None) -> Tensor:
 
     Returns:
         tokens: [B, N] int64. Never one of probability 0, which with ``uniforms`` includes those
-        87 or more below the largest logit of their block of 512. -1 where there is no choice: a row with a NaN, or all
-        -inf; with ``uniforms`` also a row with +inf, or a NaN in its place in ``uniforms``.
+        87 or more below the largest logit of their block of 512. -1 where there is no choice: a
+        row with a NaN, or all -inf; with ``uniforms`` also a row with +inf, or a NaN in its place
+        in ``uniforms``.
 
     Nothing is read on the host.
     """
