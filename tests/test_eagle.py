@@ -6,6 +6,7 @@ import pytest
 import torch
 from eagle_heads import DIALECTS, LAYERS, make, reference
 from models import FAMILIES, VOCAB, prompt, tiny_model
+from tape import TapeRecorder
 
 from specextend import SpecConfig, SpecExtend
 from specextend.attention import Pass, PatchedModel
@@ -15,6 +16,7 @@ from specextend.draft.checkpoint import Checkpoint
 from specextend.draft.eagle import EagleDraft, attend
 from specextend.draft.eagle_head import EagleHead, HeadConfig
 from specextend.draft.working_cache import WorkingCache
+from specextend.graphs import Graphs
 
 SMALL = SpecConfig(
     chunk_size=8, budget=32, sink_chunks=1, recent_chunks=1, retrieve_every=2, prefill_chunk=40,
@@ -470,3 +472,47 @@ class TestFeatures:
             if next(stream, None) is None:
                 break
             assert len(reads) <= 1, reads
+
+
+class TestCaptured:
+    """The draft's work recorded once and replayed, with counts that only the device knows."""
+
+    @pytest.fixture
+    def taped(self, monkeypatch):
+        recorders = []
+
+        def make_graphs(self, name, reason):
+            recorders.append(TapeRecorder())
+            return Graphs(recorders[-1] if reason is None else None, name)
+
+        monkeypatch.setattr(SpecExtend, "_graphs", make_graphs)
+        return recorders
+
+    @pytest.mark.parametrize(
+        "dialect, draft_cache",
+        [("eagle1", "full"), ("eagle3", "retrieval"), ("eagle3.1", "window")],
+    )
+    def test_the_same_text(self, target, taped, monkeypatch, dialect, draft_cache, tmp_path):
+        path, ids, runs = make(dialect).write(tmp_path), prompt(70), []
+        for _ in range(2):
+            spec = SpecExtend(
+                target, path, SMALL, draft_cache=draft_cache, tree_shape="fixed",
+                tree_widths=(20, 12, 4),
+            )  # fmt: skip
+            steps = list(spec.stream(ids, max_new_tokens=40, do_sample=False))
+            runs.append([(s.tokens, s.num_accepted) for s in steps])
+            monkeypatch.undo()
+        assert runs[0] == runs[1]
+        assert any(accepted for _, accepted in runs[0])
+        assert all(recorder.replays > 5 for recorder in taped)
+
+    def test_the_host_follows(self, target, taped, monkeypatch, tmp_path):
+        """Its lengths are those of the device; also where the gate rests."""
+        gaps = iter([2, 0, 0, 0, 3, 0, 2, 2] * 20)
+        monkeypatch.setattr("specextend.gate.Gate.next_depth", lambda self: next(gaps))
+        spec, ids, out = SpecExtend(target, make("eagle3").write(tmp_path), SMALL), prompt(40), []
+        for step in spec.stream(ids, max_new_tokens=50, do_sample=False):
+            out += step.tokens
+            caches = (spec.draft._caches.full, spec.draft._caches.work)
+            assert all(cache.length == int(cache.lens) for cache in caches)
+        assert out == greedy(target, ids, 50)[0, 40:].tolist()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from models import prompt, tiny_model
+from tape import TapeRecorder
 
 from specextend import SpecConfig, SpecExtend
 from specextend.draft.working_cache import WorkingCache
+from specextend.graphs import Graphs
 
 SMALL = SpecConfig(
     chunk_size=8, budget=32, sink_chunks=1, recent_chunks=1, retrieve_every=2, prefill_chunk=40,
@@ -93,7 +95,7 @@ def test_working_cache_has_the_targets_keys(target, monkeypatch):
         if level == 0:
             full, work = self.full, self.work
             rows = state["rows"] + list(range(state.get("length", 0), full.length))
-            assert work.length == len(rows) + 1 == int(work.lens)  # and the root
+            assert len(rows) + 1 == int(work.lens)  # and the root
             recent = [j for j, row in enumerate(rows) if full.length - row == len(rows) - j]
             for ours, theirs in zip(work.layers, full.layers, strict=True):
                 n = len(rows)
@@ -128,3 +130,55 @@ def test_what_it_needs(target):
         SpecExtend(target, "self", SMALL, draft_cache="full")
     with pytest.raises(ValueError, match="rotary"):
         SpecExtend(tiny_model("gpt2"), "self", SMALL)
+
+
+@pytest.fixture
+def recorders():
+    """Of what ``taped`` has recorded."""
+    return []
+
+
+@pytest.fixture
+def taped(recorders):
+    """In place of ``SpecExtend._graphs``: rounds and drafts run from tapes."""
+
+    def make_graphs(self, name, reason):
+        assert reason is None
+        recorders.append(TapeRecorder())
+        return Graphs(recorders[-1], name)
+
+    return make_graphs
+
+
+def test_captured_to_full_depth(target, taped, recorders, monkeypatch):
+    monkeypatch.setattr(SpecExtend, "_graphs", taped)
+    config = SMALL.replace(
+        budget=160, tree_shape="top_k", tree_nodes=4, tree_depth=4, tree_width=1, tree_top_k=1
+    )
+    spec = SpecExtend(target, "self", config)
+    spec.generate(prompt(60), max_new_tokens=61, do_sample=False)
+    assert spec.stats.acceptance_histogram == {4: 12}
+    assert all(recorder.replays > 5 for recorder in recorders)
+
+
+@pytest.mark.parametrize("draft_cache", ["retrieval", "window"])
+def test_captured(target, taped, recorders, monkeypatch, draft_cache):
+    """The draft's work recorded once and replayed, with counts that only the device knows."""
+    config = SMALL.replace(draft_cache=draft_cache, tree_shape="top_k", gate="auto")
+    ids, texts = prompt(70), []
+    for captured in (True, False):
+        gaps = iter([3, 3, 3, 0, 0, 3, 3, 0, 3, 3, 3, 2] * 20)
+        monkeypatch.setattr("specextend.gate.Gate.next_depth", lambda self, g=gaps: next(g))
+        if captured:
+            monkeypatch.setattr(SpecExtend, "_graphs", taped)
+        spec = SpecExtend(target, "self", config)
+        text = []
+        for step in spec.stream(ids, max_new_tokens=70, do_sample=False):
+            text += step.tokens
+            work = spec.draft._caches.work
+            assert int(work.lens) + 1 + config.tree_keys <= work.capacity
+        texts.append(text)
+        assert spec.stats.num_accepted_tokens > 3
+        monkeypatch.undo()
+    assert texts[0] == texts[1] == greedy(target, ids, 70)[0, 70:].tolist()
+    assert all(recorder.replays > 5 for recorder in recorders)

@@ -350,6 +350,12 @@ class EagleHead(nn.Module):
             return None
         return torch.arange(self.d2t.shape[0], device=self.d2t.device) + self.d2t
 
+    def obstacle(self) -> str | None:
+        """Why its forward cannot be captured in CUDA graphs; None if it can."""
+        if any(hasattr(module, "_hf_hook") for module in self._shared):
+            return "accelerate's hooks move the target's embedding or head on the host's command"
+        return None
+
     def rope(self, device: torch.device) -> LlamaRotaryEmbedding:
         """Angles per position, and the scale of cosines and sines, as `transformers` has them."""
         if self._rope is None or self._rope.inv_freq.device != device:

@@ -33,6 +33,9 @@ class NGramDraft(Draft):
     def __init__(self, config: SpecConfig):
         self.config = config
 
+    def obstacle(self) -> str | None:
+        return None  # nothing of it is on the device
+
     def begin(self, prompt, max_length, cache) -> None:
         self._ids = np.zeros(max_length + 1, dtype=np.int64)
         self._length = 0

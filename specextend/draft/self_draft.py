@@ -7,6 +7,7 @@ No draft model is needed; it pays where attention over the context costs more th
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import ops
@@ -30,10 +31,9 @@ class SelfDraft(CausalLMDraft):
         vocab: entries of its vocabulary.
     """
 
-    takes_count = False
-    _root_rows = 1
     caches = ("window", "retrieval")
     num_parameters = 0
+    _root_rows = 1
 
     def __init__(self, target: PatchedModel, config: SpecConfig, vocab: int):
         if config.draft_cache not in self.caches:
@@ -43,42 +43,52 @@ class SelfDraft(CausalLMDraft):
             )
         super().__init__(target.model, config, probe_rotary(target.model), vocab)
 
-    def obstacle(self) -> str | None:
-        return "it copies rows of the target's cache by the host's count"
-
     def begin(self, prompt, max_length, cache) -> None:
-        self._caches = WorkingCache(cache, self.config, self.rotary)
-        self._copied = 0  # rows of the target's cache that the working cache stands for
+        self._caches = WorkingCache(cache, self.config, self.rotary, self.graphs)
+        # Rows of the target's cache that the working cache stands for; known on the device alone.
+        self._copied = torch.zeros_like(cache.lens)
 
     def prefill(self, tokens, features) -> None:
         """The target's prefill has filled its cache."""
 
-    def retrieve(self, scores: Tensor) -> Tensor:
-        self._copied = self._caches.full.length
-        return super().retrieve(scores)
+    def retrieve(self, scores: Tensor | None) -> Tensor:
+        ids = self._caches.refill(scores)
+        self._copied.copy_(self._caches.full.lens)
+        return ids
 
-    def propose(self, tokens, depth, features) -> Tree:
-        root = tokens[:, -1:]
-        caches, length = self._caches, self._caches.full.length
-        work = caches.work
-        if caches.needs_refill or not caches.fits(length - self._copied + 1):
-            caches.refill()
-        elif length:
-            self._copy(self._copied, length)
-        self._copied = length
-        # The root stays in the working cache while the tree grows behind it.
-        state = Pass(work, [(work, work.lens)], 1)
-        logits = self._logits(root, self._positions(1), state)
-        work.advance(1)
-        tree = grow_tree(root, logits, self._step, self.config, depth)
-        work.advance(-1)
+    def propose(self, tokens, depth, features, count=None) -> Tree:
+        caches, width = self._caches, tokens.shape[1]
+        if caches.needs_refill or not caches.fits(width + self._root_rows):
+            self.retrieve(None)
+        if count is not None:
+            key = ("propose", width, depth)
+            return self.graphs.call(key, lambda *given: self._grow(depth, *given), tokens, count)
+        tree = self._grow(depth, tokens, None)
+        self.settle(width)
         return tree
 
-    def _copy(self, first: int, end: int) -> None:
-        """Rows [first, end) of the target's cache behind those of the working cache."""
-        work, rows = self._caches.work, slice(first, end)
-        for ours, source in zip(work.layers, self._caches.full.layers, strict=True):
-            if not ours.is_initialized:
-                ours.like(source)
-            ops.append_kv(ours.k, ours.v, source.k[:, rows], source.v[:, rows], work.lens)
-        work.advance(end - first)
+    def settle(self, count: int) -> None:
+        # A bound: a refill since the last call has brought some of these rows already.
+        self._caches.work.settle(count)
+
+    def _grow(self, depth: int, tokens: Tensor, count: Tensor | None) -> Tree:
+        work = self._caches.work
+        self._copy(tokens.shape[1])
+        root = tokens[:, -1:] if count is None else tokens.index_select(1, count.long() - 1)
+        # The root stays in the working cache while the tree grows behind it.
+        logits = self._logits(root, self._positions(1), Pass(work, [(work, work.lens)], 1))
+        work.commit(1)
+        tree = grow_tree(root, logits, self._step, self.config, depth)
+        work.commit(-1)
+        return tree
+
+    def _copy(self, most: int) -> None:
+        """The target's new rows, ``most`` of them at most, behind those of the working cache."""
+        full, work = self._caches.full, self._caches.work
+        rows = self._copied + torch.arange(most, device=self.device)
+        rows = rows.clamp(max=full.capacity - 1)  # what is beyond the new ones does not count
+        for ours, source in zip(work.layers, full.layers, strict=True):
+            k, v = (x.index_select(1, rows) for x in (source.k, source.v))
+            ops.append_kv(ours.k, ours.v, k, v, work.lens)
+        work.commit(full.lens - self._copied)
+        self._copied.copy_(full.lens)
