@@ -488,24 +488,6 @@ class TestCaptured:
         monkeypatch.setattr(SpecExtend, "_graphs", make_graphs)
         return recorders
 
-    @pytest.mark.parametrize(
-        "dialect, draft_cache",
-        [("eagle1", "full"), ("eagle3", "retrieval"), ("eagle3.1", "window")],
-    )
-    def test_the_same_text(self, target, taped, monkeypatch, dialect, draft_cache, tmp_path):
-        path, ids, runs = make(dialect).write(tmp_path), prompt(70), []
-        for _ in range(2):
-            spec = SpecExtend(
-                target, path, SMALL, draft_cache=draft_cache, tree_shape="fixed",
-                tree_widths=(20, 12, 4),
-            )  # fmt: skip
-            steps = list(spec.stream(ids, max_new_tokens=40, do_sample=False))
-            runs.append([(s.tokens, s.num_accepted) for s in steps])
-            monkeypatch.undo()
-        assert runs[0] == runs[1]
-        assert any(accepted for _, accepted in runs[0])
-        assert all(recorder.replays > 5 for recorder in taped)
-
     def test_the_host_follows(self, target, taped, monkeypatch, tmp_path):
         """Its lengths are those of the device; also where the gate rests."""
         gaps = iter([2, 0, 0, 0, 3, 0, 2, 2] * 20)
