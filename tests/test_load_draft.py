@@ -294,6 +294,21 @@ class TestBrokenHeads:
         with pytest.raises(ValueError, match="no embed_tokens.weight, and the target's does not"):
             load(target, made.write(tmp_path))
 
+    @pytest.mark.parametrize("dialect", ["eagle1", "eagle3", "eagle3-speculators"])
+    def test_quantised_tensors(self, target, dialect, tmp_path):
+        made = make(dialect)
+        name = next(n for n in made.tensors if n.endswith("q_proj.weight"))
+        made.tensors[name] = made.tensors[name].to(torch.int8)
+        with pytest.raises(ValueError, match="q_proj.weight is torch.int8, floating point"):
+            load(target, made.write(tmp_path))
+
+    def test_unknown_rotary_embedding(self, target, tmp_path):
+        for rope in (dict(rope_type="spiral"), dict(rope_type="yarn"), dict(type="longrope")):
+            made = make("eagle3")
+            made.config["rope_scaling"] = rope
+            with pytest.raises(ValueError, match="EAGLE head .* rotary embedding .* is not known"):
+                load(target, made.write(tmp_path))
+
     def test_the_same_tensor_twice(self, target, tmp_path):
         made = make("eagle3-specforge")
         made.tensors["layers.0.hidden_norm.weight"] = torch.ones(32)

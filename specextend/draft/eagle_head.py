@@ -569,6 +569,11 @@ def _load(checkpoint: Checkpoint, target: PreTrainedModel) -> EagleHead:
         for name, wanted in expected.items()
         if name in tensors and tensors[name].shape != wanted.shape
     ]
+    problems += [
+        f"{said_names[name]} is {tensors[name].dtype}, floating point is expected"
+        for name, wanted in expected.items()
+        if name in tensors and wanted.is_floating_point() > tensors[name].is_floating_point()
+    ]
     if problems:
         raise ValueError("; ".join(problems))
     tensors = {
@@ -578,6 +583,10 @@ def _load(checkpoint: Checkpoint, target: PreTrainedModel) -> EagleHead:
     if "d2t" in tensors:
         _check_d2t(tensors["d2t"], config.vocab_size)
     head.load_state_dict(tensors, assign=True)
+    try:
+        head.rope(target.device)
+    except Exception as error:  # of many types, as fields are missing or of another type
+        raise ValueError(f"its rotary embedding {config.rope} is not known: {error!r}") from error
     return head.eval().requires_grad_(False)
 
 
