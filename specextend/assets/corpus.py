@@ -1,7 +1,13 @@
-"""The text that the embedded pair is trained on, its tokenizer, and the windows drawn from it."""
+"""The text that the embedded pair is trained on, its tokenizer, and the windows drawn from it.
+
+    python -m specextend.assets.corpus corpus.jsonl [--prose FOLDER]
+
+writes the text for ``specextend train``, documents in random order.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import random
@@ -271,3 +277,21 @@ class Windows:
         """`count` windows as tensors [count, length]."""
         rows = [self.window(length, copying) for _ in range(count)]
         return tuple(torch.from_numpy(np.stack(x)) for x in zip(*rows, strict=True))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--prose", type=Path, help="folder of JSON Lines with a `text` field")
+    parser.add_argument("--seed", type=int, default=20776)
+    args = parser.parse_args()
+    texts = read_sources(args.prose, random.Random(args.seed))
+    documents = [text for source in texts.values() for text in source]
+    random.Random(1).shuffle(documents)
+    with args.out.open("w", encoding="utf-8") as out:
+        out.writelines(json.dumps({"text": text}) + "\n" for text in documents)
+
+
+if __name__ == "__main__":
+    main()
