@@ -123,7 +123,7 @@ def bench_rounds(arguments, machine: Machine) -> list[dict]:
     return results
 
 
-def bench_embedded(arguments) -> list[dict]:
+def bench_embedded(arguments, machine: Machine) -> list[dict]:
     tokenizer = AutoTokenizer.from_pretrained(assets.target_path())
     target, draft = (
         AutoModelForCausalLM.from_pretrained(path, dtype=arguments.dtype).to(arguments.device)
@@ -191,9 +191,11 @@ def main() -> None:
         machine.measure(0.5)
     where = machine.gpu or f"{machine.processor}, {machine.threads} threads, {machine.isa}"
     print(f"{where}; {machine.bandwidth_gbs:.1f} GB/s; torch {machine.torch}, {machine.commit}")
-    results = {"rounds": bench_rounds(arguments, machine), "embedded": bench_embedded(arguments)}
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": asdict(machine), **results}, indent=1))
+    results = {"machine": asdict(machine)}
+    for name, bench in (("rounds", bench_rounds), ("embedded", bench_embedded)):
+        results[name] = bench(arguments, machine)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -524,6 +524,12 @@ def chunk_overhead(results: list[dict]) -> None:
             print(f"{r['shape']}: chunks cost {100 * r['chunk_overhead']:+.1f} %")
 
 
+def save(path: Path | None, machine: Machine, results: list[dict]) -> None:
+    if path is not None:
+        text = json.dumps({"machine": asdict(machine), "results": results}, indent=2)
+        path.write_text(text + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     here = "cuda" if _C.has_cuda and torch.cuda.is_available() else "cpu"
@@ -563,11 +569,10 @@ def main() -> None:
         line = make()
         if arguments.filter in f"{line.op} {line.shape} {line.dtype}":
             results.append(report(line, make, machine, seconds))
+            save(arguments.json, machine, results)  # each time: a run may be cut short
         del line
     chunk_overhead(results)
-    if arguments.json:
-        text = json.dumps({"machine": asdict(machine), "results": results}, indent=2)
-        arguments.json.write_text(text + "\n")
+    save(arguments.json, machine, results)
 
 
 if __name__ == "__main__":

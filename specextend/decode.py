@@ -469,6 +469,7 @@ class _Generation:
         self.unsettled = False  # the draft took in tokens by a count that it has yet to learn
         self.depth = config.max_depth
         self.gate = Gate(config.max_depth, config.gate == "auto" and draft is not None)
+        self.prepared = 0  # graphs, when the last verify pass was over
         self.first = True
 
     def close(self) -> None:
@@ -520,7 +521,9 @@ class _Generation:
         scoring = self._scores_now(draft, first)
         with Stopwatch(self.device) as verifying:
             outcome = self._verify(tree, scoring, "prefill" if first else "verify")
-            self.mailbox.send(outcome.numbers)
+        self.mailbox.send(outcome.numbers)  # behind the watch, which is read once this arrives
+
+        prepared, self.prepared = self.prepared, self._preparations()
 
         # Without graphs the host may as well read now: drafts may want to know where they are.
         ahead = self.from_draft and draft.takes_count and draft.graphs.enabled
@@ -540,9 +543,15 @@ class _Generation:
             self._retrieve(outcome.chunk_scores)
         if not first:
             stats.count_round(tree.num_nodes - 1, step.num_accepted)
-        seconds = sum(watch.seconds for watch in (*before, verifying))
-        self.gate.count(tree.depth, len(step.tokens), seconds)
+        if prepared == self.prepared:  # else it took longer for once
+            seconds = sum(watch.seconds for watch in (*before, verifying))
+            self.gate.count(tree.depth, len(step.tokens), seconds)
         return step
+
+    def _preparations(self) -> int:
+        """Calls so far that warmed up or recorded a graph."""
+        draft = self.spec.draft
+        return self.graphs.preparations + (0 if draft is None else draft.graphs.preparations)
 
     def _next_tree(self, length: int) -> None:
         """Have a tree made below the root behind ``length`` committed tokens, or at most as many

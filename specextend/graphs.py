@@ -68,12 +68,16 @@ class Graphs:
     Args:
         recorder: None: functions are called.
         name: whose work it is, for the warning if it turns out that it cannot be recorded.
+
+    Attributes:
+        preparations: calls that were no replays, but took the time of warming up or recording.
     """
 
     def __init__(self, recorder: CudaRecorder | None = None, name: str = ""):
         self._recorder = recorder
         self._name = name
         self._recordings: dict[Hashable, tuple | None] = {}
+        self.preparations = 0
 
     @property
     def enabled(self) -> bool:
@@ -84,6 +88,7 @@ class Graphs:
         """``function(*tensors)``. What it returns holds until the next call."""
         if self._recorder is None:
             return function(*tensors)
+        self.preparations += self._recordings.get(key) is None
         if key not in self._recordings:
             self._recordings[key] = None
             return function(*tensors)

@@ -118,19 +118,26 @@ def time_graphs(
         contestants: variants of one call each, on buffers of their own, which take turns: as many
             as make their buffers larger than the L2 cache, so that it is cold.
         seconds: time for all of them together, once each has had five replays.
-        min_calls: calls in a graph at least. What cannot be captured is launched as often instead.
+        min_calls: calls in a graph at least, but for calls that take more than a millisecond. What
+            cannot be captured is launched as often instead.
     """
     replays, counts = [], []
     stream = torch.cuda.Stream()
     for variants in contestants:
-        count = max(min_calls, len(variants))
+        for variant in variants:
+            variant()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        variants[0]()
+        stop.record()
+        stop.synchronize()
+        fitting = int(min_calls / max(start.elapsed_time(stop), 1.0))
+        count = max(fitting, len(variants))
 
         def calls(variants=variants, count=count):
             for i in range(count):
                 variants[i % len(variants)]()
 
-        for variant in variants:
-            variant()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=stream):

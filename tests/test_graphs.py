@@ -178,6 +178,14 @@ class TestTapedRound:
         assert len(said) == 1
         assert torch.equal(got, models[0].generate(prompt(50), max_new_tokens=30, **GREEDY))
 
+    def test_rounds_that_record_say_nothing_of_speed(self, models, taped, monkeypatch):
+        counted = []
+        monkeypatch.setattr("specextend.gate.Gate.count", lambda self, *x: counted.append(x))
+        spec = SpecExtend(*models, CONFIG.replace(tree_shape="top_k", draft_cache="full"))
+        spec.generate(prompt(50), max_new_tokens=40, **GREEDY)
+        # Each graph is warmed up and recorded, again for the shallower trees of the last rounds.
+        assert spec.stats.num_rounds - 8 <= len(counted) < spec.stats.num_rounds
+
     def test_nothing_is_left(self, models, taped):
         spec = SpecExtend(*models, CONFIG)
         spec.generate(prompt(50), max_new_tokens=30, **GREEDY)
