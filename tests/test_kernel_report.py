@@ -82,8 +82,9 @@ def test_no_attention_kernel_spills():
         pytest.skip("the build folder, where ptxas reported, is not here")
     kernels = kernel_report.collect(folder)
     assert kernels
-    spilling = [f"{k.name} ({k.arch})" for k in kernels if "attention" in k.name and k.spills]
-    assert not spilling
+    attention = [k for k in kernels if "attention" in k.name]
+    assert attention or not list((ROOT / "csrc/cuda").glob("tree_attention*.cu"))
+    assert not [f"{k.name} ({k.arch})" for k in attention if k.spills]
 
 
 def test_every_kernel_is_accounted_for():
