@@ -30,24 +30,24 @@ class TestLossless:
     @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi", "gpt_oss", "glm4"])
     def test_greedy_families(self, family):
         model, ids = tiny_model(family), prompt(90)
-        expected = greedy(model, ids)
+        expected = greedy(model, ids, 20)
         for draft_cache in ("retrieval", "window"):
             spec = SpecExtend(model, "self", SMALL, draft_cache=draft_cache)
-            assert torch.equal(spec.generate(ids, max_new_tokens=40, do_sample=False), expected)
+            assert torch.equal(spec.generate(ids, max_new_tokens=20, do_sample=False), expected)
             assert spec.stats.num_draft_tokens > 0
 
-    @pytest.mark.parametrize("length", [1, 2, 31, 33, 200])
+    @pytest.mark.parametrize("length", [1, 2, 33, 200])
     @pytest.mark.parametrize("shape", ["opt", "fixed"])
     def test_lengths(self, target, length, shape):
         ids = prompt(length)
         spec = SpecExtend(target, "self", SMALL, tree_shape=shape, tree_widths=(2, 2))
         assert torch.equal(
-            spec.generate(ids, max_new_tokens=50, do_sample=False), greedy(target, ids, 50)
+            spec.generate(ids, max_new_tokens=24, do_sample=False), greedy(target, ids, 24)
         )
 
     def test_sampled(self, target):
         ids = prompt(90)
-        options = dict(max_new_tokens=40, do_sample=True, temperature=0.7, top_p=0.9)
+        options = dict(max_new_tokens=20, do_sample=True, temperature=0.7, top_p=0.9)
         plain = SpecExtend(target, None, SMALL).generate(ids, **options)
         for draft_cache in ("retrieval", "window"):
             spec = SpecExtend(target, "self", SMALL, draft_cache=draft_cache)
@@ -116,7 +116,7 @@ def test_generations_do_not_know_each_other(target):
 
     def steps(spec, ids):
         return [
-            (s.tokens, s.num_accepted) for s in spec.stream(ids, max_new_tokens=30, do_sample=False)
+            (s.tokens, s.num_accepted) for s in spec.stream(ids, max_new_tokens=14, do_sample=False)
         ]
 
     first = steps(spec, prompt(200))
