@@ -104,19 +104,24 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("barrier.sync %0, %1;" : : "r"(id), "r"(threads) : "memory");
 }
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-
-// --- programmatic dependent launch: does nothing in a kernel that was launched without it ---
+// --- programmatic dependent launch: does nothing in a kernel that was launched without it, nor
+// before sm_90, which has none ---
 
 // Until the kernels before this one in the stream have ended, or have let it begin and ended.
 __device__ __forceinline__ void wait_for_predecessors() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" : : : "memory");
+#endif
 }
 
 // Lets the next kernel of the stream begin as soon as every block has said so or ended.
 __device__ __forceinline__ void let_successors_begin() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
+#endif
 }
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
 // --- mbarrier: a barrier in shared memory that also counts bytes copied ---
 
