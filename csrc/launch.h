@@ -43,13 +43,14 @@ cudaError_t launch_compact_kv_sm90(const CompactKvParams& p, cudaStream_t stream
 struct AttentionPlan {
   WorkCut cut;
   size_t workspace_bytes;  // scratch memory of the launch, bounded by the grid
+  bool early_combine;      // the device lets a kernel begin before the one before it has ended
 };
 
 cudaError_t plan_tree_attention(const TreeAttentionParams& p, DType dtype, int device,
                                 AttentionPlan* plan);
 
 // Two kernels. `workspace` is aligned to 16 bytes and may hold anything. With chunk_lse wanted,
-// p.v may be null: no values are read and p.out is not written.
+// p.out may be null: values are not read then, and p.v is not used.
 cudaError_t launch_tree_attention(const TreeAttentionParams& p, DType dtype,
                                   const AttentionPlan& plan, void* workspace, cudaStream_t stream);
 

@@ -38,7 +38,8 @@ extern "C" int64_t walk(WorkCut w, const int64_t* begins, const int64_t* ends, i
         if (s.empty()) continue;
         if (found == max_segments) return -1;
         int64_t* to = segments + 6 * found++;
-        to[0] = block, to[1] = unit, to[2] = s.begin, to[3] = s.end, to[4] = s.opens, to[5] = s.closes;
+        to[0] = block, to[1] = unit, to[2] = s.begin, to[3] = s.end;
+        to[4] = s.opens, to[5] = s.closes;
       }
     }
   }

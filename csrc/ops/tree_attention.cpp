@@ -10,6 +10,12 @@
 #include "ops/allocate.h"
 #include "ops/dtype.h"
 #include "tree.h"
+#ifdef SPECEXTEND_HAS_CUDA
+#include <torch/csrc/stable/accelerator.h>
+
+#include "launch.h"
+#include "stream.h"
+#endif
 
 namespace specextend {
 namespace {
@@ -123,6 +129,25 @@ std::tuple<Tensor, Tensor, Tensor> tree_attention_cpu(
   return {r.out, r.lse, r.chunk_lse};
 }
 
+#ifdef SPECEXTEND_HAS_CUDA
+std::tuple<Tensor, Tensor, Tensor> tree_attention_cuda(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_lens,
+    const std::optional<Tensor>& tree_mask, std::optional<int64_t> num_tree_keys,
+    std::optional<double> scale, double softcap, int64_t window, const std::optional<Tensor>& q_depths,
+    const std::optional<Tensor>& k_depths, const std::optional<Tensor>& sinks, int64_t chunk_size) {
+  Prepared r = prepare({q, k, v, prefix_lens, tree_mask, num_tree_keys, scale, softcap, window, q_depths,
+                        k_depths, sinks, chunk_size});
+  const int32_t device = q.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  AttentionPlan plan;
+  check_launch(kOp, plan_tree_attention(r.params, r.dtype, device, &plan));
+  const Tensor workspace = allocate(q, {int64_t(plan.workspace_bytes)}, ScalarType::Byte);
+  check_launch(kOp, launch_tree_attention(r.params, r.dtype, plan, workspace.mutable_data_ptr(),
+                                          current_stream(device)));
+  return {r.out, r.lse, r.chunk_lse};
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(specextend, m) {
@@ -135,5 +160,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(specextend, m) {
 STABLE_TORCH_LIBRARY_IMPL(specextend, CPU, m) {
   m.impl("tree_attention", TORCH_BOX(&tree_attention_cpu));
 }
+#ifdef SPECEXTEND_HAS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(specextend, CUDA, m) {
+  m.impl("tree_attention", TORCH_BOX(&tree_attention_cuda));
+}
+#endif
 
 }  // namespace specextend
