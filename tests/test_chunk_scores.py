@@ -369,6 +369,22 @@ def test_keys_of_a_sequence_alone_on_any_number_of_threads():
         torch.set_num_threads(threads)
 
 
+def test_keys_graph_replay_with_other_lengths(device):
+    if device == "cpu":
+        pytest.skip("needs a GPU")
+    cases = [[t.to(device) for t in random_keys(seed, torch.bfloat16)] for seed in range(4)]
+    arguments = [t.clone() for t in cases[0]]
+    ops.chunk_scores_keys(*arguments, chunk_size=16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.chunk_scores_keys(*arguments, chunk_size=16)
+    for case in cases:
+        for argument, value in zip(arguments, case, strict=True):
+            argument.copy_(value)
+        graph.replay()
+        assert torch.equal(captured, ops.chunk_scores_keys(*case, chunk_size=16))
+
+
 @pytest.mark.not_emulated("the registered op is asked")
 def test_keys_opcheck(device):
     torch.library.opcheck(

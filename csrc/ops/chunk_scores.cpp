@@ -171,6 +171,58 @@ Tensor chunk_scores_keys_cpu(const Tensor& q, const Tensor& k, const Tensor& row
   return r.scores;
 }
 
+#ifdef SPECEXTEND_HAS_CUDA
+// The row of each sequence, picked by the device; a pass of tree attention with it, no tree and no
+// values; the scores of what that gives.
+Tensor chunk_scores_keys_cuda(const Tensor& q, const Tensor& k, const Tensor& rows,
+                              const Tensor& lens, int64_t chunk_size, std::optional<double> scale,
+                              double softcap, int64_t window, std::string reduce) {
+  PreparedKeys r = prepare_keys({q, k, rows, lens, chunk_size, scale, softcap, window, reduce});
+  TreeAttentionParams& p = r.params.attention;
+  if (p.batch == 0 || p.num_chunks == 0) return r.scores;
+  const int32_t device = q.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+
+  Tensor picked = allocate(q, {p.batch, 1, p.num_heads, p.head_dim}, q.scalar_type());
+  check_launch(kKeysOp,
+               launch_pick_rows(p, r.dtype, r.params.rows, picked.mutable_data_ptr(), stream));
+  Tensor lse = allocate(q, {p.batch, 1, p.num_heads}, ScalarType::Float);
+  Tensor chunk_lse = allocate(q, {p.batch, 1, p.num_heads, p.num_chunks}, ScalarType::Float);
+  p.q = picked.const_data_ptr();
+  p.q_stride_b = p.q_stride_m = int64_t(p.num_heads) * p.head_dim;
+  p.q_stride_h = p.head_dim;
+  p.num_rows = 1;
+  p.lse = lse.mutable_data_ptr<float>();
+  p.chunk_lse = chunk_lse.mutable_data_ptr<float>();
+  AttentionPlan plan;
+  check_launch(kKeysOp, plan_tree_attention(p, r.dtype, device, &plan));
+  Tensor workspace = allocate(q, {int64_t(plan.workspace_bytes)}, ScalarType::Byte);
+  check_launch(kKeysOp,
+               launch_tree_attention(p, r.dtype, plan, workspace.mutable_data_ptr(), stream));
+
+  const ChunkScoresParams scores{p.chunk_lse,
+                                 p.lse,
+                                 chunk_lse.stride(0),
+                                 0,
+                                 p.num_chunks,
+                                 p.num_heads,
+                                 0,
+                                 r.params.rows,
+                                 p.prefix_lens,
+                                 r.params.scores,
+                                 p.batch,
+                                 1,
+                                 p.num_heads,
+                                 p.num_chunks,
+                                 p.chunk_size,
+                                 r.params.largest,
+                                 false};
+  check_launch(kKeysOp, launch_chunk_scores(scores, nullptr, stream));
+  return r.scores;
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(specextend, m) {
@@ -188,6 +240,7 @@ STABLE_TORCH_LIBRARY_IMPL(specextend, CPU, m) {
 #ifdef SPECEXTEND_HAS_CUDA
 STABLE_TORCH_LIBRARY_IMPL(specextend, CUDA, m) {
   m.impl("chunk_scores", TORCH_BOX(&chunk_scores_cuda));
+  m.impl("chunk_scores.keys", TORCH_BOX(&chunk_scores_keys_cuda));
 }
 #endif
 
