@@ -15,6 +15,7 @@ import test_chunk_scores
 import test_compact_kv
 import test_gather_chunks
 import test_merge_states
+import test_tree_attention
 import torch
 from backends import build_or_skip, emulated
 from emulation import KINDS, Schedule
@@ -402,6 +403,12 @@ def compact_kv_aligned_of(seed):
     test_compact_kv.check(caches, [3, 8], paths, [49, 30])
 
 
+def tree_attention_of(seed):
+    rows, heads = [(12, (8, 2)), (9, (3, 3))][seed % 2]  # of a unit: 48, which warps share, or 9
+    case = test_tree_attention.Case((70, 133), rows, None, heads, 64, torch.bfloat16, seed=seed)
+    case.check()
+
+
 def gather_chunks_of(seed):
     test_gather_chunks.Case(
         lens=(90, 77, 12),
@@ -495,6 +502,11 @@ SCORES = {
     "sources": ("cuda/chunk_scores.cu",),
     "check": chunk_scores_of,
 }
+TREE = {
+    "header": "kernels/tree_attention.cuh",
+    "sources": ("cuda/tree_attention_bf16_d64.cu",),
+    "check": tree_attention_of,
+}
 MUTATIONS = [
     Mutation(
         "merge_states: the second part is read with the strides of one row",
@@ -570,6 +582,42 @@ MUTATIONS = [
         old="= total;\n    __syncthreads();",
         new="= total;",
         **SCORES,
+    ),
+    Mutation(
+        "tree_attention: queries are read before all threads have copied theirs",
+        old="ptx::cp_async_wait<kAt.ahead>();\n    __syncthreads();",
+        new="ptx::cp_async_wait<kAt.ahead>();",
+        **TREE,
+    ),
+    Mutation(
+        "tree_attention: warps that share keys do not meet",
+        old="ptx::named_barrier(1 + key_group_, kGroupThreads);",
+        new="",
+        **TREE,
+    ),
+    Mutation(
+        "tree_attention: a wait covers a copy too few",
+        old="ptx::cp_async_wait<kAt.ahead - 1>();",
+        new="ptx::cp_async_wait<kAt.ahead>();",
+        **TREE,
+    ),
+    Mutation(
+        "tree_attention: the ring is given up while it is read",
+        old="ptx::cp_async_wait<0>();\n    __syncthreads();",
+        new="ptx::cp_async_wait<0>();",
+        **TREE,
+    ),
+    Mutation(
+        "tree_attention: strides swapped",
+        old="at.row * p_.q_stride_m + at.head * p_.q_stride_h",
+        new="at.row * p_.q_stride_h + at.head * p_.q_stride_m",
+        **TREE,
+    ),
+    Mutation(
+        "tree_attention: a mask's bits are shifted",
+        old="mask_bit(mask, int(slot))",
+        new="(slot > 0 && mask_bit(mask, int(slot) - 1))",
+        **{**TREE, "header": "kernels/attention_work.cuh"},
     ),
 ]
 
