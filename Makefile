@@ -65,7 +65,7 @@ env: $(env)
 
 # ---- set-up --------------------------------------------------------------------------------------
 
-$(env): constraints.txt pyproject.toml tools/make_env.py
+$(env): constraints.txt pyproject.toml tools/make_env.py $(flavour)
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not there: install Python >= 3.10," \
 	  "or name it: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) tools/make_env.py $(VENV) --torch-index='$(TORCH_INDEX)' --stamp=$@

@@ -54,6 +54,15 @@ cudaError_t plan_tree_attention(const TreeAttentionParams& p, DType dtype, int d
 cudaError_t launch_tree_attention(const TreeAttentionParams& p, DType dtype,
                                   const AttentionPlan& plan, void* workspace, cudaStream_t stream);
 
+// The same by the Hopper family, on compute capability 9.0, for the calls that it serves: 16-bit
+// floats, more than 64 rows of a KV head, memory that tensor copies take.
+bool tree_attention_sm90_serves(const TreeAttentionParams& p, DType dtype);
+cudaError_t plan_tree_attention_sm90(const TreeAttentionParams& p, DType dtype, int device,
+                                     AttentionPlan* plan);
+cudaError_t launch_tree_attention_sm90(const TreeAttentionParams& p, DType dtype,
+                                       const AttentionPlan& plan, void* workspace,
+                                       cudaStream_t stream);
+
 template <typename T>
 cudaError_t launch_gather_chunks(const GatherChunksParams& p, cudaStream_t stream);
 

@@ -18,6 +18,7 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+HEADERS = "nvidia-cutlass"  # of which nothing is imported: its dependencies are left out
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # PyPI's torch for x86-64 brings CUDA: gigabytes
 
 
@@ -166,6 +167,7 @@ def main():
     check_machine()
 
     wanted, least = pins(), minima()
+    headers = wanted.pop(HEADERS)
     if Path(sys.prefix).resolve() == folder:  # run from within the environment itself
         python = Path(sys.executable)
         torch = json.loads(options.stamp.read_text())["torch"] if options.stamp.exists() else None
@@ -184,7 +186,10 @@ def main():
     else:
         print(f"environment: {options.folder}, with the packages of constraints.txt", flush=True)
         pip_install(python, wanted["torch"], *torch_options(options.torch_index))
-        pip_install(python, "-r", str(ROOT / "constraints.txt"))
+        pip_install(python, *wanted.values())
+    if os.environ.get("SPECEXTEND_CUDA", "AUTO").upper() != "OFF":
+        if not is_installed(python, HEADERS, headers.partition("==")[2]):
+            pip_install(python, "--no-deps", headers)
 
     found = ask(python, "import torch; print(torch.__version__)")
     if found is None or torch not in (None, found):

@@ -212,16 +212,17 @@ struct SegmentState {
 
   // These three: by the whole first warp.
 
-  __device__ __forceinline__ void begin(const AttentionCall& c) {
+  // `block`: of the cut.
+  __device__ __forceinline__ void begin(const AttentionCall& c, int block) {
     const int lane = int(threadIdx.x % 32);
     // The first block notes for the combine where sequences begin.
     const int64_t total = for_each_sequence(c, [&](int b, int64_t begin, int64_t length) {
-      if (blockIdx.x > 0) return;
+      if (block > 0) return;
       c.workspace.lines[b] = begin;
       if (b == c.batch - 1) c.workspace.lines[c.batch] = begin + length;
     });
     const int64_t length = run_length(c.cut, total);
-    const int64_t first = int64_t(blockIdx.x) * length;
+    const int64_t first = block * length;
     if (lane == 0) {
       run = {first, first + length < total ? first + length : total};
       at = first;
@@ -303,7 +304,7 @@ template <typename F>
 __device__ __forceinline__ void for_each_segment(const AttentionCall& c, SegmentState& state,
                                                  const F& f) {
   const bool first_warp = threadIdx.x < 32;
-  if (first_warp) state.begin(c);
+  if (first_warp) state.begin(c, int(blockIdx.x));
   for (;;) {
     if (first_warp) state.advance(c);
     __syncthreads();

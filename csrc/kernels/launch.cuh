@@ -11,11 +11,10 @@ namespace specextend {
 
 constexpr size_t kSharedWithoutAsking = 48 * 1024;  // bytes; more has to be asked for
 
-// With `early`, blocks may begin before the stream's previous kernel has ended, as far as that one
-// lets them (ptx::let_successors_begin), and have to wait for it themselves; from sm_90 on.
 template <typename... Params, typename... Args>
-cudaError_t launch_early(bool early, void (*kernel)(Params...), dim3 grid, dim3 block,
-                         size_t shared_bytes, cudaStream_t stream, Args&&... args) {
+cudaError_t launch_with(cudaLaunchAttribute* attributes, unsigned num_attributes,
+                        void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+                        cudaStream_t stream, Args&&... args) {
   if (shared_bytes > kSharedWithoutAsking) {
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -27,19 +26,40 @@ cudaError_t launch_early(bool early, void (*kernel)(Params...), dim3 grid, dim3 
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = early ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = num_attributes;
   return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
 }
 
 template <typename... Params, typename... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
                    cudaStream_t stream, Args&&... args) {
-  return launch_early(false, kernel, grid, block, shared_bytes, stream,
-                      std::forward<Args>(args)...);
+  return launch_with(nullptr, 0, kernel, grid, block, shared_bytes, stream,
+                     std::forward<Args>(args)...);
+}
+
+// With `early`, blocks may begin before the stream's previous kernel has ended, as far as that one
+// lets them (ptx::let_successors_begin), and have to wait for it themselves; from sm_90 on.
+template <typename... Params, typename... Args>
+cudaError_t launch_early(bool early, void (*kernel)(Params...), dim3 grid, dim3 block,
+                         size_t shared_bytes, cudaStream_t stream, Args&&... args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return launch_with(&attribute, early ? 1 : 0, kernel, grid, block, shared_bytes, stream,
+                     std::forward<Args>(args)...);
+}
+
+// In clusters of `cluster` blocks along x; from sm_90 on.
+template <typename... Params, typename... Args>
+cudaError_t launch_clusters(unsigned cluster, void (*kernel)(Params...), dim3 grid, dim3 block,
+                            size_t shared_bytes, cudaStream_t stream, Args&&... args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  return launch_with(&attribute, cluster > 1 ? 1 : 0, kernel, grid, block, shared_bytes, stream,
+                     std::forward<Args>(args)...);
 }
 
 }  // namespace specextend

@@ -130,6 +130,22 @@ std::tuple<Tensor, Tensor, Tensor> tree_attention_cpu(
 }
 
 #ifdef SPECEXTEND_HAS_CUDA
+// Kernels of one family.
+struct Family {
+  decltype(&plan_tree_attention) plan;
+  decltype(&launch_tree_attention) launch;
+};
+
+// Hopper's own where there are any for the call, else the portable ones.
+Family choose_family(const Prepared& r, [[maybe_unused]] int32_t device) {
+#ifdef SPECEXTEND_HAS_SM90A
+  if (tree_attention_sm90_serves(r.params, r.dtype) && has_compute_capability(device, 9, 0)) {
+    return {plan_tree_attention_sm90, launch_tree_attention_sm90};
+  }
+#endif
+  return {plan_tree_attention, launch_tree_attention};
+}
+
 std::tuple<Tensor, Tensor, Tensor> tree_attention_cuda(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_lens,
     const std::optional<Tensor>& tree_mask, std::optional<int64_t> num_tree_keys,
@@ -139,11 +155,12 @@ std::tuple<Tensor, Tensor, Tensor> tree_attention_cuda(
                         k_depths, sinks, chunk_size});
   const int32_t device = q.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
+  const Family family = choose_family(r, device);
   AttentionPlan plan;
-  check_launch(kOp, plan_tree_attention(r.params, r.dtype, device, &plan));
+  check_launch(kOp, family.plan(r.params, r.dtype, device, &plan));
   const Tensor workspace = allocate(q, {int64_t(plan.workspace_bytes)}, ScalarType::Byte);
-  check_launch(kOp, launch_tree_attention(r.params, r.dtype, plan, workspace.mutable_data_ptr(),
-                                          current_stream(device)));
+  check_launch(kOp, family.launch(r.params, r.dtype, plan, workspace.mutable_data_ptr(),
+                                  current_stream(device)));
   return {r.out, r.lse, r.chunk_lse};
 }
 #endif

@@ -1,0 +1,14 @@
+#include "kernels/tree_attention_sm90.cuh"
+
+namespace specextend {
+
+template cudaError_t launch_hopper_attention<__half, 64, 0>(const AttentionCall&, int,
+                                                            cudaStream_t);
+template cudaError_t launch_hopper_attention<__half, 64, 32>(const AttentionCall&, int,
+                                                             cudaStream_t);
+template cudaError_t launch_hopper_attention<__nv_bfloat16, 64, 0>(const AttentionCall&, int,
+                                                                   cudaStream_t);
+template cudaError_t launch_hopper_attention<__nv_bfloat16, 64, 32>(const AttentionCall&, int,
+                                                                    cudaStream_t);
+
+}  // namespace specextend

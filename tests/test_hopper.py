@@ -1,0 +1,239 @@
+"""The Hopper family of tree_attention: emulated, and against CuTe's own layouts.
+
+Which calls it takes is seen by what fails: the library here has no portable kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import shutil
+import subprocess
+from pathlib import Path
+from unittest import mock
+
+import emulation
+import pytest
+import torch
+from emulation import HERE, KINDS, ROOT, RUNTIME, Schedule
+from test_tree_attention import Case, same_bits
+
+from specextend import _C
+from specextend.testing import pack_mask
+
+FP16, BF16 = torch.float16, torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def library() -> emulation.Library:
+    csrc, namespace = ROOT / "csrc", "specextend_emulated_hopper"
+    own = [
+        csrc / "ops/tree_attention.cpp",
+        *sorted((csrc / "cuda").glob("tree_attention*_sm90.cu")),
+        ROOT / "tests/no_portable_attention.cpp",
+        HERE / "namespace.cpp",
+    ]
+    options = ["-DSPECEXTEND_HAS_SM90A", f'-DSPECEXTEND_EMULATION_NAMESPACE=\\"{namespace}\\"']
+    shared = [*RUNTIME, csrc / "cuda/attention_combine.cu"]
+    try:
+        return emulation.Library(emulation.build(namespace, shared, own, options), namespace)
+    except emulation.ToolMissing as missing:
+        pytest.skip(str(missing))
+
+
+@contextlib.contextmanager
+def emulated(library: emulation.Library, schedule: Schedule):
+    """Inside, ops.tree_attention is the library's, on guarded memory."""
+    op = getattr(torch.ops, library.namespace).tree_attention.default
+    module = importlib.import_module("specextend.ops.tree_attention")
+    replaced = mock.patch.object(module, "_tree_attention", op)
+    with library.guarded_memory(), library.schedule(schedule), replaced:
+        yield
+
+
+@pytest.fixture(params=KINDS)
+def on_hopper(request, library):
+    """Runs cases on the emulated Hopper kernels: with on_hopper(seed, multiprocessors): ..."""
+
+    def schedule(seed: int = 0, multiprocessors: int = 4):
+        return emulated(library, Schedule(seed, request.param, multiprocessors, 90))
+
+    return schedule
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads"), [(17, (8, 2)), (33, (2, 1)), (65, (1, 1)), (10, (14, 2)), (32, (4, 1))]
+)
+def test_one_block(rows, heads, on_hopper):
+    """65 to 128 rows of a KV head."""
+    for i, prefixes in enumerate([(0, 5), (127, 128), (300, 700, 1)]):
+        with on_hopper(i, 1 + 2 * i):
+            Case(prefixes, rows, heads=heads, dtype=(FP16, BF16)[i % 2], seed=i).check()
+
+
+@pytest.mark.parametrize(("rows", "heads"), [(33, (4, 1)), (64, (8, 2)), (100, (4, 1))])
+def test_clusters(rows, heads, on_hopper):
+    """More than 128 rows: the second block with a row and more; two clusters to a KV head."""
+    for i, prefixes in enumerate([(200,), (3, 600)]):
+        with on_hopper(i, 2 + 4 * i):
+            Case(prefixes, rows, heads=heads, dtype=(FP16, BF16)[i % 2], seed=i).check(
+                chunk_size=32 * i
+            )
+
+
+@pytest.mark.parametrize("dim", [8, 72, 80, 96, 128, 192, 200, 256])
+def test_head_dims(dim, on_hopper):
+    with on_hopper():
+        Case((260,), 18, heads=(4, 1), dim=dim, dtype=FP16).check(chunk_size=32)
+
+
+@pytest.mark.parametrize("window", [1, 7, 100, 300])
+def test_windows(window, on_hopper):
+    case = Case((400, 20), 35, heads=(2, 1), dtype=FP16)
+    with on_hopper():
+        case.check(window=window, chunk_size=32)
+        case.check(window=window, **case.depths())
+        Case((400,), 35, heads=(4, 1), dtype=FP16, tree=False).check(window=window)
+
+
+def test_options(on_hopper):
+    with on_hopper():
+        case = Case((150,), 20, keys=75, heads=(4, 1), dtype=FP16)
+        case.check(sinks=torch.randn(4), chunk_size=32)
+        case.check(scale=-0.3)
+        case.check(scale=0.0)
+        Case((150,), 70, keys=3, heads=(1, 1), dtype=BF16, layout="bhsd").check()
+        Case((150, 0), 70, keys=0, heads=(1, 1), dtype=BF16, spare=0).check()
+
+
+def test_masked_values_may_be_anything(on_hopper):
+    """Tree keys that nobody sees; what is behind the tree is NaN in every case."""
+    with on_hopper():
+        case = Case((100,), 70, keys=90, heads=(1, 1), dtype=FP16, tree=False)
+        case.visible = torch.rand(1, 70, 90) < 0.3
+        case.visible[:, :, [0, 5, 63, 64, 89]] = False
+        case.mask = pack_mask(case.visible)
+        for key in (0, 5, 63, 64, 89):
+            case.k[:, 100 + key] = case.v[:, 100 + key] = torch.nan
+        case.check()
+
+
+def test_same_bits(library):
+    """Whoever is ahead or behind: sums are made in one order."""
+    case, results = Case((500, 130), 40, heads=(8, 2), dtype=FP16), []
+    for seed in range(3):
+        for kind in KINDS:
+            with emulated(library, Schedule(seed, kind, 6, 90)):
+                results.append([t.clone() for t in case.run(chunk_size=32)])
+    assert all(same_bits(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ({"rows": 64}, {}),
+        ({"dtype": torch.float32}, {}),
+        ({"layout": "sliced"}, {}),
+        ({}, {"softcap": 2.0}),
+        ({}, {"chunk_size": 16}),
+    ],
+    ids=str,
+)
+def test_what_is_left_to_the_portable_family(case, options, library):
+    case = Case((50,), **{"rows": 65, "heads": (1, 1), "dtype": FP16, **case})
+    with emulated(library, Schedule(capability=90)), pytest.raises(RuntimeError):
+        case.run(**options)
+
+
+def test_only_on_hopper(library):
+    case = Case((50,), 65, heads=(1, 1), dtype=FP16)
+    for capability in (80, 100, 120):
+        with emulated(library, Schedule(capability=capability)), pytest.raises(RuntimeError):
+            case.run()
+
+
+# --- what the emulation has to take on trust: layouts of products and boxes -----------------------
+
+PROGRAM = r"""
+#include <cute/tensor.hpp>
+#include <cute/atom/mma_traits_sm90_gmma.hpp>
+#include <cstdio>
+
+#include "hopper_tiles.h"
+
+using namespace cute;
+using namespace specextend;
+using Half = half_t;
+
+template <int kRows, int kDim>
+int wrong_places() {
+  auto keys = as_position_independent_swizzle_layout(
+      tile_to_shape(GMMA::Layout_K_SW128_Atom<Half>{}, Shape<Int<kRows>, Int<kDim>>{}));
+  auto values = as_position_independent_swizzle_layout(tile_to_shape(
+      GMMA::Layout_MN_SW128_Atom<Half>{}, Shape<Int<kDim>, Int<kRows>>{}, Step<_2, _1>{}));
+  int wrong = 0;
+  for (int row = 0; row < kRows; ++row) {
+    for (int column = 0; column < kDim; ++column) {
+      const int place = shared_index(kRows, row, column);
+      wrong += int(keys(row, column)) != place || int(values(column, row)) != place;
+    }
+  }
+  return wrong;
+}
+
+template <typename Layout>
+int wrong_elements(Layout layout, int count) {
+  int wrong = 0;
+  for (int thread = 0; thread < 128; ++thread) {
+    for (int i = 0; i < count; ++i) {
+      const int at = layout(thread, i);  // row + 64 column
+      wrong += at % 64 != fragment_row(thread, i) || at / 64 != fragment_column(thread, i);
+    }
+  }
+  return wrong;
+}
+
+int main() {
+  using Logits = MMA_Traits<SM90_64x128x16_F32F16F16_SS<GMMA::Major::K, GMMA::Major::K>>;
+  using Values = MMA_Traits<SM90_64x256x16_F32F16F16_RS<GMMA::Major::K, GMMA::Major::MN>>;
+  printf("%d %d %d %d %d %d\n", wrong_places<64, 64>(), wrong_places<128, 128>(),
+         wrong_places<64, 256>(), wrong_elements(Logits::CLayout{}, 64),
+         wrong_elements(Values::CLayout{}, 128), wrong_elements(Values::ALayout{}, 8));
+}
+"""
+
+
+def cutlass_headers() -> Path | None:
+    found = importlib.util.find_spec("cutlass_library")
+    return Path(found.submodule_search_locations[0], "source/include") if found else None
+
+
+def test_places_are_those_of_cute(tmp_path):
+    """hopper_tiles.h says where CuTe's swizzled tiles and fragments have their elements."""
+    nvcc, headers = shutil.which("nvcc"), cutlass_headers()
+    if not nvcc or not headers:
+        pytest.skip("no nvcc" if not nvcc else "no CUTLASS headers: the wheel nvidia-cutlass")
+    (tmp_path / "places.cu").write_text(PROGRAM)
+    options = ["-std=c++17", "-O0", "-arch=sm_90a", "--expt-relaxed-constexpr", "-w"]
+    command = [nvcc, *options, f"-I{headers}", f"-I{ROOT}/csrc", "places.cu", "-o", "places"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    ran = subprocess.run([tmp_path / "places"], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["0"] * 6
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    not (_C.has_sm90a and torch.cuda.is_available())
+    or torch.cuda.get_device_capability() != (9, 0),
+    reason="no Hopper GPU, or no kernels for it in this build",
+)
+@pytest.mark.parametrize("layout", ["bshd", "sliced"])
+@pytest.mark.parametrize("rows", [17, 32, 33, 64, 100, 128])
+def test_both_families_on_a_gpu(rows, layout):
+    """Memory that tensor copies do not take goes to the portable family."""
+    for dtype, dim in ((FP16, 64), (BF16, 128), (FP16, 256)):
+        case = Case((5000, 321), rows, heads=(8, 2), dim=dim, dtype=dtype, layout=layout)
+        case.check("cuda", chunk_size=32)
