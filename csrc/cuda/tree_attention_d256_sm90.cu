@@ -4,11 +4,7 @@ namespace specextend {
 
 template cudaError_t launch_hopper_attention<__half, 256, 0>(const AttentionCall&, int,
                                                              cudaStream_t);
-template cudaError_t launch_hopper_attention<__half, 256, 32>(const AttentionCall&, int,
-                                                              cudaStream_t);
 template cudaError_t launch_hopper_attention<__nv_bfloat16, 256, 0>(const AttentionCall&, int,
                                                                     cudaStream_t);
-template cudaError_t launch_hopper_attention<__nv_bfloat16, 256, 32>(const AttentionCall&, int,
-                                                                     cudaStream_t);
 
 }  // namespace specextend

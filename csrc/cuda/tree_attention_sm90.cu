@@ -13,8 +13,9 @@ cudaError_t launch_hopper_attention(const AttentionCall& call, int cluster, cuda
 
 namespace {
 
-constexpr int kHopperChunk = 32;  // keys; kernels are made for this size of chunks alone
-constexpr int kHopperMinRun = 4;  // positions: a tile costs less than a partial of its rows
+constexpr int kHopperChunkDim = 192;  // above it sums of chunks would not fit into registers
+constexpr int kHopperChunk = 32;      // keys; kernels are made for this size of chunks alone
+constexpr int kHopperMinRun = 4;      // positions: a tile costs less than a partial of its rows
 
 int packed_rows(const TreeAttentionParams& p) {
   return p.num_rows * (p.num_heads / p.num_kv_heads);
@@ -36,8 +37,12 @@ bool is_copied_by_boxes(const void* data, const TreeAttentionParams& p, int64_t 
 template <typename T, int kDim>
 cudaError_t launch_dim(const AttentionCall& call, cudaStream_t stream) {
   const int cluster = cluster_of(call);
-  return call.chunk_lse ? launch_hopper_attention<T, kDim, kHopperChunk>(call, cluster, stream)
-                        : launch_hopper_attention<T, kDim, 0>(call, cluster, stream);
+  if constexpr (kDim <= kHopperChunkDim) {
+    if (call.chunk_lse) {
+      return launch_hopper_attention<T, kDim, kHopperChunk>(call, cluster, stream);
+    }
+  }
+  return launch_hopper_attention<T, kDim, 0>(call, cluster, stream);
 }
 
 template <typename T>
@@ -56,9 +61,9 @@ bool tree_attention_sm90_serves(const TreeAttentionParams& p, DType dtype) {
   const auto bits = reinterpret_cast<uintptr_t>(p.q);
   return dtype != DType::kFloat32 && p.v != nullptr && p.out != nullptr &&
          packed_rows(p) > kHopperMinRows && p.softcap == 0 &&
-         (!p.chunk_lse || p.chunk_size == kHopperChunk) && bits % 16 == 0 &&
-         (p.q_stride_b | p.q_stride_m | p.q_stride_h) % 8 == 0 && p.batch > 0 && p.capacity > 0 &&
-         is_copied_by_boxes(p.k, p, p.k_stride_s, p.k_stride_h, p.k_stride_b) &&
+         (!p.chunk_lse || (p.chunk_size == kHopperChunk && p.head_dim <= kHopperChunkDim)) &&
+         bits % 16 == 0 && (p.q_stride_b | p.q_stride_m | p.q_stride_h) % 8 == 0 && p.batch > 0 &&
+         p.capacity > 0 && is_copied_by_boxes(p.k, p, p.k_stride_s, p.k_stride_h, p.k_stride_b) &&
          is_copied_by_boxes(p.v, p, p.v_stride_s, p.v_stride_h, p.v_stride_b);
 }
 
