@@ -11,9 +11,9 @@ import pytest
 import torch
 from models import VOCAB, prompt, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from specextend import SpecConfig, SpecExtend, cli
+from specextend import SpecConfig, SpecExtend, assets, cli
 from specextend.attention import PatchedModel
 from specextend.draft import EagleDraft, LongSpecDraft
 from specextend.train.data import Batch, TokenStream
@@ -538,3 +538,21 @@ def test_measured_adds():
     assert Measured(1.0, 2.0, 3) + Measured(0.5, 1.0, 2) == Measured(1.5, 3.0, 5)
     loss, measured = row_loss(torch.zeros(2, 4), torch.tensor([1, -100]), None)
     assert measured.rows == 1 and loss.item() == pytest.approx(np.log(4))
+
+
+class TestEmbeddedHeads:
+    @pytest.mark.parametrize("kind", ["longspec", "eagle3"])
+    def test_writes_the_targets_text(self, kind):
+        model = AutoModelForCausalLM.from_pretrained(assets.target_path(), dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(assets.target_path())
+        text = assets.held_out_documents()[0][1][:3000]
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        config = SpecConfig(tree_shape="fixed", draft_cache="full", gate="off")
+        spec = SpecExtend(model, assets.draft_path(kind), config)
+        plain = model.generate(ids, max_new_tokens=24, do_sample=False)
+        assert torch.equal(spec.generate(ids, max_new_tokens=24, do_sample=False), plain)
+        assert spec.stats.mean_acceptance_length > 1.2
+
+    def test_size(self):
+        files = [f for kind in ("longspec", "eagle3") for f in assets.draft_path(kind).iterdir()]
+        assert sum(file.stat().st_size for file in files) <= 8 * 2**20
