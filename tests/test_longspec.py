@@ -158,7 +158,7 @@ class TestTreeEqualsTrainingForm:
     """Rows of the tree step are those of the training form, lag = depth + 1 (positions, what is
     visible, windows, the ring, keys and values alone for all but the root)."""
 
-    @pytest.mark.parametrize("family", ["llama", "qwen2", "cohere", "glm4", "mistral"])
+    @pytest.mark.parametrize("family", ["llama", "cohere", "glm4"])
     @pytest.mark.parametrize("window", [5, 24, 200])  # shorter than the prompt, and longer
     def test_rows(self, family, window):
         model = tiny_model(family)
@@ -203,7 +203,7 @@ class TestLossless:
             spec.generate(ids, max_new_tokens=40, do_sample=False), greedy(model, ids)
         )
 
-    @pytest.mark.parametrize("length", [1, 2, 23, 24, 25, 120])
+    @pytest.mark.parametrize("length", [1, 24, 25, 120])
     @pytest.mark.parametrize("change", [{}, dict(tree_shape="opt"), dict(gate="auto")], ids=str)
     def test_lengths_and_trees(self, target, length, change):
         config, ids = CONFIG.replace(**change), prompt(length)
