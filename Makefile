@@ -46,16 +46,19 @@ help:
 # Threads that wait by spinning for milliseconds, as they do, make small models a hundred times as
 # slow where something else wants their cores. A tenth of a millisecond costs nothing where not.
 test test-long: export OMP_WAIT_POLICY ?= PASSIVE
+# Tests run in several processes, so one thread in each.
+test test-long: export OMP_NUM_THREADS ?= 1
+workers := -n auto --maxprocesses 4 --dist worksteal
 demo: export GOMP_SPINCOUNT ?= 10000
 
 demo: $(built)
 	@$(python) -m specextend demo $(ARGS)
 
 test: $(built)
-	@$(python) -m pytest $(ARGS)
+	@$(python) -m pytest $(workers) $(ARGS)
 
 test-long: $(built)
-	@$(python) -m pytest -m long $(ARGS)
+	@$(python) -m pytest $(workers) -m long $(ARGS)
 
 bench: $(built)
 	@$(python) bench/bench_ops.py $(ARGS)

@@ -212,6 +212,7 @@ def cutlass_headers() -> Path | None:
     return Path(found.submodule_search_locations[0], "source/include") if found else None
 
 
+@pytest.mark.long  # nvcc and CuTe: 20 s
 def test_places_are_those_of_cute(tmp_path):
     """hopper_tiles.h says where CuTe's swizzled tiles and fragments have their elements."""
     nvcc, headers = shutil.which("nvcc"), cutlass_headers()
