@@ -665,6 +665,14 @@ def test_empty(batch, rows, capacity, device):
     assert ops.tree_attention(q, k, k, lens, num_tree_keys=0)[2].shape == (0,)
 
 
+def test_cache_without_rows(device):
+    """Empty tensors, whose pointers may be null, are not the absence of tensors."""
+    q, k = torch.randn(1, 3, 4, 64, device=device), torch.zeros(1, 0, 2, 64, device=device)
+    lens = torch.zeros(1, dtype=torch.int32, device=device)
+    out, lse, _ = ops.tree_attention(q, k, k, lens, num_tree_keys=0)
+    assert (out == 0).all() and (lse == -INF).all()
+
+
 @pytest.mark.long
 def test_offsets_beyond_32_bits(device):
     """Only the rows that are read are ever touched: the memory is mostly virtual."""

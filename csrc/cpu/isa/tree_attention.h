@@ -410,7 +410,7 @@ struct Layout {
     rows = rows_;
     tree_rows = int(min_of(rows, p.num_rows));
     words = p.head_dim / per_word;
-    dim = p.v ? round_up(p.head_dim, kLanes) : 0;
+    dim = p.out ? round_up(p.head_dim, kLanes) : 0;
     keys = round_up(kBlock + p.num_tree_keys, 2 * kLanes) + 2 * kLanes;
     int64_t at = 0;
     const auto take = [&](int64_t n) {
@@ -455,7 +455,7 @@ template <typename T>
 void finish_row(const TreeAttentionParams& p, int64_t row, float max, float sum, const float* out) {
   const float lse = sum == 0.f ? -INFINITY : (max + log2f(sum)) * kLn2;
   p.lse[row] = lse;
-  if (!p.v) return;
+  if (!p.out) return;
   T* to = static_cast<T*>(p.out) + row * p.head_dim;
   float factor = sum == 0.f ? 0.f : 1.f / sum;
   if (p.sinks && sum != 0.f) factor /= 1.f + expf(p.sinks[row % p.num_heads] - lse);
@@ -490,7 +490,7 @@ class Item {
     live_ = reinterpret_cast<uint64_t*>(base + layout_.live);
     first_tree_row_ = item.row_begin / group_;
     k_ = static_cast<const T*>(p_.k) + item.b * p_.k_stride_b + item.kv_head * p_.k_stride_h;
-    v_ = !p_.v ? nullptr
+    v_ = !p_.out ? nullptr
                : static_cast<const T*>(p_.v) + item.b * p_.v_stride_b + item.kv_head * p_.v_stride_h;
     logit_scale_ = p_.softcap > 0 ? p_.scale / p_.softcap : p_.scale * kLog2E;
   }
