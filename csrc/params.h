@@ -17,7 +17,7 @@ constexpr int kMaxRotatedPairs = 4096;  // of gather_chunks: their table fits sh
 struct TreeAttentionParams {
   const void* q;  // [B, M, Hq, D]
   const void* k;  // [B, S, Hkv, D]; rows [0, P) are the prefix, rows [P, P + N) the tree's own
-  const void* v;  // [B, S, Hkv, D]; or null: no values are read, and out is not written
+  const void* v;  // [B, S, Hkv, D]
   int64_t q_stride_b, q_stride_m, q_stride_h;
   int64_t k_stride_b, k_stride_s, k_stride_h;
   int64_t v_stride_b, v_stride_s, v_stride_h;
@@ -26,7 +26,7 @@ struct TreeAttentionParams {
   const int32_t* q_depths;     // [B, M]: position of a row is P + depth; null: a chain's
   const int32_t* k_depths;     // [B, N]: likewise for the tree's keys; both are read with a window only
   const float* sinks;          // [Hq]: a logit that takes part in the softmax with no value; or null
-  void* out;                   // [B, M, Hq, D], contiguous
+  void* out;                   // [B, M, Hq, D], contiguous; or null: v is not read
   float* lse;                  // [B, M, Hq], natural log, over the keys alone (without the sink)
   float* chunk_lse;            // [B, M, Hq, num_chunks] over the prefix's chunks, or null
   int64_t capacity;            // S

@@ -15,7 +15,7 @@ Launches follow a schedule drawn from the test's name and printed when it fails;
             with schedule(kind=kind, seed=3, multiprocessors=2):   # nothing on other backends
                 ...
 
-An op without a CUDA kernel is skipped. Cases that say nothing about the kernel or take too long
+Cases that say nothing about the kernel or take too long
 (a thread costs about 0.1 us, and as much at each barrier or shuffle; an mma about 10 us) are marked
 ``@pytest.mark.not_emulated("why")``; where a loop inside a test is too long, the test asks
 ``schedule.emulated``.
@@ -77,18 +77,8 @@ def build_or_skip(*args) -> Library:
         pytest.skip(str(missing))
 
 
-def _without_kernel(name: str):
-    def skip(*args, **kwargs):
-        pytest.skip(f"{name}: no CUDA kernel for it yet")
-
-    return skip
-
-
 def _counterpart(op: torch._ops.OpOverload, namespace: str):
     name, overload = op._schema.name.split("::")[1], op._overloadname
-    full = f"{namespace}::{name}" + ("" if overload == "default" else f".{overload}")
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(full, "CPU"):
-        return _without_kernel(name)
     return getattr(getattr(getattr(torch.ops, namespace), name), overload)
 
 

@@ -8,9 +8,6 @@
 #include "ops/allocate.h"
 #include "ops/dtype.h"
 #ifdef SPECEXTEND_HAS_CUDA
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "launch.h"
 #include "ops/scratch.h"
 #include "stream.h"
@@ -81,19 +78,9 @@ Result expand_tree_cuda(const Tensor& logits, const Tensor& beam_logp, int64_t t
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const cudaStream_t stream = current_stream(logits.get_device_index());
   const AllocatedScratch scratch(logits, r.params);
-  cudaError_t error = cudaSuccess;
-  switch (r.dtype) {
-    case DType::kFloat32:
-      error = launch_expand_tree<float>(r.params, scratch.arrays, stream);
-      break;
-    case DType::kFloat16:
-      error = launch_expand_tree<__half>(r.params, scratch.arrays, stream);
-      break;
-    case DType::kBFloat16:
-      error = launch_expand_tree<__nv_bfloat16>(r.params, scratch.arrays, stream);
-      break;
-  }
-  check_launch(kOp, error);
+  check_launch(kOp, by_device_type(r.dtype, [&](auto x) {
+                 return launch_expand_tree<decltype(x)>(r.params, scratch.arrays, stream);
+               }));
   return r.result;
 }
 #endif

@@ -11,9 +11,6 @@
 #include "ops/dtype.h"
 #include "ops/kv.h"
 #ifdef SPECEXTEND_HAS_CUDA
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "launch.h"
 #include "stream.h"
 #endif
@@ -159,19 +156,9 @@ Tensor gather_chunks_cuda(const Tensors& k_full, const Tensors& v_full, const Te
   const int32_t device = ids.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
-  cudaError_t error = cudaSuccess;
-  switch (r.dtype) {
-    case DType::kFloat32:
-      error = launch_gather_chunks<float>(r.params, stream);
-      break;
-    case DType::kFloat16:
-      error = launch_gather_chunks<__half>(r.params, stream);
-      break;
-    case DType::kBFloat16:
-      error = launch_gather_chunks<__nv_bfloat16>(r.params, stream);
-      break;
-  }
-  check_launch(kOp, error);
+  check_launch(kOp, by_device_type(r.dtype, [&](auto x) {
+                 return launch_gather_chunks<decltype(x)>(r.params, stream);
+               }));
   return r.work_lens;
 }
 #endif

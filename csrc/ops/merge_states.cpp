@@ -8,9 +8,6 @@
 #include "cpu/cpu.h"
 #include "ops/dtype.h"
 #ifdef SPECEXTEND_HAS_CUDA
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "launch.h"
 #include "stream.h"
 #endif
@@ -74,19 +71,9 @@ std::tuple<Tensor, Tensor> merge_states_cuda(const Tensor& o_a, const Tensor& ls
   Prepared r = prepare(o_a, lse_a, o_b, lse_b);
   const torch::stable::accelerator::DeviceGuard guard(o_a.get_device_index());
   const cudaStream_t stream = current_stream(o_a.get_device_index());
-  cudaError_t error = cudaSuccess;
-  switch (r.dtype) {
-    case DType::kFloat32:
-      error = launch_merge_states<float>(r.params, stream);
-      break;
-    case DType::kFloat16:
-      error = launch_merge_states<__half>(r.params, stream);
-      break;
-    case DType::kBFloat16:
-      error = launch_merge_states<__nv_bfloat16>(r.params, stream);
-      break;
-  }
-  check_launch(kOp, error);
+  check_launch(kOp, by_device_type(r.dtype, [&](auto x) {
+                 return launch_merge_states<decltype(x)>(r.params, stream);
+               }));
   return {r.o, r.lse};
 }
 #endif

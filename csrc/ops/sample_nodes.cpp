@@ -8,9 +8,6 @@
 #include "ops/allocate.h"
 #include "ops/dtype.h"
 #ifdef SPECEXTEND_HAS_CUDA
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "launch.h"
 #include "ops/scratch.h"
 #include "stream.h"
@@ -71,19 +68,9 @@ Tensor sample_nodes_cuda(const Tensor& logits, std::optional<Tensor> uniforms) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const cudaStream_t stream = current_stream(logits.get_device_index());
   const AllocatedScratch scratch(logits, r.params);
-  cudaError_t error = cudaSuccess;
-  switch (r.dtype) {
-    case DType::kFloat32:
-      error = launch_sample_nodes<float>(r.params, scratch.arrays, stream);
-      break;
-    case DType::kFloat16:
-      error = launch_sample_nodes<__half>(r.params, scratch.arrays, stream);
-      break;
-    case DType::kBFloat16:
-      error = launch_sample_nodes<__nv_bfloat16>(r.params, scratch.arrays, stream);
-      break;
-  }
-  check_launch(kOp, error);
+  check_launch(kOp, by_device_type(r.dtype, [&](auto x) {
+                 return launch_sample_nodes<decltype(x)>(r.params, scratch.arrays, stream);
+               }));
   return r.tokens;
 }
 #endif

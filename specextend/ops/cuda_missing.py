@@ -9,7 +9,7 @@ _library = torch.library.Library("specextend", "IMPL")  # registrations live as 
 
 def _refusal(name: str):
     if _C.has_cuda:
-        message = "specextend has no CUDA kernel for it yet, and the arguments are CUDA tensors"
+        message = "specextend has no CUDA kernel for it, and the arguments are CUDA tensors"
     else:
         message = (
             "specextend was built without CUDA kernels, and the arguments are CUDA tensors. In its "
