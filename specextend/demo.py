@@ -18,6 +18,7 @@ from . import _C, __version__, assets
 from .cli import UsageError, config_from, difference, load_pair
 from .config import SpecConfig
 from .decode import SpecExtend, Step
+from .machine import processor
 from .stats import PHASES, SpecStats
 from .terminal import LiveText, Meter, Output, standard_error, standard_output
 
@@ -288,18 +289,9 @@ def _write_notes(out: Output, target, draft: str | None, tokens: int, new: int) 
     out.line("forward of the target; target prefill to draft: seconds. Every way ran once,")
     out.line("with its own prefill; no gate stopped speculation where it did not pay.")
     out.line(
-        f"{_processor()}, {threads} thread{'s' * (threads != 1)}, {_C.cpu_isa()}, {_dtype(target)}"
+        f"{processor()}, {threads} thread{'s' * (threads != 1)}, {_C.cpu_isa()}, {_dtype(target)}"
         f" | specextend {__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, Python {platform.python_version()}"
         f" | specextend demo{f' --draft {draft}' * bool(draft)} --tokens {tokens} "
         f"--max-new-tokens {new} --dtype {_dtype(target)}"
     )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())

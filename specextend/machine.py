@@ -1,0 +1,88 @@
+"""What a measurement was made on and with: the header of every record."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from . import _C, __version__
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def processor() -> str:
+    """The processor's name as it gives it, or the kind of machine."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def commit() -> str | None:
+    """Of the checkout that this package is in, "-dirty" behind it where files were changed."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+
+
+def _program() -> str:
+    """What was started: the command, or a file of this checkout, without the folders above."""
+    path = Path(sys.argv[0])
+    if path.name == "__main__.py":
+        return path.parent.name
+    if path.is_file() and path.resolve().is_relative_to(ROOT):
+        return str(path.resolve().relative_to(ROOT))
+    return path.name
+
+
+def header(device: str = "cpu") -> dict:
+    """Machine, versions, commit, command line and time, as plain data.
+
+    Args:
+        device: "cpu" or "cuda"; a GPU is described where it is what is measured.
+    """
+    machine = {
+        "processor": processor(),
+        "cores": num_cores(),
+        "isa": _C.cpu_isa(),
+        "system": platform.platform(),
+        "gpu": None,
+    }
+    if torch.device(device).type == "cuda":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.split()
+        machine |= {
+            "gpu": torch.cuda.get_device_name(device),
+            "driver": driver[0] if driver else None,
+            "cuda": torch.version.cuda,
+        }
+    return {
+        "version": __version__,
+        "machine": machine,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+        "command": " ".join([_program(), *sys.argv[1:]]),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
