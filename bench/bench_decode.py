@@ -21,37 +21,16 @@ from pathlib import Path
 
 import torch
 from bench_ops import Machine
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from specextend import _C, SpecConfig, SpecExtend, assets  # noqa: E402
+from specextend.eval.synthetic import SHAPES, random_model  # noqa: E402
 from specextend.testing import Timing  # noqa: E402
 
-# hidden, intermediate, layers, heads, KV heads, vocabulary; heads of 128
-SHAPES = {
-    "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128256),
-    "llama-3.2-1b": (2048, 8192, 16, 16, 4, 128256),
-    "small": (512, 1536, 4, 4, 2, 8192),
-}
 GOAL = 1.25  # of the time of a round's bytes, on an H200
-
-
-def random_model(
-    shape: str, positions: int, device: str, dtype: torch.dtype, **changes
-) -> PreTrainedModel:
-    hidden, intermediate, layers, heads, kv_heads, vocab = SHAPES[shape]
-    options = dict(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=128, vocab_size=vocab,
-        max_position_embeddings=positions, eos_token_id=None,
-    )  # fmt: skip
-    config = LlamaConfig(**{**options, **changes})
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.generation_config.pad_token_id = 0
-    return model.eval()
 
 
 def bytes_read(model: PreTrainedModel, tokens: int) -> int:
