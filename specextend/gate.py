@@ -7,6 +7,17 @@ d * T_draft). All of it is measured while generating; nothing is assumed of the 
 from __future__ import annotations
 
 
+def break_even(round_seconds: float, plain_seconds: float) -> float:
+    """Tokens that a round must emit on average to be no slower than plain decoding: equation 1 at
+    a speed-up of 1.
+
+    Args:
+        round_seconds: of a round, drafting and verifying.
+        plain_seconds: of a plain round, which emits one token.
+    """
+    return round_seconds / plain_seconds
+
+
 class _Mean:
     """Exponential moving average that starts as a plain one."""
 
@@ -24,7 +35,7 @@ class Gate:
     """Chooses the depth of the next tree; 0 is plain decoding.
 
     Speculation starts at ``depth``. Every ``PROBE`` th round is plain, to know what that costs.
-    After ``PATIENCE`` rounds that were slower, per token, than plain decoding, trees lose a level;
+    ``PATIENCE`` rounds or more that emit less than :func:`break_even` lose: trees get a level less;
     a tree of one level that loses becomes ``REST`` plain rounds, then speculation is tried again.
     Trees that win grow back. Every loss doubles the wait before the next such try.
 
@@ -43,7 +54,7 @@ class Gate:
         self.enabled = enabled
         self.depth = depth
         self._plain = _Mean()  # seconds of a plain round, which is one token
-        self._token = _Mean(self.PATIENCE)  # seconds per token of speculative rounds at this depth
+        self._start()
         self._rounds = 0
         self._resting = 0
         self._rest = self.REST
@@ -66,13 +77,15 @@ class Gate:
         if depth == 0:
             self._plain.add(seconds / emitted)
             return
-        self._token.add(seconds / emitted)
-        if self._token.count < self.PATIENCE or not self._plain.count:
+        self._round.add(seconds)
+        self._emitted.add(emitted)
+        if self._round.count < self.PATIENCE or not self._plain.count:
             return
-        if self._token.value <= self._plain.value:
-            self._rest = self.REST
-            if self.depth < self.max_depth and self._token.count >= self._growth:
-                self._change(self.depth + 1)
+        if self._emitted.value >= break_even(self._round.value, self._plain.value):
+            if self._round.count >= self._growth:
+                self._rest = self.REST
+                if self.depth < self.max_depth:
+                    self._change(self.depth + 1)
         elif self.depth > 1:
             self._growth = min(2 * self._growth, self.MAX_WAIT)
             self._change(self.depth - 1)
@@ -84,4 +97,11 @@ class Gate:
 
     def _change(self, depth: int) -> None:
         self.depth = depth
-        self._token = _Mean(self.PATIENCE)
+        self._start()
+
+    def _start(self) -> None:
+        """Forget the speculative rounds so far: they had other trees."""
+        # Two means, not one of seconds per token: rounds of one cost that emit 1 and 5 tokens in
+        # turn take a third of that cost per token, while the mean of their quotients is 0.6.
+        self._round = _Mean()  # seconds
+        self._emitted = _Mean()  # tokens
