@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from specextend import SpecConfig, SpecExtend, assets, cli
 from specextend.attention import PatchedModel
 from specextend.draft import EagleDraft, LongSpecDraft
+from specextend.train.continuations import write_continuations
 from specextend.train.data import Batch, TokenStream
 from specextend.train.eagle3 import Eagle3Recipe, feature_layers, frequent_tokens, new_head
 from specextend.train.longspec import (
@@ -179,6 +180,20 @@ class TestData:
         (tmp_path / "d.jsonl").write_text('{"text": "w3"}\n' + line)
         with pytest.raises(ValueError, match=text):
             TokenStream(tmp_path / "d.jsonl", tokenizer, tmp_path)
+
+    def test_continuations_are_the_targets(self, tokenizer, stream, tmp_path):
+        model, file = tiny_model("llama", eos_token_id=None), tmp_path / "continued.jsonl"
+        write_continuations(SpecExtend(model, "ngram"), tokenizer, stream, file, 3, 20, 9)
+        lines = file.read_text().splitlines()
+        places = np.random.default_rng(0).integers(len(stream) - 19, size=3)
+        for line, place in zip(lines, places, strict=True):
+            ids = torch.from_numpy(stream.ids[place : place + 20].astype("int64"))[None]
+            want = model.generate(ids, max_new_tokens=9, do_sample=False)[0]
+            want = tokenizer.decode(want, skip_special_tokens=True)
+            assert json.loads(line)["text"] == want
+        with pytest.raises(ValueError, match="has 1501 tokens, passages of 2000 are wanted"):
+            write_continuations(SpecExtend(model), tokenizer, stream, file, 1, 2000, 1)
+        assert file.read_text().splitlines() == lines
 
     def test_too_short(self, tokenizer, tmp_path):
         (tmp_path / "t.txt").write_text("w3 w4")

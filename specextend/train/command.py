@@ -83,7 +83,8 @@ def acceptance_validator(
     return measure
 
 
-def _load_target(name: str | None, dtype: str, device: torch.device):
+def load_target(name: str | None, dtype: str, device: torch.device):
+    """A target and its tokenizer; the embedded one without a name."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = target_path() if name is None else name
@@ -137,7 +138,7 @@ def train(args: argparse.Namespace) -> int:
     if device is None:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(args.seed)
-    model, tokenizer = _load_target(args.target, args.dtype, device)
+    model, tokenizer = load_target(args.target, args.dtype, device)
     stream = TokenStream(Path(args.data), tokenizer, folder)
     target = FrozenTarget(model)
     recipe = _recipe(args, target, stream, preset)
