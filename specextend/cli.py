@@ -428,10 +428,12 @@ def _compare(plain, ids, options, tokenizer, result, meter) -> tuple[dict, str |
 
 def difference(tokenizer, ours: list[int], theirs: list[int], name: str) -> str | None:
     """Where two continuations part, in words; None if nowhere."""
-    if ours == theirs:
-        return None
-    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+    from .timing import parting
+
+    at = parting(ours, theirs)
     if at is None:
+        return None
+    if at >= min(len(ours), len(theirs)):
         return f"the output has {len(ours)} tokens, that of {name} {len(theirs)}"
     return (
         f"new token {at} is {tokenizer.decode([ours[at]])!r} ({ours[at]}), but "

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import argparse
 import platform
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
 from . import _C, __version__, assets
 from .cli import UsageError, config_from, difference, load_pair
 from .config import SpecConfig
 from .decode import SpecExtend, Step
 from .machine import processor
-from .stats import PHASES, SpecStats
+from .stats import PHASES
 from .terminal import LiveText, Meter, Output, standard_error, standard_output
+from .timing import Timed, logit_gap, time_hugging_face, time_loop
 
 LENGTHS = {False: (16_000, 256), True: (2_000, 48)}  # --short: prompt, new tokens
 
@@ -29,62 +28,6 @@ PLAIN = "plain decoding"
 RETRIEVAL = "tree, retrieval"
 TREES = {"tree, full cache": "full", "tree, window": "window", RETRIEVAL: "retrieval"}
 TREE = "tree"  # of a draft that has no cache, or one of its own kind
-
-
-@dataclass
-class Run:
-    """One way to continue the document.
-
-    Attributes:
-        tokens: what it wrote.
-        first: how many of them came first; their time is the prefill's.
-        prefill: seconds to the first token, the draft's prefill apart.
-        decode: seconds from then to the last.
-        stats: of our own loop.
-    """
-
-    tokens: list[int]
-    first: int
-    prefill: float
-    decode: float
-    stats: SpecStats | None = None
-
-    @property
-    def rate(self) -> float:
-        """Tokens per second, decoding only."""
-        return (len(self.tokens) - self.first) / self.decode if self.decode else 0.0
-
-
-class _Clock(BaseStreamer):
-    """Notes when each token came."""
-
-    def __init__(self, meter: Meter, total: int):
-        self.times: list[float] = []
-        self._meter, self._total = meter, total
-        self._prompt = 0
-
-    def put(self, value: Tensor) -> None:
-        if not self._prompt:
-            self._prompt = value.numel()
-            self._meter("prefill", 0, self._prompt)
-            return
-        self.times.append(time.perf_counter())
-        if len(self.times) == 1:
-            self._meter("prefill", self._prompt, self._prompt)
-        self._meter("decoding", len(self.times), self._total)
-
-    def end(self) -> None:
-        pass
-
-
-def _timed(steps: Iterator[Step]) -> Iterator[tuple[Step, float]]:
-    """Steps and the seconds that each took, without those that its reader takes."""
-    while True:
-        start = time.perf_counter()
-        step = next(steps, None)
-        if step is None:
-            return
-        yield step, time.perf_counter() - start
 
 
 @dataclass
@@ -104,17 +47,12 @@ class Demonstration:
     out: Output
     notes: Output
 
-    def hugging_face(self) -> Run:
+    def hugging_face(self) -> Timed:
         """``generate`` of the target itself."""
-        model, prompt = self.pair[0], self.ids.shape[1]
         with Meter(self.notes, HUGGING_FACE, least=1) as meter:
-            clock = _Clock(meter, self.new)
-            start = time.perf_counter()
-            out = model.generate(self.ids, max_new_tokens=self.new, do_sample=False, streamer=clock)
-        first, last = clock.times[0], clock.times[-1]
-        return Run(out[0, prompt:].tolist(), 1, first - start, last - first)
+            return time_hugging_face(self.pair[0], self.ids, self.new, meter, do_sample=False)
 
-    def live(self, title: str, draft_cache: str | None) -> Run:
+    def live(self, title: str, draft_cache: str | None) -> Timed:
         """Write the text as it comes; plain decoding without a ``draft_cache``."""
         out, tokenizer, prompt = self.out, self.pair[2], self.ids[0].tolist()
         out.line()
@@ -133,7 +71,7 @@ class Demonstration:
         out.line(_summary(run), "dim")
         return run
 
-    def silent(self, title: str, draft_cache: str) -> Run:
+    def silent(self, title: str, draft_cache: str) -> Timed:
         """Show how far it is."""
         with Meter(self.notes, title, least=1) as meter:
             return self._generate(
@@ -142,24 +80,14 @@ class Demonstration:
 
     def _generate(
         self, draft_cache: str | None, meter: Meter, show: Callable[[Step, int], None]
-    ) -> Run:
+    ) -> Timed:
         target, draft, tokenizer, draft_tokenizer = self.pair
         config = self.config.replace(draft_cache=draft_cache or "full")
         spec = SpecExtend(
             target, draft if draft_cache else None, config,
             tokenizer=tokenizer, draft_tokenizer=draft_tokenizer, progress=meter,
         )  # fmt: skip
-        tokens: list[int] = []
-        seconds: list[float] = []
-        steps = spec.stream(self.ids, max_new_tokens=self.new, do_sample=False)
-        for step, took in _timed(steps):
-            tokens += step.tokens
-            seconds.append(took)
-            if len(seconds) == 1:
-                first = len(tokens)
-            show(step, len(tokens))
-        prefill = seconds[0] - spec.stats.seconds.get("draft_prefill", 0.0)
-        return Run(tokens, first, prefill, sum(seconds[1:]), spec.stats)
+        return time_loop(spec, self.ids, self.new, show, do_sample=False)
 
 
 def run_demo(args: argparse.Namespace) -> int:
@@ -194,7 +122,7 @@ def run_demo(args: argparse.Namespace) -> int:
     out.line(f"target {size}, draft {kind}, {_dtype(pair[0])}, on the CPU")
     show = Demonstration(pair, config, ids, new, out, standard_error())
 
-    runs: dict[str, Run] = {}
+    runs: dict[str, Timed] = {}
     runs[PLAIN] = show.live("plain decoding, our kernels", None)
     runs[best] = show.live(title, ways[best])
     if out.has_style:
@@ -212,8 +140,10 @@ def run_demo(args: argparse.Namespace) -> int:
     for row in rows[1:]:
         text = difference(pair[2], runs[row].tokens, runs[HUGGING_FACE].tokens, HUGGING_FACE)
         if text:
-            gap = _gap(pair[0], ids, runs[row].tokens, runs[HUGGING_FACE].tokens)
-            raise ValueError(f"{row}: {text}{gap}")
+            gap = logit_gap(pair[0], ids, runs[row].tokens, runs[HUGGING_FACE].tokens)
+            if gap is not None:
+                text += f"; in {_dtype(pair[0])} their logits are {gap:.2g} apart"
+            raise ValueError(f"{row}: {text}")
     return 0
 
 
@@ -229,18 +159,6 @@ def _document(file: str | None, tokenizer, tokens: int) -> tuple[str, Tensor]:
     return name, torch.tensor([ids])
 
 
-@torch.inference_mode()
-def _gap(model, ids: Tensor, ours: list[int], theirs: list[int]) -> str:
-    """How far apart the model itself sees the two tokens at which two continuations part."""
-    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-    if at is None:
-        return ""
-    context = torch.cat([ids, torch.tensor([theirs[:at]], dtype=ids.dtype)], 1)
-    logits = model(input_ids=context, use_cache=False, logits_to_keep=1).logits[0, -1].float()
-    gap = (logits[ours[at]] - logits[theirs[at]]).abs().item()
-    return f"; in {_dtype(model)} their logits are {gap:.2g} apart"
-
-
 def _last_lines(tokenizer, prompt: list[int], count: int = 4) -> str:
     text = tokenizer.decode(prompt[-200:], skip_special_tokens=True)
     return "\n".join(text.split("\n")[-count:])
@@ -254,14 +172,14 @@ def _dtype(model) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
-def _summary(run: Run) -> str:
+def _summary(run: Timed) -> str:
     parts = [f"{len(run.tokens)} tokens", f"{run.rate:.1f} tokens/s"]
     if run.stats.num_draft_tokens:
         parts.append(f"mean acceptance length {run.stats.mean_acceptance_length:.2f}")
     return " | ".join([*parts, f"prefill {run.prefill:.1f} s"])
 
 
-def _write_table(out: Output, runs: dict[str, Run]) -> None:
+def _write_table(out: Output, runs: dict[str, Timed]) -> None:
     header = [
         "", "tokens /s", "times plain", "times HF", "accept. length", "target prefill",
         "draft prefill", "verify", "accept", "retrieve", "draft", "identical",

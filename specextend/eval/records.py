@@ -20,25 +20,20 @@ class Header:
     """Where, when and how the runs were made.
 
     Attributes:
-        version: of specextend.
-        machine: ``processor``, ``cores``, ``isa`` (kernels in use on the CPU), ``gpu`` (name or
-            None), ``memory`` (bytes).
-        torch, transformers, python: versions.
-        commit: of the sources, where they lie in a git repository.
-        command: the command line.
+        version, machine, torch, transformers, python, commit, command, device, threads, date: see
+            ``specextend.machine.header``.
         target: name of the target.
         drafts: name of each draft by its kind.
         dtype: of the models, without "torch.".
-        threads: that computed.
         seed: of prompts and of sampling.
-        settings: what decides about the runs: ``new_tokens``, ``runs``, ``warmup``, ``lengths``,
-            ``prompts`` (per length), ``sources``, ``methods``, ``sweep``, ``temperature``,
-            ``config`` (fields that are not at their defaults), ``preset`` (name or None) and
-            others. A run is only resumed with the same ones.
+        settings: what else decides about the runs: ``stages`` (each an ``options.Stage`` as a dict:
+            sources, lengths, count, methods, sweep, runs), ``new_tokens``, ``warmup``,
+            ``temperature``, ``documents`` (that prompts are made of, or None), ``config`` (fields
+            of SpecConfig that are not at their defaults), ``preset`` (name or None), ``synthetic``
+            (as in a run).
         peak_memory: what ``peak_memory_bytes`` is: ``"cuda"``, the most that torch's allocator had
             given out during the run, weights of all loaded models included; ``"resident"``, the
             most memory that the process had, all of it included; None: not measured here.
-        date: ISO 8601, UTC.
     """
 
     version: str
@@ -48,14 +43,15 @@ class Header:
     python: str
     commit: str | None
     command: str
+    device: str
+    threads: int
+    date: str
     target: str
     drafts: dict[str, str]
     dtype: str
-    threads: int
     seed: int
     settings: dict
     peak_memory: str | None
-    date: str
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,141 @@
+"""How long a generation takes, prefill apart: Hugging Face's ``generate``, and our loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from .decode import Progress, SpecExtend, Step
+from .stats import SpecStats
+
+
+@dataclass
+class Timed:
+    """A prompt continued in one way.
+
+    Attributes:
+        tokens: what was written.
+        first: how many of them came first; their time is the prefill's.
+        prefill: seconds to the first token, our draft's prefill apart.
+        decode: seconds from then to the last.
+        rounds: times that tokens came after the first.
+        stats: of our own loop.
+    """
+
+    tokens: list[int]
+    first: int
+    prefill: float
+    decode: float
+    rounds: int
+    stats: SpecStats | None = None
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second, decoding only."""
+        return (len(self.tokens) - self.first) / self.decode if self.decode else 0.0
+
+
+class _Clock(BaseStreamer):
+    """Notes when tokens came, and how many."""
+
+    def __init__(self, progress: Progress, total: int):
+        self.times: list[float] = []
+        self.counts: list[int] = []
+        self._progress, self._total = progress, total
+        self._prompt = 0
+
+    def put(self, value: Tensor) -> None:
+        if not self._prompt:
+            self._prompt = value.numel()
+            self._progress("prefill", 0, self._prompt)
+            return
+        self.times.append(time.perf_counter())
+        self.counts.append(value.numel())
+        if len(self.times) == 1:
+            self._progress("prefill", self._prompt, self._prompt)
+        self._progress("decoding", min(sum(self.counts), self._total), self._total)
+
+    def end(self) -> None:
+        pass
+
+
+def time_hugging_face(
+    model: PreTrainedModel, ids: Tensor, new: int, progress: Progress, **options
+) -> Timed:
+    """``generate`` of the model itself.
+
+    Args:
+        ids: [1, L] int64, the prompt.
+        new: tokens to write.
+        progress: called as ``progress(phase, done, total)``.
+        **options: for ``generate``.
+    """
+    clock = _Clock(progress, new)
+    start = time.perf_counter()
+    out = model.generate(ids, max_new_tokens=new, streamer=clock, **options)
+    first, last = clock.times[0], clock.times[-1]
+    tokens = out[0, ids.shape[1] :].tolist()
+    rounds = len(clock.times) - 1
+    return Timed(tokens, min(clock.counts[0], len(tokens)), first - start, last - first, rounds)
+
+
+def time_loop(
+    spec: SpecExtend, ids: Tensor, new: int, show: Callable[[Step, int], None], **options
+) -> Timed:
+    """Our loop.
+
+    Args:
+        ids: [1, L] int64, the prompt.
+        new: tokens to write.
+        show: given each step and the number of tokens so far; its time does not count.
+        **options: for ``spec.stream``.
+    """
+    tokens: list[int] = []
+    seconds: list[float] = []
+    first = 0
+    for step, took in _timed(spec.stream(ids, max_new_tokens=new, **options)):
+        tokens += step.tokens
+        seconds.append(took)
+        first = first or len(tokens)
+        show(step, len(tokens))
+    prefill = seconds[0] - spec.stats.seconds.get("draft_prefill", 0.0)
+    return Timed(tokens, first, prefill, sum(seconds[1:]), len(seconds) - 1, spec.stats)
+
+
+def _timed(steps: Iterator[Step]) -> Iterator[tuple[Step, float]]:
+    """Steps and the seconds that each took, without those that its reader takes."""
+    while True:
+        start = time.perf_counter()
+        step = next(steps, None)
+        if step is None:
+            return
+        yield step, time.perf_counter() - start
+
+
+def parting(ours: list[int], theirs: list[int]) -> int | None:
+    """Index of the first token at which two continuations differ, None if they do nowhere; where
+    one is only longer, the end of the other."""
+    if ours == theirs:
+        return None
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+
+
+@torch.inference_mode()
+def logit_gap(
+    model: PreTrainedModel, ids: Tensor, ours: list[int], theirs: list[int]
+) -> float | None:
+    """How far apart the model itself sees the two tokens at which two continuations part: the
+    difference of their logits; None where none or only one has a token there."""
+    at = parting(ours, theirs)
+    if at is None or at >= min(len(ours), len(theirs)):
+        return None
+    context = torch.cat([ids, ids.new_tensor([theirs[:at]])], 1)
+    logits = model(input_ids=context, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+    return (logits[ours[at]] - logits[theirs[at]]).abs().item()
