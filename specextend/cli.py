@@ -1,4 +1,4 @@
-"""The command line: ``specextend generate | chat | demo | train | info``."""
+"""The command line: ``specextend generate | chat | demo | eval | train | info``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import torch
 
 from . import _C, __version__, assets
 from .config import SpecConfig
+from .eval.options import add_options as eval_options
 from .train.options import add_options as train_options
 
 # What the caller can put right is told in one line; all else is a bug, and shows itself whole.
@@ -117,16 +118,17 @@ def _words(names) -> str:
     return ", ".join(f'"{name}"' for name in names)
 
 
-def _add_models(parser: argparse.ArgumentParser, dtype: str) -> None:
+def _add_models(parser: argparse.ArgumentParser, dtype: str, several: bool = False) -> None:
     group = parser.add_argument_group("models")
     group.add_argument(
         "--target", metavar="MODEL", help="folder or hub id of a causal LM [the embedded target]"
     )
     group.add_argument(
-        "--draft", metavar="DRAFT",
+        "--draft", metavar="DRAFT", action="append" if several else "store",
         help="folder or hub id of a causal LM with the same tokenizer or of a trained head (EAGLE, "
         'LongSpec); "ngram": look-up in the text; "self": the target on a part of its cache; '
-        f'"none": plain decoding; {_words(assets.DRAFTS)}: embedded ones [model]',
+        f'"none": plain decoding; {_words(assets.DRAFTS)}: embedded ones [model]'
+        + "; may be repeated, for drafts of other kinds" * several,
     )  # fmt: skip
     group.add_argument(
         "--dtype", choices=DTYPES, default=dtype, help=f'"auto": as the checkpoint is [{dtype}]'
@@ -206,6 +208,11 @@ def make_parser() -> argparse.ArgumentParser:
     _add_models(sub, "float32")
     add_config_options(sub, without=("draft_cache", "gate", "seed"))
 
+    sub = command("eval", evaluate, "measure speed, acceptance and exactness over lengths")
+    eval_options(sub)
+    _add_models(sub, "float32", several=True)
+    add_config_options(sub, without=("draft_cache", "tree_attention", "gate", "seed"))
+
     sub = command("train", train, "train a draft for a model: a LongSpec block or an EAGLE-3 head")
     train_options(sub)
 
@@ -227,8 +234,6 @@ def load_pair(args: argparse.Namespace):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from .draft.checkpoint import Checkpoint
-
     hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -248,27 +253,38 @@ def load_pair(args: argparse.Namespace):
             "ngram, self, or none for plain decoding"
         )
 
-    def named(name) -> str | Path:
-        path = Path(name).expanduser()
-        if path.exists():
-            return path
-        if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name)):
-            raise ValueError(f"there is no folder {name}")
-        return str(name)
-
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    target = named(target)
+    target = _located(target)
     tokenizer = AutoTokenizer.from_pretrained(target)
     model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).eval()
     if str(draft).lower() == "none":
         return model, None, tokenizer, None
+    draft, draft_tokenizer = named_draft(draft)
+    return model, draft, tokenizer, draft_tokenizer
+
+
+def _located(name) -> str | Path:
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name)):
+        raise ValueError(f"there is no folder {name}")
+    return str(name)
+
+
+def named_draft(draft: str | Path):
+    """A draft as ``SpecExtend`` takes it, and its tokenizer, None without."""
+    from transformers import AutoTokenizer
+
+    from .draft.checkpoint import Checkpoint
+
     if draft in WORDS:
-        return model, draft, tokenizer, None
-    draft = named(draft)
+        return draft, None
+    draft = _located(draft)
     folder = Checkpoint.open(draft).folder
     if not (folder / "tokenizer_config.json").exists():  # as trained heads come
-        return model, draft, tokenizer, None
-    return model, draft, tokenizer, AutoTokenizer.from_pretrained(folder)
+        return draft, None
+    return draft, AutoTokenizer.from_pretrained(folder)
 
 
 def _generation_options(args: argparse.Namespace, tokenizer) -> dict:
@@ -496,6 +512,12 @@ def demo(args: argparse.Namespace) -> int:
     return run_demo(args)
 
 
+def evaluate(args: argparse.Namespace) -> int:
+    from .eval.command import run_eval
+
+    return run_eval(args)
+
+
 def train(args: argparse.Namespace) -> int:
     from .train.command import train
 
@@ -557,7 +579,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.command is None:
-        parser.error("a command is wanted: generate, chat, demo, train or info")
+        parser.error("a command is wanted: generate, chat, demo, eval, train or info")
     try:
         if getattr(args, "threads", None) is not None:
             if args.threads < 1:

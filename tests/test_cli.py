@@ -290,7 +290,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         "arguments, text",
         [
-            ("", "a command is wanted: generate, chat, demo, train or info"),
+            ("", "a command is wanted: generate, chat, demo, eval, train or info"),
             ("sing", "invalid choice: 'sing'"),
             ("generate --tree-nodes x", "argument --tree-nodes: invalid int value: 'x'"),
             ("generate --tree-widths 2,x", "invalid comma-separated integers value: '2,x'"),

@@ -151,6 +151,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, metavar="N", help="of prompts and of sampling [0]"
     )
     group.add_argument(
+        "--gate", choices=("auto", "off"), default="off",
+        help='"auto": let the gate stop speculation where it does not pay [off]',
+    )  # fmt: skip
+    group.add_argument("--device", help='[a GPU if there is one, else "cpu"]')
+    group.add_argument(
         "--output", metavar="FOLDER", default="specextend-eval",
         help="results, tables and plots go here; with the same options a run that was interrupted "
         "goes on [specextend-eval]",

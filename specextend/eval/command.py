@@ -1,0 +1,370 @@
+"""``specextend eval``: from options to results, tables and plots."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from .. import assets, machine
+from ..cli import WORDS, UsageError, config_from, load_pair, named_draft
+from ..config import SpecConfig
+from ..guard import position_limit
+from ..terminal import Output, standard_error, standard_output
+from . import options
+from .drafts import DraftSource
+from .methods import METHODS
+from .options import Stage
+from .prompts import Prompt, Prompts
+from .records import FILE, Header, Results, Run, Writer
+from .run import Row, Runner, Task, rows_of, tasks_of
+
+# Of the header: what two parts of one evaluation must have in common.
+_SAME = ("version", "target", "drafts", "dtype", "device", "threads", "seed", "settings")
+_SAME_MACHINE = ("processor", "isa", "gpu")
+
+
+@dataclasses.dataclass
+class Plan:
+    """What is to be run.
+
+    Attributes:
+        stages: one after the other.
+        new_tokens: for each prompt.
+        config: fields of the configuration that it sets.
+        strict: every method and length was asked for by name; else what these models cannot do is
+            left out.
+    """
+
+    stages: tuple[Stage, ...]
+    new_tokens: int
+    config: dict = dataclasses.field(default_factory=dict)
+    strict: bool = True
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    """What the options ask for."""
+    for name in ("count", "runs", "max_new_tokens", "warmup"):
+        value, least = getattr(args, name), 0 if name == "warmup" else 1 + (name[0] == "m")
+        if value is not None and value < least:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if args.temperature < 0:
+        raise UsageError(f"--temperature must not be negative, got {args.temperature}")
+    names = {"lengths": args.lengths, "methods": args.methods, "sweep": dict(args.sweep or ())}
+    if args.generate:
+        names["sources"] = args.generate
+    elif args.prompts:
+        names["sources"] = ("prompts",)
+    asked = {name: value for name, value in names.items() if value}
+    plan = Plan(options.QUICK, options.QUICK_NEW_TOKENS, strict=False)
+    if not args.quick:
+        plan = Plan(options.SUITE, options.NEW_TOKENS, strict=False)
+    if args.preset not in (None, "suite") or asked:
+        plan.stages = plan.stages[:1]
+    if asked.get("methods"):
+        plan.strict = True
+    changes = {name: getattr(args, name) for name in ("count", "runs")}
+    changes = {**asked, **{name: value for name, value in changes.items() if value is not None}}
+    plan.stages = tuple(dataclasses.replace(stage, **changes) for stage in plan.stages)
+    plan.new_tokens = args.max_new_tokens or plan.new_tokens
+    known = {field.name for field in dataclasses.fields(SpecConfig)}
+    for name in names["sweep"]:
+        if name not in known or name in ("draft_cache", "tree_attention", "seed", "gate", "graphs"):
+            raise UsageError(f"--sweep: {name!r} is not an option of the tree or of the cache")
+    return plan
+
+
+# ---- models ----------------------------------------------------------------------------------
+
+
+def load_models(args: argparse.Namespace, kinds: set[str]):
+    """Target, its tokenizer, and the drafts by kind.
+
+    Args:
+        kinds: of the drafts that the methods name, so that those that need no file are made.
+    """
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    named = list(args.draft or ())
+    if args.target is None and not named:
+        named = list(assets.DRAFTS)
+    first = argparse.Namespace(**{**vars(args), "draft": named[0] if named else None})
+    target, draft, tokenizer, draft_tokenizer = load_pair(first)
+    target = target.to(device)
+    drafts: dict[str, DraftSource] = {}
+
+    def add(name: str, draft, draft_tokenizer) -> None:
+        if hasattr(draft, "to"):
+            draft = draft.to(device)
+        source = DraftSource.load(name, draft, target, (tokenizer, draft_tokenizer))
+        if source.kind in drafts:
+            raise UsageError(
+                f"one draft of a kind at a time: {drafts[source.kind].name} and {name} are both "
+                f"of the kind {source.kind}"
+            )
+        drafts[source.kind] = source
+
+    if draft is not None:
+        add(named[0], draft, draft_tokenizer)
+    for name in named[1:]:
+        path = assets.draft_path(name) if name in assets.DRAFTS and args.target is None else name
+        add(name, *named_draft(path))
+    for word in WORDS:
+        if word in kinds and word not in drafts:
+            add(word, word, None)
+    return target, tokenizer, drafts
+
+
+def _possible(stage: Stage, drafts: dict[str, DraftSource], limit: int | None) -> Stage:
+    """The stage without what these models cannot do."""
+    methods = []
+    for name in stage.methods:
+        try:
+            rows_of(dataclasses.replace(stage, methods=(name,), sweep={}), drafts, "cpu")
+        except ValueError:
+            continue
+        methods.append(name)
+    lengths = tuple(n for n in stage.lengths if limit is None or n < limit)
+    return dataclasses.replace(stage, methods=tuple(methods), lengths=lengths)
+
+
+# ---- the folder ------------------------------------------------------------------------------
+
+
+def _header(args, plan: Plan, target, drafts, config: SpecConfig, peak_memory) -> Header:
+    defaults = SpecConfig()
+    settings = {
+        "preset": args.preset,
+        "stages": [dataclasses.asdict(stage) for stage in plan.stages],
+        "new_tokens": plan.new_tokens,
+        "warmup": args.warmup,
+        "temperature": args.temperature,
+        "documents": None if args.prompts is None else Path(args.prompts).name,
+        "config": {
+            field.name: getattr(config, field.name)
+            for field in dataclasses.fields(SpecConfig)
+            if getattr(config, field.name) != getattr(defaults, field.name)
+        },
+        "synthetic": None,
+    }
+    return Header(
+        **machine.header(target.device.type),
+        target=args.target or "the embedded target",
+        drafts={kind: source.name for kind, source in drafts.items()},
+        dtype=str(target.dtype).removeprefix("torch."),
+        seed=args.seed,
+        settings=json.loads(json.dumps(settings)),  # as it will be read
+        peak_memory=peak_memory,
+    )
+
+
+def _what_differs(before: Header, now: Header) -> str | None:
+    """In words."""
+    pairs = [(name, getattr(before, name), getattr(now, name)) for name in _SAME[:-1]]
+    pairs += [(name, before.machine.get(name), now.machine.get(name)) for name in _SAME_MACHINE]
+    keys = sorted({*before.settings, *now.settings})
+    pairs += [(key, before.settings.get(key), now.settings.get(key)) for key in keys]
+    for name, was, wanted in pairs:
+        if was != wanted:
+            return f"{name}={json.dumps(was)}, but {name}={json.dumps(wanted)} is asked for"
+    return None
+
+
+def _resume(folder: Path, header: Header) -> list[Run]:
+    """Runs that the folder has already.
+
+    Raises:
+        ValueError: it is another evaluation's.
+    """
+    if not (folder / FILE).exists() or not (folder / FILE).stat().st_size:
+        return []
+    results = Results.read(folder)
+    if difference := _what_differs(results.header, header):
+        raise ValueError(
+            f"the results in {folder} were made with {difference}: name another folder with "
+            "--output, or the same options to go on"
+        )
+    return results.runs
+
+
+# ---- progress --------------------------------------------------------------------------------
+
+
+class _Show:
+    """How far it is, and what came out so far: a bar with the time left on a terminal, a line per
+    run elsewhere."""
+
+    def __init__(self, notes: Output, tasks: list[Task]):
+        self._notes, self._number = notes, len(tasks)
+        self._total, self._done, self._count = sum(task.weight for task in tasks), 0.0, 0
+        self._start = time.monotonic()
+        self._bar = None
+
+    def __enter__(self) -> _Show:
+        if self._notes.is_live:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("{task.fields[count]} of {task.fields[number]} runs"), BarColumn(),
+                TimeRemainingColumn(), TextColumn("{task.description}"),
+                console=self._notes.console, transient=True,
+                auto_refresh=False,  # a thread that draws would take time from what is measured
+                speed_estimate_period=600,
+            )  # fmt: skip
+            self._bar.start()
+            self._id = self._bar.add_task("", total=self._total, count=0, number=self._number)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def begin(self, task: Task) -> Callable[[str, int, int], None]:
+        """What shows the progress of a run."""
+        text = f"{task.prompt.name}, {task.prompt.length:,} tokens: {task.row.title}"
+        if self._bar is None:
+            return lambda phase, done, total: None
+
+        def progress(phase: str, done: int, total: int) -> None:
+            if phase == "decoding" and done < total:
+                return  # drawing would take time from what is measured
+            self._bar.update(self._id, description=f"{text}, {phase.replace('_', ' ')}")
+            self._bar.refresh()
+
+        return progress
+
+    def end(self, task: Task, run: Run) -> None:
+        """A run is over."""
+        self._done += task.weight
+        self._count += 1
+        if self._bar is not None:
+            self._bar.update(self._id, completed=self._done, count=self._count, refresh=True)
+            return
+        seconds = time.monotonic() - self._start
+        left = seconds / self._done * (self._total - self._done)
+        self._notes.line(
+            f"run {self._count} of {self._number}: {task.prompt.name}, {task.prompt.length:,} "
+            f"tokens: {task.row.title}: {run.tokens_per_second:.1f} tokens/s, acceptance length "
+            f"{run.mean_acceptance_length:.2f}{'' if run.exact is not False else ', NOT EXACT'}"
+            f" | about {_minutes(left)} left"
+        )
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+# ---- the command -----------------------------------------------------------------------------
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    """``specextend eval``.
+
+    Raises:
+        ValueError: in float32, a method wrote other tokens than the reference.
+    """
+    plan = plan_of(args)
+    args.dtype = args.dtype or "float32"
+    given = copy.copy(args)
+    given.draft = (args.draft or [None])[0]
+    config = config_from(given, gate=args.gate, **plan.config)
+    kinds = {METHODS[m].draft for s in plan.stages for m in s.methods if m in METHODS}
+    target, tokenizer, drafts = load_models(args, kinds)
+    if not plan.strict:
+        limit = position_limit(target)
+        limit = None if limit is None else limit - plan.new_tokens
+        plan.stages = tuple(_possible(stage, drafts, limit) for stage in plan.stages)
+    runner = Runner(
+        target, drafts, config, plan.new_tokens, args.warmup, args.temperature, args.seed
+    )
+    header = _header(args, plan, target, drafts, config, runner.memory.kind)
+    folder = Path(args.output)
+    done = {run.key: run for run in _resume(folder, header)}
+    tasks = _tasks(args, plan, tokenizer, runner)
+    left = [task for task in tasks.values() if task.key not in done]
+    out, notes = standard_output(), standard_error()
+    if done:
+        notes.line(f"{len(tasks) - len(left)} of {len(tasks)} runs are in {folder} already", "dim")
+    with Writer(folder) as writer, _Show(notes, left) as show:
+        if not done and not (folder / FILE).stat().st_size:
+            writer.write(header)
+        for task in left:
+            reference = _reference(done, task)
+            run = runner.run(task, reference, show.begin(task))
+            done[run.key] = run
+            writer.write(run)
+            show.end(task, run)
+    runs = [done[key] for key in tasks]
+    _write_summary(out, runs, {task.row.key: task.row for task in tasks.values()})
+    out.line(f"\nresults: {folder / FILE}")
+    return _verdict(runs, header)
+
+
+def _tasks(args, plan: Plan, tokenizer, runner: Runner) -> dict[tuple, Task]:
+    """All runs by their keys, in their order."""
+    prompts = Prompts(tokenizer, None if args.prompts is None else Path(args.prompts), args.seed)
+    made: dict[tuple[str, int, int], list[Prompt]] = {}
+    tasks: dict[tuple, Task] = {}
+    for stage in plan.stages:
+        rows = rows_of(stage, runner.drafts, runner.target.device.type)
+        for source in stage.sources:
+            for length in stage.lengths:
+                key = (source, length, stage.count)
+                if key not in made:
+                    made[key] = prompts.make(*key)
+                    for prompt in made[key]:
+                        runner.check(prompt)
+                for task in tasks_of(made[key], rows, stage.runs):
+                    tasks.setdefault(task.key, task)
+    return tasks
+
+
+def _reference(done: dict[tuple, Run], task: Task) -> list[int] | None:
+    """Tokens that a run has to write, None for the one that says so."""
+    prompt = (task.prompt.length, task.prompt.source, task.prompt.name)
+    run = done.get((*prompt, "plain", None, (), 0))
+    return None if run is None else run.tokens
+
+
+def _write_summary(out: Output, runs: Iterable[Run], rows: dict[tuple, Row]) -> None:
+    """A line for each length, source and method: means over prompts and repeats."""
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.length, run.source, run.row), []).append(run)
+
+    def rate(group: list[Run]) -> float:
+        return sum(run.tokens_per_second for run in group) / len(group)
+
+    header = ["", "length", "prompts", "tokens /s", "times plain", "accept. length", "identical"]
+    lines = []
+    for (length, source, row), group in sorted(groups.items(), key=lambda item: item[0][:2]):
+        plain = groups.get((length, source, ("plain", None, ())))
+        exact = [run.exact for run in group if run.exact is not None]
+        acceptance = sum(run.mean_acceptance_length for run in group) / len(group)
+        speed_up = rate(group) / rate(plain) if plain and rate(plain) else 0.0
+        lines.append(
+            [
+                rows[row].title, f"{length:,}", source, f"{rate(group):.1f}", f"{speed_up:.2f}",
+                f"{acceptance:.2f}", "-" if not exact else "yes" if all(exact) else "NO",
+            ]
+        )  # fmt: skip
+    out.table(header, lines)
+
+
+def _verdict(runs: list[Run], header: Header) -> int:
+    """0 where all is as it must be."""
+    wrong = [run for run in runs if run.exact is False]
+    if not wrong or header.dtype != "float32":
+        return 0
+    run = wrong[0]
+    at = run.first_difference
+    gap = "" if at.gap is None else f", where the two tokens' logits are {at.gap:.2g} apart"
+    raise ValueError(
+        f"{len(wrong)} of {len(runs)} runs are not exact; the first: {run.method} on {run.prompt} "
+        f"of {run.length:,} tokens, from new token {at.at} on{gap}"
+    )
