@@ -1,138 +1,63 @@
-"""Times every op against what this machine can do, and tree attention against torch's SDPA.
+"""Times every op against what this machine can do, and tree attention against its rivals.
 
     python bench/bench_ops.py [--device cuda] [--quick] [--filter 32/8/128] [--json out.json]
 
-Of SDPA there are two columns. "torch" is the call that a user writes: the same inputs,
-`enable_gqa`, the mask it needs, boolean or additive, whichever is faster. "packed" is what an
-expert makes of it: the query rows of a KV head folded into one sequence by hand.
-
-Numbers of one line come from one run, its contestants taking turns, so that ratios hold on a busy
-machine too; compare absolute times only between quiet ones. The bound is the time that a line's
-bytes and arithmetic take at the bandwidth and the GEMM rate that torch reaches here, measured at
-the start: of reading on a CPU, of copying (bytes read and written) on a GPU.
+Of SDPA there are two peers. "torch" is the call that a user writes: the same inputs, `enable_gqa`,
+the mask it needs, boolean or additive, whichever is faster. "packed" is what an expert makes of it:
+the query rows of a KV head folded into one sequence by hand.
 
 On a GPU, calls are timed in CUDA graphs of twenty or more, over buffers that rotate through more
-than twice its L2 cache, and there are more rivals: "split" is the papers' own way (flash attention
+than twice its L2 cache, and there are more peers: "split" is the papers' own way (flash attention
 over the prefix with its log-sum-exp, the tree under its mask, a merge by sigmoid), "flex" is
 FlexAttention, "flashinfer" its custom mask where that package is installed.
 """
 
-import argparse
 import importlib.util
-import json
-import os
-import platform
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
+from form import DTYPES, ROOT, Report, cache_emptier, digits, parse, parser
 from torch import Tensor
 from torch.nn import functional as F
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tests"))
 
 from cases import BENCH_PREFIXES, BENCH_TREES, LAYERS, Heads  # noqa: E402
 
-from specextend import _C, ops  # noqa: E402
+from specextend import ops  # noqa: E402
 from specextend.testing import (  # noqa: E402
-    Timing,
+    Spread,
     ancestor_mask,
     pack_mask,
     time_calls,
     time_graphs,
 )
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass
-class Machine:
-    """What the machine reaches by torch's own means."""
-
-    processor: str
-    cores: int
-    threads: int
-    isa: str
-    torch: str
-    commit: str
-    gpu: str = ""
-    driver: str = ""
-    l2_bytes: int = 0
-    bandwidth_gbs: float = 0.0
-    gemm_gflops: dict[str, float] | None = None
-
-    @staticmethod
-    def describe(device: str) -> "Machine":
-        processor = platform.processor() or platform.machine()
-        info = Path("/proc/cpuinfo")
-        if info.exists():
-            names = [
-                x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x
-            ]
-            processor = names[0] if names else processor
-        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        cores = len(os.sched_getaffinity(0))
-        machine = Machine(
-            processor, cores, torch.get_num_threads(), _C.cpu_isa(), torch.__version__, commit
-        )
-        if device == "cuda":
-            properties = torch.cuda.get_device_properties(0)
-            machine.gpu, machine.l2_bytes = properties.name, properties.L2_cache_size
-            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            machine.driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-        return machine
-
-    def measure(self, seconds: float) -> None:
-        """Read bandwidth: a sum over 256 MiB. GEMM rate: square matrices of 2048, or as large as
-        two seconds allow. The best decile."""
-        if self.gpu:
-            return self._measure_gpu(seconds)
-        x = torch.ones(64 << 20)
-        self.bandwidth_gbs = x.numel() * 4 / time_calls(x.sum, seconds=seconds)[0].p10 / 1e9
-        self.gemm_gflops = {}
-        for name in ("fp32", "bf16"):
-            for size in (512, 1024, 2048):  # without instructions for bf16, torch takes its time
-                a, b = (torch.randn(size, size).to(DTYPES[name]) for _ in range(2))
-                timing = time_calls(lambda a=a, b=b: a @ b, seconds=seconds, min_calls=3)[0]
-                self.gemm_gflops[name] = 2 * size**3 / timing.p10 / 1e9
-                if timing.median > 0.1:
-                    break
-        # Half precision is computed in fp32 where that is faster.
-        self.gemm_gflops["bf16"] = max(self.gemm_gflops.values())
-        self.gemm_gflops["fp16"] = self.gemm_gflops["fp32"]
-
-    def _measure_gpu(self, seconds: float) -> None:
-        """Copies of 2 GiB, bytes read and written; a matrix product of 8192."""
-        x = torch.ones(1 << 29)
-        y = torch.empty_like(x)
-        timing = time_graphs([lambda: y.copy_(x)], seconds=seconds)[0]
-        self.bandwidth_gbs = 2 * x.numel() * 4 / timing.median / 1e9
-        self.gemm_gflops = {}
-        for name in ("bf16", "fp16", "fp32"):
-            a, b = (torch.randn(8192, 8192).to(DTYPES[name]) for _ in range(2))
-            timing = time_graphs([lambda a=a, b=b: a @ b], seconds=seconds)[0]
-            self.gemm_gflops[name] = 2 * 8192**3 / timing.median / 1e9
+Call = Callable[[], object]
 
 
 @dataclass
 class Line:
-    """One case: what is timed, the traffic and arithmetic it needs, and its rivals."""
+    """One case: what is timed, the traffic and arithmetic it needs, and its peers.
+
+    Attributes:
+        peers: the same work by others, each in the ways there are, the fastest of which counts.
+    """
 
     op: str
     shape: str
     dtype: str
-    run: Callable[[], object]
+    run: Call
     bytes: int
     flops: int = 0
-    torch: tuple[Callable[[], object], ...] = ()  # the same by torch, in the ways there are
-    packed: tuple[Callable[[], object], ...] = ()  # by torch, rows packed by hand
-    peers: tuple[tuple[str, Callable[[], object]], ...] = ()  # on a GPU: name, and how they do it
+    peers: dict[str, list[Call]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.shape} {self.dtype}"
 
 
 def random_tree(nodes: int) -> Tensor:
@@ -171,16 +96,14 @@ def attention_line(
     if rows > 1:
         masks = [seen, torch.zeros(seen.shape, dtype=type_).masked_fill(~seen, -torch.inf)]
     gqa = heads.q != heads.kv
-    by_torch, by_hand, peers = [], [], ()
+    sdpa = F.scaled_dot_product_attention
+    peers = {"torch": [lambda m=m: sdpa(query, keys, values, m, enable_gqa=gqa) for m in masks]}
+    if gqa:
+        tall = [None if m is None else m.repeat(group, 1) for m in masks]
+        peers["packed"] = [lambda m=m: sdpa(packed, keys, values, m) for m in tall]
     if q.is_cuda and dtype != "fp32" and not chunk:
-        peers = tuple(gpu_peers(q, k_bhsd, v_bhsd, prefix, visible, flex))
-    for mask in masks:
-        by_torch.append(
-            lambda m=mask: F.scaled_dot_product_attention(query, keys, values, m, enable_gqa=gqa)
-        )
-        if gqa:
-            m = None if mask is None else mask.repeat(group, 1)
-            by_hand.append(lambda m=m: F.scaled_dot_product_attention(packed, keys, values, m))
+        for name, call in gpu_peers(q, k_bhsd, v_bhsd, prefix, visible, flex):
+            peers[name] = [call]
     return Line(
         "tree_attention" + (f"+chunks/{chunk}" if chunk else ""),
         f"{heads} P={prefix} tree={rows}" + ("" if layout == "bhsd" else " [B,S,H,D]"),
@@ -188,15 +111,13 @@ def attention_line(
         lambda: ops.tree_attention(q, k, v, lens, tree_mask, chunk_size=chunk),
         2 * total * heads.kv * heads.dim * type_.itemsize + 2 * q.numel() * type_.itemsize,
         4 * total * rows * heads.q * heads.dim,
-        tuple(by_torch),
-        tuple(by_hand),
         peers,
     )
 
 
 def gpu_peers(
     q: Tensor, k: Tensor, v: Tensor, prefix: int, visible: Tensor, flex: bool
-) -> Iterator[tuple[str, Callable[[], object]]]:
+) -> Iterator[tuple[str, Call]]:
     """How others attend to a prefix and a tree: q [1, M, Hq, D], k and v [1, Hkv, S, D]."""
     rows, group = q.shape[1], q.shape[2] // k.shape[1]
     total, scale = prefix + rows, q.shape[-1] ** -0.5
@@ -410,7 +331,7 @@ def other_lines() -> Iterator[Callable[[], Line]]:
         return Line(
             "sample_nodes", f"64 x {vocab}, {'drawn' if drawn else 'argmax'}", "bf16",
             lambda: ops.sample_nodes(logits, uniforms), logits.numel() * size,
-            torch=() if drawn else (lambda: logits.argmax(-1),),
+            peers={} if drawn else {"torch": [lambda: logits.argmax(-1)]},
         )  # fmt: skip
 
     def compact_kv():
@@ -436,143 +357,81 @@ def other_lines() -> Iterator[Callable[[], Line]]:
     yield from (lambda: sample_nodes(False), lambda: sample_nodes(True), compact_kv, append_kv)
 
 
-def best(timings: list[Timing]) -> float | None:
-    """The shortest median; None for no timings."""
-    return min((t.median for t in timings), default=None)
+def measure(
+    line: Line, make: Callable[[], Line], seconds: float, before: Call
+) -> tuple[Spread, dict[str, Spread]]:
+    """Of ours, and of each peer the fastest way; ``make`` makes the line again, with other buffers,
+    and ``before`` empties the caches of a CPU."""
+
+    def contestants(line: Line) -> list[Call]:
+        return [line.run, *(call for ways in line.peers.values() for call in ways)]
+
+    if torch.get_default_device().type == "cpu":
+        own, *others = time_calls(*contestants(line), seconds=seconds, min_calls=3, before=before)
+    else:
+        l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+        copies = min(max(-(-2 * l2_bytes // max(line.bytes, 1)), 1), 32)
+        each = [contestants(line), *(contestants(make()) for _ in range(copies - 1))]
+        own, *others = time_graphs(*map(list, zip(*each, strict=True)), seconds=seconds)
+    peers = {}
+    for name, ways in line.peers.items():
+        mine, others = others[: len(ways)], others[len(ways) :]
+        peers[name] = min(mine, key=lambda spread: spread.median)
+    return own, peers
 
 
-def measure(line: Line, make: Callable[[], Line], machine: Machine, seconds: float) -> list[Timing]:
-    """Of ours, torch's, packed ones, peers; ``make`` makes the line again, with other buffers."""
-
-    def contestants(line: Line) -> list[Callable[[], object]]:
-        return [line.run, *line.torch, *line.packed, *(run for _, run in line.peers)]
-
-    if not machine.gpu:
-        return time_calls(*contestants(line), seconds=seconds, min_calls=3)
-    copies = min(max(-(-2 * machine.l2_bytes // max(line.bytes, 1)), 1), 32)
-    each = [contestants(line), *(contestants(make()) for _ in range(copies - 1))]
-    return time_graphs(*map(list, zip(*each, strict=True)), seconds=seconds)
-
-
-def report(line: Line, make: Callable[[], Line], machine: Machine, seconds: float) -> dict:
-    own, *others = measure(line, make, machine, seconds)
-    by_torch = best(others[: len(line.torch)])
-    by_hand = best(others[len(line.torch) : len(line.torch) + len(line.packed)])
-    peers = {
-        name: timing.median * 1e6
-        for (name, _), timing in zip(
-            line.peers, others[len(line.torch) + len(line.packed) :], strict=True
-        )
-    }
-    gbs, gflops = line.bytes / own.median / 1e9, line.flops / own.median / 1e9
-    peak = (machine.gemm_gflops or {}).get(line.dtype, 0.0)
-    bound = max(line.bytes / machine.bandwidth_gbs / 1e3, line.flops / peak / 1e3 if peak else 0.0)
-    wanted = goal(line.op, line.shape) if "H200" in machine.gpu else None
-    share = bound / (own.median * 1e6)
-    met = None
+def report(
+    line: Line, make: Callable[[], Line], results: Report, seconds: float, before: Call
+) -> dict:
+    own, peers = measure(line, make, seconds, before)
+    rates, bandwidth, speed = results.rates, line.bytes / own.median, line.flops / own.median
+    remarks = f"{digits(bandwidth / 1e9)} GB/s"
+    if line.flops:
+        remarks += f", {digits(speed / 1e9)} GFLOP/s"
+    gpu = results.record["header"]["machine"]["gpu"] or ""
+    wanted, met = goal(line.op, line.shape) if "H200" in gpu else None, None
     if wanted is not None:
         kind, value = wanted
-        got = own.median * 1e6 if kind == "us" else gbs / machine.bandwidth_gbs
+        got = own.median * 1e6 if kind == "us" else bandwidth / rates.bandwidth
         met = got <= value if kind == "us" else got >= value
-    result = {
-        "op": line.op,
-        "shape": line.shape,
-        "dtype": line.dtype,
-        "us": own.median * 1e6,
-        "us_p10": own.p10 * 1e6,
-        "us_p90": own.p90 * 1e6,
-        "bound_us": bound,
-        "bound_share": share,
-        "gb_per_s": gbs,
-        "gflop_per_s": gflops,
-        "bandwidth_share": gbs / machine.bandwidth_gbs,
-        "gemm_share": gflops / peak if peak else None,
-        "torch_us": by_torch and by_torch * 1e6,
-        "packed_us": by_hand and by_hand * 1e6,
-        "ratio_to_torch": by_torch and by_torch / own.median,
-        "ratio_to_packed": by_hand and by_hand / own.median,
-        "peers_us": peers,
-        "goal": wanted,
-        "goal_met": met,
-    }
-    cells = [
-        f"{line.op:24}",
-        f"{line.shape:32}",
-        f"{line.dtype:5}",
-        f"{own.median * 1e6:9.1f} ({own.p10 * 1e6:.1f}..{own.p90 * 1e6:.1f})".ljust(32),
-        f"{bound:9.1f}",
-        f"{100 * share:4.0f} %",
-        f"{gbs:6.1f}",
-        f"{gflops:6.0f}" if line.flops else "     -",
-        *(f"{t / own.median:6.1f}" if t else "     -" for t in (by_torch, by_hand)),
-        *(f"{name} {us / own.median / 1e6:.1f}" for name, us in peers.items()),
-    ]
-    if wanted is not None:
         limit = f"<= {value:g} us" if kind == "us" else f">= {100 * value:.0f} % of bandwidth"
-        cells.append(f"{limit}: {'met' if met else 'MISSED'}")
-    print(" | ".join(cells), flush=True)
-    return result
+        remarks += f" | {limit}: {'met' if met else 'MISSED'}"
+    return results.add(
+        line.name, own, "us", rates.bound(line.bytes, line.flops, line.dtype) if line.bytes else
+        None, peers, remarks, op=line.op, shape=line.shape, dtype=line.dtype,
+        bytes_per_second=bandwidth, operations_per_second=speed, goal=wanted, goal_met=met,
+    )  # fmt: skip
 
 
-def chunk_overhead(results: list[dict]) -> None:
+def chunk_overhead(results: Report) -> None:
     """What the log-sum-exps of chunks cost: lines with them against the same without."""
-    plain = {(r["shape"], r["dtype"]): r for r in results if r["op"] == "tree_attention"}
-    for r in results:
+    cases = results.record["cases"]
+    plain = {(r["shape"], r["dtype"]): r for r in cases if r["op"] == "tree_attention"}
+    for r in cases:
         without = plain.get((r["shape"], r["dtype"]))
         if r["op"].startswith("tree_attention+chunks") and without:
-            r["chunk_overhead"] = r["us"] / without["us"] - 1
-            print(f"{r['shape']}: chunks cost {100 * r['chunk_overhead']:+.1f} %")
-
-
-def save(path: Path | None, machine: Machine, results: list[dict]) -> None:
-    if path is not None:
-        text = json.dumps({"machine": asdict(machine), "results": results}, indent=2)
-        path.write_text(text + "\n")
+            r["chunk_overhead"] = r["median"] / without["median"] - 1
+            results.note(f"{r['shape']}: chunks cost {100 * r['chunk_overhead']:+.1f} %")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    here = "cuda" if _C.has_cuda and torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=here)
-    parser.add_argument("--flex", action="store_true", help="FlexAttention, too; it compiles long")
-    parser.add_argument("--filter", default="", help="only lines that contain this text")
-    parser.add_argument("--quick", action="store_true", help="fewer shapes, less time for each")
-    parser.add_argument("--seconds", type=float, help="per line (default 2, quick 0.5)")
-    parser.add_argument("--threads", type=int, help="default: torch's")
-    parser.add_argument("--json", type=Path, help="write the results to this file, too")
-    arguments = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--flex", action="store_true", help="FlexAttention, too; it compiles long")
+    made.add_argument("--seconds", type=float, help="per line (default 2, quick 0.5)")
+    arguments = parse(made)
     seconds = arguments.seconds or (0.5 if arguments.quick else 2.0)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-
     torch.set_default_device(arguments.device)
-    machine = Machine.describe(arguments.device)
-    machine.measure(seconds)
-    print(f"{machine.processor}, {machine.cores} cores, {machine.threads} threads, {machine.isa}")
-    print(f"torch {machine.torch}, specextend {machine.commit}")
-    rates = ", ".join(f"{n} {r:.0f}" for n, r in machine.gemm_gflops.items())
-    if machine.gpu:
-        print(f"{machine.gpu}, driver {machine.driver}, CUDA {torch.version.cuda}")
-    kind = "copy" if machine.gpu else "read"
-    print(f"{kind} {machine.bandwidth_gbs:.1f} GB/s; GEMM {rates} GFLOP/s\n")
-    print(
-        f"{'op':24} | {'shape':32} | dtype | {'us (p10..p90)':32} |  bound us | share  |   GB/s | "
-        "GFLOP/s |  torch | packed"
-    )
-    results = []
-    if machine.gpu:
-        attention = gpu_attention_lines(arguments.quick, arguments.flex)
-    else:
-        attention = attention_lines(arguments.quick)
+    results = Report(arguments, seconds=seconds)
+    gpu = arguments.device == "cuda"
+    before = (lambda: None) if gpu else cache_emptier()
+    quick = arguments.quick
+    attention = gpu_attention_lines(quick, arguments.flex) if gpu else attention_lines(quick)
     for make in (*attention, *other_lines()):
         line = make()
-        if arguments.filter in f"{line.op} {line.shape} {line.dtype}":
-            results.append(report(line, make, machine, seconds))
-            save(arguments.json, machine, results)  # each time: a run may be cut short
+        if results.wants(line.name):
+            report(line, make, results, seconds, before)
         del line
     chunk_overhead(results)
-    save(arguments.json, machine, results)
 
 
 if __name__ == "__main__":

@@ -71,10 +71,16 @@ def ancestor_mask(parents: Tensor) -> Tensor:
     return visible
 
 
-class Timing:
-    """Seconds per call: ``median``, ``p10``, ``p90``, and all of them sorted in ``samples``."""
+class Spread:
+    """Measurements of one thing: ``median``, ``p10``, ``p90``, all of them sorted in ``samples``.
+
+    Raises:
+        ValueError: there are none.
+    """
 
     def __init__(self, samples: list[float]):
+        if not samples:
+            raise ValueError("at least one measurement is wanted, got none")
         self.samples = sorted(samples)
         self.median = statistics.median(self.samples)
         self.p10 = self.samples[len(self.samples) // 10]
@@ -86,13 +92,15 @@ def time_calls(
     seconds: float = 0.5,
     min_calls: int = 5,
     max_calls: int = 1000,
-) -> list[Timing]:
-    """Wall-clock time of functions, called in turn so that a busy machine slows all of them alike.
+    before: Callable[[], object] = lambda: None,
+) -> list[Spread]:
+    """Seconds per call of functions, called in turn so that a busy machine slows all of them alike.
 
     Args:
         functions: what to time; each is called once before, to warm up.
         seconds: time for all of them together, once each has had ``min_calls`` calls.
         max_calls: of each.
+        before: called before each call and not timed, such as what empties the caches.
     """
     for function in functions:
         function()
@@ -102,15 +110,16 @@ def time_calls(
         time.perf_counter() < end and len(samples[0]) < max_calls
     ):
         for function, own in zip(functions, samples, strict=True):
+            before()
             start = time.perf_counter()
             function()
             own.append(time.perf_counter() - start)
-    return [Timing(own) for own in samples]
+    return [Spread(own) for own in samples]
 
 
 def time_graphs(
     *contestants: list[Callable[[], object]], seconds: float = 0.5, min_calls: int = 20
-) -> list[Timing]:
+) -> list[Spread]:
     """Time of calls on a GPU, without the host's share: each contestant is captured in a CUDA graph
     of many calls, and the graphs are replayed in turn. Synchronises.
 
@@ -160,4 +169,4 @@ def time_graphs(
             stop.record()
             stop.synchronize()
             own.append(start.elapsed_time(stop) / 1e3 / count)
-    return [Timing(own) for own in samples]
+    return [Spread(own) for own in samples]
