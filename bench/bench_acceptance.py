@@ -7,25 +7,23 @@ which gives the loop's acceptance lengths without its verify passes. Documents a
 pair's held-out modules of the standard library, cut at each length. A draft is ``ngram``, or
 ``NAME=FOLDER`` of a causal LM or a trained head; ``NAME=FOLDER:window`` gives it a recent window
 instead of the full cache.
+
+A line has the tokens of a round, the median over documents, and the other drafts beside it: a ratio
+above one is of a draft that is accepted longer.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from form import Report, embedded_pair, numbers, parse, parser
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from specextend import SpecConfig, assets  # noqa: E402
-from specextend.attention import PatchedModel  # noqa: E402
-from specextend.draft import load_draft  # noqa: E402
-from specextend.train.validation import Continuation, count_rounds  # noqa: E402
+from specextend import SpecConfig, assets
+from specextend.attention import PatchedModel
+from specextend.draft import load_draft
+from specextend.testing import Spread
+from specextend.train.validation import Continuation, count_rounds
 
 
 def documents(tokenizer, length: int, count: int) -> list[tuple[str, torch.Tensor]]:
@@ -38,43 +36,58 @@ def documents(tokenizer, length: int, count: int) -> list[tuple[str, torch.Tenso
     return found
 
 
+def options() -> argparse.ArgumentParser:
+    made = parser(__doc__)
+    made.add_argument("--drafts", nargs="+", default=["ngram"])
+    made.add_argument("--lengths", type=numbers, help="default 2048,8192,16384, quick 1024")
+    made.add_argument("--documents", type=int, help="default 4, quick 2")
+    made.add_argument("--new", type=int, help="tokens behind each prompt; default 96, quick 24")
+    made.add_argument("--budget", type=int, default=512, help="tokens of a window")
+    return made
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--drafts", nargs="+", default=["ngram"])
-    parser.add_argument("--lengths", default="2048,8192,16384")
-    parser.add_argument("--documents", type=int, default=4)
-    parser.add_argument("--new", type=int, default=96, help="tokens to write behind each prompt")
-    parser.add_argument("--budget", type=int, default=512, help="tokens of a window")
-    parser.add_argument("--json", type=Path, help="write all counts here")
-    args = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(assets.target_path(), dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(assets.target_path(), model_max_length=10**9)
+    arguments = parse(options())
+    quick = arguments.quick
+    lengths = arguments.lengths or ([1024] if quick else [2048, 8192, 16384])
+    count = arguments.documents or (2 if quick else 4)
+    new = arguments.new or (24 if quick else 96)
+    tokenizer, model, _ = embedded_pair(arguments.device)
     target = PatchedModel(model)
 
     drafts = {}
-    for name in args.drafts:
-        name, _, path = name.partition("=")
+    for given in arguments.drafts:
+        name, _, path = given.partition("=")
         path, _, cache = path.partition(":")
         config = SpecConfig(
-            tree_shape="fixed", draft_cache=cache or "full", budget=args.budget, gate="off"
+            tree_shape="fixed", draft_cache=cache or "full", budget=arguments.budget, gate="off"
         )
         drafts[name] = load_draft(path or name, target, config), config
     layers = tuple(sorted({i for draft, _ in drafts.values() for i in draft.feature_layers}))
-    results = []
-    for length in map(int, args.lengths.split(",")):
-        sums = {name: [0, 0] for name in drafts}
-        found = documents(tokenizer, length, args.documents)
-        for document, ids in found:
-            continuation = Continuation(target, ids, args.new, layers)
+    results = Report(arguments, new_tokens=new, window=arguments.budget)
+    for length in lengths:
+        counts: dict[str, dict[str, tuple[int, int]]] = {name: {} for name in drafts}
+        for document, ids in documents(tokenizer, length, count):
+            ids = ids.to(arguments.device)
+            continuation = Continuation(target, ids, new, layers)
             for name, (draft, config) in drafts.items():
-                emitted, rounds = count_rounds(draft, continuation, config)
-                sums[name] = [sums[name][0] + emitted, sums[name][1] + rounds]
-                results.append([length, document, name, emitted, rounds])
-                print(f"{length:6} {document:28} {name:16} {emitted / rounds:.3f}", flush=True)
-        for name, (emitted, rounds) in sums.items():
-            print(f"{length:6} {len(found)} documents {'':16} {name:16} {emitted / rounds:.3f}")
-    if args.json:
-        args.json.write_text(json.dumps(results) + "\n")
+                counts[name][document] = count_rounds(draft, continuation, config)
+        found = {
+            name: Spread([emitted / rounds for emitted, rounds in by_document.values()])
+            for name, by_document in counts.items()
+            if by_document
+        }
+        for name, spread in found.items():
+            case = f"acceptance {name} context={length}"
+            if not results.wants(case):
+                continue
+            emitted, rounds = map(sum, zip(*counts[name].values(), strict=True))
+            results.add(
+                case, spread, "tokens", None,
+                {other: peer for other, peer in found.items() if other != name},
+                f"{emitted / rounds:.3f} over all rounds of {len(counts[name])} documents",
+                draft=name, context=length, mean=emitted / rounds, documents=counts[name],
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,180 +1,315 @@
-"""What a round costs at a model's shape, and what the embedded pair gains.
+"""What a round costs, and how many tokens it must emit to pay.
 
     python bench/bench_decode.py [--device cuda] [--quick] [--shape llama-3.1-8b] [--json out.json]
 
-Rounds: target and a draft of one layer with random weights, whose proposals are rarely accepted; a
-round does all of its work nevertheless. Its time is set against that of the bytes it cannot but
-read (weights and keys of the target once, those of the draft once per level) at the bandwidth
-measured at the start, and plain decoding by the same means (from a CUDA graph on a GPU) is beside
-it. Seconds are the host's, from one block of tokens to the next.
+A round drafts a tree, verifies it, accepts a path and at times retrieves; plain decoding is its
+peer. Break-even is the gate's rule (`specextend/gate.py`): the tokens that a round must emit on
+average to be no slower than plain rounds. Where a draft brings less, speculation stops paying.
 
-The embedded pair continues a document of the standard library: tokens per second and emitted tokens
-per target forward, for plain decoding and for each kind of the draft's cache.
+"shape": target and a draft of one layer with random weights, trees of many sizes behind contexts of
+many lengths. A round does all of its work, whatever is accepted. Prompts are taken in by a part,
+whose rows of the caches are repeated: what is in a cache does not change what a round costs.
+
+"pair": the embedded pair continues a document of the standard library, for every kind of the
+draft's cache and several sizes of the tree. What its rounds emit is measured, too, so that the
+lines show where it pays.
+
+Seconds are the host's, from one block of tokens to the next. Contestants take turns of a few tokens
+each; the first round of a turn, which finds another's data in the caches, does not count. The bound
+is that of all forwards of a round: weights and keys of the target once, those of the draft once per
+level; of the pair's trees, which grow as they pay, one level.
 """
 
+from __future__ import annotations
+
 import argparse
-import json
-import sys
 import time
-from dataclasses import asdict
-from pathlib import Path
+from collections import Counter
+from unittest import mock
 
 import torch
-from bench_ops import Machine
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from form import Bound, Rates, Report, digits, embedded_pair, name_of, numbers, parse, parser
+from transformers import PreTrainedModel
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from specextend import _C, SpecConfig, SpecExtend, assets  # noqa: E402
-from specextend.eval.synthetic import SHAPES, random_model  # noqa: E402
-from specextend.testing import Timing  # noqa: E402
+from specextend import SpecConfig, SpecExtend, assets, decode
+from specextend.cache import KVCache
+from specextend.eval.synthetic import SHAPES, random_model
+from specextend.gate import break_even
+from specextend.stats import PHASES
+from specextend.testing import Spread
 
 GOAL = 1.25  # of the time of a round's bytes, on an H200
+TURN = 8  # tokens
+PART = 1024  # tokens of a prompt that are taken in
 
 
-def bytes_read(model: PreTrainedModel, tokens: int) -> int:
-    """By one forward of a few rows: the weights but for the embedding table, and the cache."""
+# ---- what a round cannot but do ------------------------------------------------------------------
+
+
+def work(model: PreTrainedModel, rows: int, tokens: int) -> tuple[int, int]:
+    """Of one forward over ``rows`` behind ``tokens``: bytes that are read, the weights but for the
+    embedding table and the cache, and operations."""
+    config = model.config
     table = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is table
-    weights = sum(p.numel() * p.itemsize for p in model.parameters())
-    config = model.config
-    row = 2 * config.num_key_value_heads * config.head_dim * table.itemsize
-    skipped = 0 if tied else table.numel() * table.itemsize
-    return weights - skipped + tokens * row * config.num_hidden_layers
+    weights = sum(p.numel() for p in model.parameters()) - (0 if tied else table.numel())
+    row = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+    attention = config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    read = (weights + tokens * row) * table.itemsize
+    return read, 2 * rows * weights + 4 * rows * (tokens + rows) * attention
 
 
-def time_rounds(spec: SpecExtend, prompt: torch.Tensor, rounds: int, warmup: int) -> Timing:
-    """Seconds per round, after those in which graphs are captured."""
-    samples = []
-    stream = spec.stream(prompt, max_new_tokens=(rounds + warmup) * 8, do_sample=False)
-    next(stream)
-    for i in range(rounds + warmup):
-        start = time.perf_counter()
-        next(stream)
-        if i >= warmup:
-            samples.append(time.perf_counter() - start)
-    stream.close()
-    return Timing(samples)
+def bound(
+    rates: Rates, target: PreTrainedModel, tokens: int, config: SpecConfig, draft=None, depth=0
+) -> Bound:
+    """Of a round behind ``tokens``, with ``depth`` forwards of ``draft``; without one, plain."""
+    dtype = name_of(target.dtype)
+    total = rates.bound(*work(target, 1 + config.max_nodes if depth else 1, tokens), dtype)
+    if depth:
+        seen = tokens if config.draft_cache == "full" else min(tokens, config.budget)
+        total += depth * rates.bound(*work(draft, 1, seen), dtype)
+    return total
 
 
-def bench_rounds(arguments, machine: Machine) -> list[dict]:
-    device, results = arguments.device, []
-    positions = max(arguments.prefixes) + 4096
-    made = arguments.shape, positions, device, arguments.dtype
+# ---- rounds in turns -----------------------------------------------------------------------------
+
+
+class Stretched(decode._Generation):
+    """A generation that takes in a part of its prompt and repeats its rows for the rest."""
+
+    def prefill(self) -> None:
+        whole, self.prompt = self.prompt, self.prompt[:, : PART + 1]
+        super().prefill()
+        self.prompt = whole
+        caches = [self.cache]
+        if self.spec.draft is not None:
+            caches.append(self.spec.draft._caches.full)
+        for cache in caches:
+            stretch(cache, whole.shape[1] - 1)
+
+
+def stretch(cache: KVCache, length: int) -> None:
+    """Repeat the committed rows of ``cache`` until there are ``length``."""
+    have = cache.length
+    for layer in cache.layers:
+        for rows in (layer.keys, layer.values):
+            for start in range(have, length, have):
+                end = min(start + have, length)
+                rows[:, :, start:end] = rows[:, :, : end - start]
+    cache.advance(length - have)
+
+
+class Rounds:
+    """The rounds of one contestant.
+
+    Args:
+        spec: of its own.
+        prompt: [1, L] int64.
+        tokens: to write in all turns, the uncounted ones included.
+
+    Attributes:
+        seconds: of each round that counts.
+        phases: seconds of all rounds that count, by phase.
+        ended: it has written all that it will.
+    """
+
+    def __init__(self, spec: SpecExtend, prompt: torch.Tensor, tokens: int):
+        self.spec = spec
+        self.seconds: list[float] = []
+        self.phases: Counter = Counter()
+        self._stream = spec.stream(prompt, max_new_tokens=tokens, do_sample=False)
+        self.ended = next(self._stream, None) is None  # the prefill, and the first token
+
+    def turn(self, tokens: int, counted: bool = True) -> None:
+        """Rounds until ``tokens`` have been written; the first one does not count."""
+        written, first = 0, True
+        while written < tokens and not self.ended:
+            before = Counter(self.spec.stats.seconds)
+            start = time.perf_counter()
+            step = next(self._stream, None)
+            took = time.perf_counter() - start
+            self.ended = step is None
+            if step is not None:
+                written += len(step.tokens)
+                if counted and not first:
+                    self.seconds.append(took)
+                    self.phases += Counter(self.spec.stats.seconds) - before
+            first = False
+
+    def close(self) -> None:
+        self._stream.close()
+
+    @property
+    def emitted(self) -> float:
+        """Mean tokens of a round."""
+        return self.spec.stats.mean_acceptance_length
+
+    def phase_seconds(self) -> dict[str, float]:
+        """Mean seconds of a round that counts, by phase."""
+        return {p: self.phases[p] / len(self.seconds) for p in PHASES[2:] if self.phases[p]}
+
+
+def in_turns(
+    specs: dict[str, SpecExtend], prompt: torch.Tensor, turns: int, warmup: int
+) -> dict[str, Rounds]:
+    """The rounds of all contestants, in ``turns``, behind ``warmup`` tokens that do not count."""
+    longest = 1 + max(spec.config.max_depth for spec in specs.values())
+    tokens = 1 + warmup + turns * TURN + (turns + 2) * longest  # a turn may write that much more
+    ran = {name: Rounds(spec, prompt, tokens) for name, spec in specs.items()}
+    for rounds in ran.values():
+        rounds.turn(warmup, counted=False)
+    for _ in range(turns):
+        for rounds in ran.values():
+            rounds.turn(TURN)
+    for rounds in ran.values():
+        rounds.close()
+    return ran
+
+
+def report(
+    results: Report,
+    case: str,
+    own: Rounds,
+    plain: Rounds,
+    least: Bound,
+    plain_least: Bound,
+    **facts,
+) -> dict:
+    """A line of rounds: break-even, phases, and plain rounds beside them."""
+    spread, peer = Spread(own.seconds), Spread(plain.seconds)
+    needed, phases = break_even(spread.median, peer.median), own.phase_seconds()
+    shares = ", ".join(f"{name} {digits(s * 1e3)}" for name, s in phases.items())
+    remarks = f"break-even {needed:.2f} tokens | {shares} ms"
+    if facts.get("emitted") is not None:
+        gain = facts["emitted"] / needed
+        verdict = "pays" if gain >= 1 else "does not pay"
+        remarks += f" | emits {facts['emitted']:.2f}: {gain:.2f} x plain, {verdict}"
+    if facts.get("goal"):
+        remarks += f" | {facts['goal']}"
+    return results.add(
+        case, spread, "ms", least, {"plain": peer}, remarks, break_even=needed, phases=phases,
+        plain_share=plain_least.least / peer.median, **facts,
+    )  # fmt: skip
+
+
+# ---- the two parts -------------------------------------------------------------------------------
+
+
+def bench_shape(arguments: argparse.Namespace, results: Report) -> None:
+    device, rates = arguments.device, results.rates
+    made = arguments.shape, max(arguments.contexts) + 4096, device, arguments.dtype
     target, draft = random_model(*made), random_model(*made, num_hidden_layers=1)
-    warmup = 16 if device == "cuda" else 2
-    print(f"{arguments.shape}, {arguments.dtype}, draft of one layer, depth {arguments.depth}")
-    print("prefix | tree | ms per round (p10..p90) | ms of its bytes | ratio | plain ms, its bytes")
-    for prefix in arguments.prefixes:
-        prompt = torch.randint(1, 1000, (1, prefix), device=device)
-        plain_bound = bytes_read(target, prefix) / machine.bandwidth_gbs / 1e6
-        config = SpecConfig(gate="off", tree_shape="top_k", tree_depth=arguments.depth, seed=0)
-        plain = time_rounds(SpecExtend(target, None, config), prompt, arguments.rounds, warmup)
-        for nodes in arguments.trees:
-            config = config.replace(tree_nodes=nodes, tree_width=8, tree_top_k=8)
-            spec = SpecExtend(target, draft, config)
-            timing = time_rounds(spec, prompt, arguments.rounds, warmup)
-            seen = min(prefix, config.budget)
-            total = bytes_read(target, prefix) + arguments.depth * bytes_read(draft, seen)
-            bound = total / machine.bandwidth_gbs / 1e6
-            ms = timing.median * 1e3
-            goal = None
-            if "H200" in machine.gpu and (arguments.shape, prefix, nodes) == (
-                "llama-3.1-8b", 16384, 32,
-            ):  # fmt: skip
-                goal = f"<= {GOAL} x: {'met' if ms <= GOAL * bound else 'MISSED'}"
-            print(
-                f"{prefix:6} | {nodes:4} | {ms:8.2f} ({timing.p10 * 1e3:.2f}.."
-                f"{timing.p90 * 1e3:.2f}) | {bound:8.2f} | {ms / bound:5.2f} | "
-                f"{plain.median * 1e3:.2f}, {plain_bound:.2f}" + (f" | {goal}" if goal else ""),
-                flush=True,
-            )
-            results.append(
-                {
-                    "shape": arguments.shape, "prefix": prefix, "tree": nodes,
-                    "depth": arguments.depth, "round_ms": ms, "p10_ms": timing.p10 * 1e3,
-                    "p90_ms": timing.p90 * 1e3, "bound_ms": bound, "ratio": ms / bound,
-                    "plain_ms": plain.median * 1e3, "plain_bound_ms": plain_bound, "goal": goal,
-                    "mean_acceptance_length": spec.stats.mean_acceptance_length,
-                }
+    base = SpecConfig(gate="off", tree_shape="top_k", tree_width=8, tree_top_k=8, seed=0)
+    grid: dict[int, list[str]] = {}
+    for context in arguments.contexts:
+        prompt = torch.randint(1, 1000, (1, context), device=device)
+        for nodes, depth in arguments.trees:
+            case = f"shape {arguments.shape} context={context} tree={nodes}x{depth}"
+            if not results.wants(case):
+                continue
+            config = base.replace(tree_nodes=nodes, tree_depth=depth)
+            specs = {
+                "plain": SpecExtend(target, None, config),
+                "tree": SpecExtend(target, draft, config),
+            }
+            with mock.patch.object(decode, "_Generation", Stretched):
+                ran = in_turns(specs, prompt, arguments.turns, arguments.warmup)
+            least = bound(rates, target, context, config, draft, depth)
+            gpu, goal = results.record["header"]["machine"]["gpu"] or "", None
+            if "H200" in gpu and case == "shape llama-3.1-8b context=16384 tree=32x5":
+                met = Spread(ran["tree"].seconds).median <= GOAL * least.least
+                goal = f"<= {GOAL} x its bound: {'met' if met else 'MISSED'}"
+            entry = report(
+                results, case, ran["tree"], ran["plain"], least,
+                bound(rates, target, context, config), context=context, nodes=nodes, depth=depth,
+                goal=goal,
             )  # fmt: skip
-    return results
+            grid.setdefault(context, []).append(f"{entry['break_even']:8.2f}")
+            del ran, specs  # caches
+    if len(grid) > 1:
+        columns = "".join(f"{nodes}x{depth}".rjust(9) for nodes, depth in arguments.trees)
+        results.note(f"\nbreak-even, tokens a round: context by tree\n{'':8}{columns}")
+        for context, cells in grid.items():
+            results.note(f"{context:8} {' '.join(cells)}")
 
 
-def bench_embedded(arguments, machine: Machine) -> list[dict]:
-    tokenizer = AutoTokenizer.from_pretrained(assets.target_path())
-    target, draft = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=arguments.dtype).to(arguments.device)
-        for path in (assets.target_path(), assets.draft_path())
-    )
-    results = []
-    print(f"embedded pair, {arguments.dtype}, {arguments.tokens} tokens, greedy")
-    print("prompt | kind      | tokens/s | x plain | emitted per forward")
-    for length in arguments.lengths:
-        ids = torch.tensor([assets.demo_prompt(tokenizer, length)[1]], device=arguments.device)
-        plain = None
-        for kind in ("plain", "full", "window", "retrieval"):
-            options = dict(assets.SETTINGS, draft_cache="full" if kind == "plain" else kind)
-            spec = SpecExtend(target, None if kind == "plain" else draft, options)
-            spec.generate(ids, max_new_tokens=arguments.tokens, do_sample=False)
-            stats = spec.stats
-            plain = plain or stats.tokens_per_second
-            print(
-                f"{length:6} | {kind:9} | {stats.tokens_per_second:8.1f} | "
-                f"{stats.tokens_per_second / plain:7.2f} | {stats.mean_acceptance_length:.2f}",
-                flush=True,
+def bench_pair(arguments: argparse.Namespace, results: Report) -> None:
+    tokenizer, target, draft = embedded_pair(arguments.device, arguments.dtype)
+    base = SpecConfig().replace(**assets.SETTINGS, gate="off")
+    ways = [(kind, base.tree_nodes) for kind in ("full", "window", "retrieval")]
+    ways += [("retrieval", nodes) for nodes in arguments.pair_trees if nodes != base.tree_nodes]
+    for context in arguments.pair_contexts:
+        named = {
+            f"pair {kind} context={context} tree={nodes}": base.replace(
+                draft_cache=kind, tree_nodes=nodes, tree_depth=min(nodes, base.tree_depth)
             )
-            results.append({"prompt": length, "kind": kind, **stats.as_dict()})
-    return results
+            for kind, nodes in ways
+        }
+        named = {case: config for case, config in named.items() if results.wants(case)}
+        if not named:
+            continue
+        specs = {"plain": SpecExtend(target, None, base)}
+        specs |= {case: SpecExtend(target, draft, config) for case, config in named.items()}
+        _, ids = assets.demo_prompt(tokenizer, context)
+        prompt = torch.tensor([ids], device=arguments.device)
+        ran = in_turns(specs, prompt, arguments.pair_turns, arguments.warmup)
+        for case, config in named.items():
+            own = ran[case]
+            report(
+                results, case, own, ran["plain"],
+                bound(results.rates, target, context, config, draft, 1),
+                bound(results.rates, target, context, config), context=context,
+                draft_cache=config.draft_cache, nodes=config.tree_nodes, emitted=own.emitted,
+                stats=own.spec.stats.as_dict(),
+            )  # fmt: skip
 
 
-def numbers(text: str) -> list[int]:
-    return [int(x) for x in text.split(",") if x]
+def trees(text: str) -> list[tuple[int, int]]:
+    """``8x3,32x5``: nodes and levels."""
+    pairs = [part.split("x") for part in text.split(",")]
+    return [(int(nodes), int(depth)) for nodes, depth in pairs]
+
+
+def options() -> argparse.ArgumentParser:
+    made = parser(__doc__)
+    made.add_argument("--parts", nargs="+", choices=("shape", "pair"), default=["shape", "pair"])
+    made.add_argument("--shape", choices=SHAPES, help="default: llama-3.1-8b, on a CPU small")
+    made.add_argument("--contexts", type=numbers, help="of the shape, such as 2048,16384")
+    made.add_argument("--trees", type=trees, help="of the shape, nodes x levels: 8x3,32x5")
+    made.add_argument("--turns", type=int, help=f"of each shape's case, {TURN} tokens each")
+    made.add_argument("--pair-contexts", type=numbers, help="of the pair, 17000 at most")
+    made.add_argument("--pair-trees", type=numbers, help="of the pair, in nodes: 2,16")
+    made.add_argument("--pair-turns", type=int, help="of each of the pair's cases")
+    return made
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    here = "cuda" if _C.has_cuda and torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=here)
-    parser.add_argument("--quick", action="store_true", help="fewer prefixes, tokens and rounds")
-    parser.add_argument("--shape", choices=SHAPES, help="default: llama-3.1-8b, on a CPU small")
-    parser.add_argument("--prefixes", type=numbers, help="of the rounds, such as 2048,16384")
-    parser.add_argument("--trees", type=numbers, help="proposed nodes, such as 8,32")
-    parser.add_argument("--depth", type=int, default=5, help="levels of the tree")
-    parser.add_argument("--rounds", type=int, help="timed rounds of each")
-    parser.add_argument("--lengths", type=numbers, help="prompts of the embedded pair")
-    parser.add_argument("--tokens", type=int, help="new tokens of the embedded pair")
-    parser.add_argument("--threads", type=int, help="default: torch's")
-    parser.add_argument("--json", type=Path, help="write the results to this file, too")
-    arguments = parser.parse_args()
+    arguments = parse(options())
     cuda, quick = arguments.device == "cuda", arguments.quick
 
-    def default(name: str, value) -> None:
+    def default(name: str, value, quick_value) -> None:
         if getattr(arguments, name) is None:
-            setattr(arguments, name, value)
+            setattr(arguments, name, quick_value if quick else value)
 
-    default("shape", "llama-3.1-8b" if cuda else "small")
-    default("prefixes", [16384] if quick and cuda else [2048, 16384] if cuda else [2048])
-    default("trees", [32] if quick else [8, 32, 64])
-    default("rounds", 40 if cuda else 8)
-    default("lengths", [2048] if quick and not cuda else [2048, 8192, 16000])
-    default("tokens", 64 if quick else 256)
+    default("shape", *["llama-3.1-8b" if cuda else "small"] * 2)
+    longer = [131072] if cuda else []
+    contexts = [2048, 4096, 8192, 16384, 32768, 65536, *longer]
+    default("contexts", contexts, [16384] if cuda else [2048, 8192])
+    sizes = trees("1x1,8x1,8x3,8x5,16x5,32x5,64x5")
+    default("trees", sizes, trees("32x5" if cuda else "8x5,32x5"))
+    default("turns", 5 if cuda else 2, 5 if cuda else 1)
+    default("pair_contexts", [2048, 8192, 16000], [2048, 8192, 16000] if cuda else [2048])
+    default("pair_trees", [1, 3, 12, 24, 48], [24])
+    default("pair_turns", 24, 8)
     arguments.dtype = torch.bfloat16 if cuda else torch.float32
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
+    arguments.warmup = 16 if cuda else 2  # rounds in which graphs are captured
 
-    machine = Machine.describe(arguments.device)
-    with torch.device(arguments.device):
-        machine.measure(0.5)
-    where = machine.gpu or f"{machine.processor}, {machine.threads} threads, {machine.isa}"
-    print(f"{where}; {machine.bandwidth_gbs:.1f} GB/s; torch {machine.torch}, {machine.commit}")
-    results = {"machine": asdict(machine)}
-    for name, bench in (("rounds", bench_rounds), ("embedded", bench_embedded)):
-        results[name] = bench(arguments, machine)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    results = Report(
+        arguments, 0.5, dtype=name_of(arguments.dtype), shape=arguments.shape,
+        draft="one layer of the shape; the pair's own",
+    )  # fmt: skip
+    for part in arguments.parts:
+        {"shape": bench_shape, "pair": bench_pair}[part](arguments, results)
 
 
 if __name__ == "__main__":

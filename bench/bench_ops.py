@@ -12,6 +12,7 @@ over the prefix with its log-sum-exp, the tree under its mask, a merge by sigmoi
 FlexAttention, "flashinfer" its custom mask where that package is installed.
 """
 
+import argparse
 import importlib.util
 import re
 import sys
@@ -414,11 +415,15 @@ def chunk_overhead(results: Report) -> None:
             results.note(f"{r['shape']}: chunks cost {100 * r['chunk_overhead']:+.1f} %")
 
 
-def main() -> None:
+def options() -> argparse.ArgumentParser:
     made = parser(__doc__)
     made.add_argument("--flex", action="store_true", help="FlexAttention, too; it compiles long")
     made.add_argument("--seconds", type=float, help="per line (default 2, quick 0.5)")
-    arguments = parse(made)
+    return made
+
+
+def main() -> None:
+    arguments = parse(options())
     seconds = arguments.seconds or (0.5 if arguments.quick else 2.0)
     torch.set_default_device(arguments.device)
     results = Report(arguments, seconds=seconds)

@@ -24,11 +24,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from specextend import _C  # noqa: E402
+from specextend import _C, assets  # noqa: E402
 from specextend.machine import header  # noqa: E402
 from specextend.testing import Spread, time_calls, time_graphs  # noqa: E402
 
@@ -98,17 +100,17 @@ class Rates:
 
 @dataclass
 class Bound:
-    """Seconds that a case cannot go below, and by what."""
+    """What a case cannot go below, in seconds or bytes, and what sets it."""
 
-    seconds: float
+    least: float
     kind: str
 
     def __add__(self, other: Bound) -> Bound:
-        longer = self if self.seconds >= other.seconds else other
-        return Bound(self.seconds + other.seconds, longer.kind)
+        larger = self if self.least >= other.least else other
+        return Bound(self.least + other.least, larger.kind)
 
     def __rmul__(self, times: int) -> Bound:
-        return Bound(times * self.seconds, self.kind)
+        return Bound(times * self.least, self.kind)
 
 
 def _measure_cpu(seconds: float) -> Rates:
@@ -161,6 +163,20 @@ def cache_bytes() -> int:
 def cache_emptier() -> Callable[[], object]:
     """A function that reads so much that nothing else is left in the caches."""
     return torch.ones(2 * cache_bytes() // 4, device="cpu").sum
+
+
+# ---- the embedded pair ---------------------------------------------------------------------------
+
+
+def embedded_pair(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple:
+    """Tokenizer, target and draft."""
+    disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(assets.target_path(), model_max_length=10**9)
+    target, draft = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+        for path in (assets.target_path(), assets.draft_path())
+    )
+    return tokenizer, target, draft
 
 
 # ---- lines and record ----------------------------------------------------------------------------
@@ -225,8 +241,9 @@ class Report:
         Args:
             spread: its measurements, in seconds, bytes or tokens.
             unit: to print them in, of ``UNITS``.
-            bound: that its time is compared with.
+            bound: that they are compared with.
             peers: the same work done by others, or in other ways, in the same run.
+            remarks: printed behind them.
             **facts: more for the record alone.
 
         Returns:
@@ -235,8 +252,8 @@ class Report:
         entry = {"case": case, **_summary(spread)}
         cells = [f"{case:48}", _amount(spread, unit)]
         if bound is not None:
-            entry |= {"bound": asdict(bound), "share": bound.seconds / spread.median}
-            cells.append(f"{100 * entry['share']:4.0f} % of {bound.kind}")
+            entry |= {"bound": asdict(bound), "share": bound.least / spread.median}
+            cells.append(f"{100 * entry['share']:4.0f} % ({bound.kind})")
         if peers:
             ratios = {name: peer.median / spread.median for name, peer in peers.items()}
             entry["peers"] = {

@@ -1,0 +1,254 @@
+"""The benchmarks' one form, and what their figures are made of, on set numbers and tiny models."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from types import SimpleNamespace
+from unittest import mock
+
+import bench_acceptance
+import bench_decode
+import bench_memory
+import bench_ops
+import form
+import pytest
+import torch
+from models import prompt, tiny_model
+
+from specextend import SpecConfig, SpecExtend, __version__, decode, machine
+from specextend.gate import Gate, break_even
+from specextend.testing import Spread, time_calls
+
+RATES = form.Rates(bandwidth=1e9, arithmetic={"fp32": 1e10})
+
+
+def given(**changes) -> argparse.Namespace:
+    return argparse.Namespace(**{"device": "cpu", "filter": "", "json": None, **changes})
+
+
+@pytest.fixture
+def report(tmp_path):
+    """A report with set rates, and its record as the file has it."""
+    with mock.patch.object(form.Rates, "measure", return_value=RATES):
+        made = form.Report(given(json=tmp_path / "new/record.json"), 1.0, dtype="fp32")
+    return made, lambda: json.loads((tmp_path / "new/record.json").read_text())
+
+
+def test_header_says_what_was_measured_on(capsys):
+    about = machine.header()
+    assert about["version"] == __version__ and about["torch"] == torch.__version__
+    assert about["threads"] == torch.get_num_threads()
+    assert about["machine"].keys() >= {"processor", "cores", "isa", "gpu"}
+    assert about["commit"] == machine.commit()
+    form.Report(given(), kind="set")
+    shown = capsys.readouterr().out
+    for name in ("version", "torch", "transformers", "python", "command", "threads"):
+        assert about[name] and str(about[name]) in shown, name
+    for name in ("processor", "cores", "isa"):
+        assert about["machine"][name] and str(about["machine"][name]) in shown, name
+    assert (about["commit"] or "no checkout") in shown and "kind set" in shown
+
+
+def test_a_line_and_its_record(report, capsys):
+    made, record = report
+    capsys.readouterr()
+    spread, peer = Spread([i * 1e-3 for i in range(1, 12)]), Spread([9e-3])
+    bound = RATES.bound(num_bytes=3e6, operations=1e6)
+    made.add("op P=1", spread, "ms", bound, {"torch": peer}, "a remark", nodes=8)
+    cells = [cell.strip() for cell in capsys.readouterr().out.split("|")]
+    assert cells == [
+        "op P=1", "6.00 (2.00..10.0) ms", "50 % (bandwidth)", "torch 1.50", "a remark"
+    ]  # fmt: skip
+    entry = record()["cases"][0]
+    assert entry["median"] == pytest.approx(6e-3) and entry["samples"] == 11
+    assert entry["p10"] == pytest.approx(2e-3) and entry["p90"] == pytest.approx(10e-3)
+    assert entry["share"] == pytest.approx(0.5) and entry["nodes"] == 8
+    assert entry["peers"]["torch"]["ratio"] == pytest.approx(1.5)
+    made.add("other", Spread([5.0]), "tokens")  # written again behind each line
+    assert capsys.readouterr().out.split("|")[1].strip() == "5.00 tokens"
+    assert [entry["case"] for entry in record()["cases"]] == ["op P=1", "other"]
+    assert record()["header"]["version"] == __version__
+    assert record()["rates"]["bandwidth"] == 1e9 and record()["settings"] == {"dtype": "fp32"}
+
+
+def test_bounds_are_of_the_longer_and_add_up():
+    reading, computing = RATES.bound(2e9, 1e10), RATES.bound(1e9, 3e10)
+    assert (reading.least, reading.kind) == (2.0, "bandwidth")
+    assert (computing.least, computing.kind) == (3.0, "arithmetic")
+    assert (2 * reading + computing).least == 7.0
+    assert (2 * reading + computing).kind == "bandwidth"
+
+
+def test_spread_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="at least one measurement"):
+        Spread([])
+
+
+def test_caches_are_emptied_before_each_call():
+    calls = []
+    time_calls(
+        lambda: calls.append("a"), lambda: calls.append("b"), seconds=0, min_calls=2,
+        before=lambda: calls.append("-"),
+    )  # fmt: skip
+    assert "".join(calls) == "ab" + "-a-b" * 2  # the first of each is a warm-up
+    assert form.cache_bytes() >= 1 << 20
+    with mock.patch.object(form, "cache_bytes", return_value=1 << 20):
+        assert form.cache_emptier()() == (2 << 20) / 4
+
+
+BENCHES = [bench_acceptance, bench_decode, bench_memory, bench_ops]
+
+
+@pytest.mark.parametrize("bench", BENCHES, ids=lambda bench: bench.__name__)
+def test_options_of_all(bench, tmp_path):
+    path = str(tmp_path / "r.json")
+    arguments = form.parse(bench.options(), ["--quick", "--filter", "P=16", "--json", path])
+    assert arguments.quick and arguments.device in ("cpu", "cuda")
+    report = form.Report(arguments)
+    assert report.wants("op P=1638") and not report.wants("op P=2048")
+    report.save()
+    assert json.loads((tmp_path / "r.json").read_text())["cases"] == []
+    assert not form.parse(bench.options(), []).quick
+
+
+def test_the_fastest_way_of_a_peer_counts(report):
+    def sleep(ms):
+        return lambda: time.sleep(ms / 1e3)
+
+    line = bench_ops.Line(
+        "op", "1x1", "fp32", sleep(1), 1000, 500, {"torch": [sleep(60), sleep(20)]}
+    )
+    entry = bench_ops.report(line, lambda: line, report[0], 0.0, lambda: None)
+    assert entry["case"] == "op 1x1 fp32"
+    assert 20e-3 <= entry["peers"]["torch"]["median"] < 60e-3
+    assert entry["share"] == pytest.approx(1e-6 / entry["median"])
+
+
+# ---- the cost of a round -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("emitted", [1.9, 2.6])
+def test_the_line_of_a_round_agrees_with_the_gate(report, capsys, emitted):
+    """What a line says of set costs is what the gate does at these costs."""
+    made, record = report
+
+    def rounds(seconds):
+        return SimpleNamespace(seconds=seconds, phase_seconds=lambda: {"verify": 0.02})
+
+    own, plain = rounds([0.020, 0.022, 0.050]), rounds([0.010])
+    bound = form.Bound(0.011, "bandwidth")
+    bench_decode.report(made, "tree", own, plain, bound, bound, emitted=emitted)
+    entry = record()["cases"][0]
+    assert entry["break_even"] == break_even(0.022, 0.010) == pytest.approx(2.2)
+    assert entry["peers"]["plain"]["ratio"] == pytest.approx(1 / entry["break_even"])
+    pays = "does not pay" not in capsys.readouterr().out
+    gate, depths = Gate(1, True), []
+    for _ in range(200):
+        depths.append(gate.next_depth())
+        gate.count(depths[-1], *((emitted, 0.022) if depths[-1] else (1, 0.010)))
+    assert pays == (emitted > 2.2) == (depths.count(1) > 190)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    options = dict(max_position_embeddings=1024)
+    return tiny_model("llama", **options), tiny_model("llama", seed=1, **options)
+
+
+def test_rounds_in_turns_behind_a_stretched_prompt(pair, monkeypatch):
+    """All contestants stand behind the whole context, and write in turns."""
+    monkeypatch.setattr(bench_decode, "PART", 64)
+    config = SpecConfig(
+        gate="off", tree_shape="top_k", tree_nodes=4, tree_depth=2, chunk_size=16, budget=128,
+        seed=0,
+    )  # fmt: skip
+    specs = {"plain": SpecExtend(pair[0], None, config), "tree": SpecExtend(*pair, config)}
+    lengths = []
+    stretch = bench_decode.stretch
+
+    def watched(cache, length):
+        stretch(cache, length)
+        rows = cache.layers[-1].keys[:, :, :length]
+        assert rows.abs().sum(-1).min() > 0 and torch.equal(rows[:, :, 64:128], rows[:, :, :64])
+        lengths.append(cache.length)
+
+    monkeypatch.setattr(bench_decode, "stretch", watched)
+    with mock.patch.object(decode, "_Generation", bench_decode.Stretched):
+        ran = bench_decode.in_turns(specs, prompt(300), turns=2, warmup=2)
+    assert lengths == [299] * 3  # the target's cache twice, and the draft's
+    for rounds in ran.values():
+        assert len(rounds.seconds) >= 2 and min(rounds.seconds) > 0 and not rounds.ended
+        assert sum(rounds.phase_seconds().values()) <= 1.01 * sum(rounds.seconds) / 2
+    assert ran["plain"].emitted == 1.0 and not ran["plain"].phases["draft"]
+    assert ran["tree"].phases["draft"] > 0 and ran["tree"].phases["verify"] > 0
+    assert ran["tree"].spec.stats.num_retrievals >= 1
+    assert ran["plain"].spec.stats.num_rounds == 2 + 2 * bench_decode.TURN
+
+
+def test_work_of_a_forward(pair):
+    model = pair[0]
+    c = model.config
+    layers = sum(p.numel() for p in model.model.layers.parameters())
+    row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+    read, operations = bench_decode.work(model, rows=3, tokens=100)
+    head = c.vocab_size * c.hidden_size
+    assert read == 4 * (layers + head + c.hidden_size + 100 * row)
+    attention = 4 * 3 * 103 * c.num_attention_heads * c.head_dim * c.num_hidden_layers
+    assert operations == 2 * 3 * (layers + head + c.hidden_size) + attention
+
+
+def test_trees_of_an_option():
+    assert bench_decode.trees("1x1,32x5") == [(1, 1), (32, 5)]
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+LENGTHS = [4096, 8192, 16384, 32768]
+LINE = [
+    (5 << 20) + 1536 * n + wobble for n, wobble in zip(LENGTHS, (0, 4e5, -4e5, 2e5), strict=True)
+]
+
+
+def test_a_line_of_memory_is_one():
+    found = bench_memory.fit(LENGTHS, LINE)
+    assert found.absent and abs(found.per_token - 1536) < 40 and found.off < 1e6
+
+
+@pytest.mark.parametrize("bits", [1, 8, 32])
+def test_a_square_tensor_shows(bits):
+    """A mask packed into bits, one of booleans, one of floats."""
+    peaks = [peak + n * n * bits / 8 for n, peak in zip(LENGTHS, LINE, strict=True)]
+    found = bench_memory.fit(LENGTHS, peaks)
+    assert not found.absent and found.per_square == pytest.approx(bits / 8, rel=0.05)
+
+
+def test_a_parabola_through_three_points_shows_nothing():
+    with pytest.raises(ValueError, match="at least four lengths are wanted for a fit, got 3"):
+        bench_memory.fit([1, 2, 2, 3], [1, 2, 2, 3])
+
+
+def test_resident_peak_is_seen_and_forgotten():
+    meter = bench_memory.Resident()
+    meter.reset()
+    before = meter.peak()
+    torch.ones(16 << 20)  # 64 MiB, freed at once
+    assert meter.peak() - before > 50 << 20
+    meter.reset()
+    assert meter.peak() - before < 50 << 20
+
+
+def test_predicted_memory(pair):
+    """Weights and caches are counted in full, the working cache where there is one."""
+    target, draft = pair
+    parts = bench_memory.predict(target, None, bench_memory.WAYS["plain"], 5000)
+    assert "draft's full cache" not in parts["prefill"]
+    total = 5000 + bench_memory.NEW_TOKENS
+    assert parts["rounds"]["target's cache"] == total * bench_memory.cache_row(target)
+    for way, cached in (("full", False), ("window", True), ("retrieval", True)):
+        parts = bench_memory.predict(target, draft, bench_memory.WAYS[way], 5000)
+        assert ("working cache" in parts["rounds"]) == cached
+        assert parts["rounds"]["weights"] == 4 * sum(
+            p.numel() for model in pair for p in model.parameters()
+        )
