@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
 from pathlib import Path
 
 import pytest
@@ -116,19 +115,6 @@ class TestKinds:
         monkeypatch.setattr(checkpoint, "snapshot_download", download)
         with pytest.raises(ValueError, match="'ngrams' is neither a folder, nor .* no network"):
             load(target, "ngrams")
-
-
-def test_a_kind_of_ones_own(target):
-    """The example of docs/drafts.md."""
-    text = (Path(__file__).resolve().parents[1] / "docs" / "drafts.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    names: dict = {}
-    exec(compile(block, "drafts.md", "exec"), names)
-    spec = SpecExtend(target, names["Constant"](CONFIG, VOCAB), CONFIG)
-    ids = prompt(40)
-    out = spec.generate(ids, max_new_tokens=20, do_sample=False)
-    assert torch.equal(out, target.generate(ids, max_new_tokens=20, do_sample=False))
-    assert spec.stats.num_draft_tokens > 0
 
 
 class TestNoDraft:
