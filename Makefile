@@ -27,12 +27,13 @@ export SPECEXTEND_BUILD_DIR := $(CURDIR)/build/$(cuda)
 export CCACHE_BASEDIR ?= $(CURDIR)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-long bench build env lint format clean distclean FORCE
+.PHONY: help demo picture test test-long bench build env lint format clean distclean FORCE
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo       continue a document of 16,000 tokens, plainly and with SpecExtend, and compare'
 	@echo 'make test       the tests; make test-long: the sweeps of many minutes'
+	@echo 'make picture    docs/images/web.png, the page of demo --web in chromium'
 	@echo 'make bench      the ops against torch and against what this machine can do'
 	@echo 'make build      the environment (.venv) and the extension alone'
 	@echo 'make lint       ruff and clang-format, checking; make format: changing'
@@ -53,6 +54,10 @@ demo: export GOMP_SPINCOUNT ?= 10000
 
 demo: $(built)
 	@$(python) -m specextend demo $(ARGS)
+
+picture: $(built)
+	@SPECEXTEND_TEST_BROWSER=1 SPECEXTEND_WEB_PICTURE=docs/images/web.png \
+	  $(python) -m pytest tests/test_web.py -k picture $(ARGS)
 
 test: $(built)
 	@$(python) -m pytest $(workers) $(ARGS)

@@ -205,6 +205,13 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-new-tokens", type=int, metavar="N", help="[256]")
     sub.add_argument("--short", action="store_true", help="2000 tokens and 48 new ones")
     sub.add_argument("--document", metavar="FILE", help="[modules of Python's standard library]")
+    group = sub.add_argument_group("page")
+    group.add_argument(
+        "--web", action="store_true",
+        help="serve a page: a text of one's own, plain decoding and SpecExtend side by side, live",
+    )  # fmt: skip
+    group.add_argument("--host", metavar="ADDRESS", help="to serve it on [127.0.0.1]")
+    group.add_argument("--port", type=int, metavar="N", help="0: any that is free [8765]")
     _add_models(sub, "float32")
     add_config_options(sub, without=("draft_cache", "gate", "seed"))
 
@@ -507,9 +514,21 @@ def chat(args: argparse.Namespace) -> int:
 
 
 def demo(args: argparse.Namespace) -> int:
-    from .demo import run_demo
+    if not args.web:
+        if args.host is not None or args.port is not None:
+            raise UsageError("--host and --port go with --web")
+        from .demo import run_demo
 
-    return run_demo(args)
+        return run_demo(args)
+    try:
+        from .web.server import serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "pydantic", "uvicorn"):
+            raise
+        raise ImportError(
+            f"--web needs {error.name}, which is not installed: pip install 'specextend[web]'"
+        ) from error
+    return serve(args)
 
 
 def evaluate(args: argparse.Namespace) -> int:

@@ -63,7 +63,7 @@ class Demonstration:
             def show(step: Step, count: int) -> None:
                 if count == len(step.tokens):  # the first
                     meter.close()
-                    out.write(_last_lines(tokenizer, prompt), "dim")
+                    out.write(last_lines(tokenizer, prompt), "dim")
                 text.add(step.tokens, step.num_accepted)
 
             run = self._generate(draft_cache, meter, show)
@@ -117,9 +117,9 @@ def run_demo(args: argparse.Namespace) -> int:
     out = standard_output()
     out.line(f"{name}: {tokens:,} tokens, then {new} new ones", "bold")
     kind = {"ngram": "n-gram look-up", "self": "the target itself"}.get(args.draft)
-    kind = kind or _size(draft.num_parameters)
-    size = _size(pair[0].num_parameters())
-    out.line(f"target {size}, draft {kind}, {_dtype(pair[0])}, on the CPU")
+    kind = kind or size_text(draft.num_parameters)
+    size = size_text(pair[0].num_parameters())
+    out.line(f"target {size}, draft {kind}, {dtype_name(pair[0])}, on the CPU")
     show = Demonstration(pair, config, ids, new, out, standard_error())
 
     runs: dict[str, Timed] = {}
@@ -142,7 +142,7 @@ def run_demo(args: argparse.Namespace) -> int:
         if text:
             gap = logit_gap(pair[0], ids, runs[row].tokens, runs[HUGGING_FACE].tokens)
             if gap is not None:
-                text += f"; in {_dtype(pair[0])} their logits are {gap:.2g} apart"
+                text += f"; in {dtype_name(pair[0])} their logits are {gap:.2g} apart"
             raise ValueError(f"{row}: {text}")
     return 0
 
@@ -159,16 +159,16 @@ def _document(file: str | None, tokenizer, tokens: int) -> tuple[str, Tensor]:
     return name, torch.tensor([ids])
 
 
-def _last_lines(tokenizer, prompt: list[int], count: int = 4) -> str:
+def last_lines(tokenizer, prompt: list[int], count: int = 4) -> str:
     text = tokenizer.decode(prompt[-200:], skip_special_tokens=True)
     return "\n".join(text.split("\n")[-count:])
 
 
-def _size(parameters: int) -> str:
+def size_text(parameters: int) -> str:
     return f"{parameters / 1e6:.1f} M parameters"
 
 
-def _dtype(model) -> str:
+def dtype_name(model) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
@@ -207,9 +207,9 @@ def _write_notes(out: Output, target, draft: str | None, tokens: int, new: int) 
     out.line("forward of the target; target prefill to draft: seconds. Every way ran once,")
     out.line("with its own prefill; no gate stopped speculation where it did not pay.")
     out.line(
-        f"{processor()}, {threads} thread{'s' * (threads != 1)}, {_C.cpu_isa()}, {_dtype(target)}"
-        f" | specextend {__version__}, torch {torch.__version__}, "
+        f"{processor()}, {threads} thread{'s' * (threads != 1)}, {_C.cpu_isa()}, "
+        f"{dtype_name(target)} | specextend {__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, Python {platform.python_version()}"
         f" | specextend demo{f' --draft {draft}' * bool(draft)} --tokens {tokens} "
-        f"--max-new-tokens {new} --dtype {_dtype(target)}"
+        f"--max-new-tokens {new} --dtype {dtype_name(target)}"
     )

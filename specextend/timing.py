@@ -99,7 +99,7 @@ def time_loop(
     tokens: list[int] = []
     seconds: list[float] = []
     first = 0
-    for step, took in _timed(spec.stream(ids, max_new_tokens=new, **options)):
+    for step, took in timed_steps(spec.stream(ids, max_new_tokens=new, **options)):
         tokens += step.tokens
         seconds.append(took)
         first = first or len(tokens)
@@ -108,7 +108,7 @@ def time_loop(
     return Timed(tokens, first, prefill, sum(seconds[1:]), len(seconds) - 1, spec.stats)
 
 
-def _timed(steps: Iterator[Step]) -> Iterator[tuple[Step, float]]:
+def timed_steps(steps: Iterator[Step]) -> Iterator[tuple[Step, float]]:
     """Steps and the seconds that each took, without those that its reader takes."""
     while True:
         start = time.perf_counter()
