@@ -297,6 +297,7 @@ def _header_text(about: dict) -> str:
 def _summary(spread: Spread) -> dict:
     return {
         "median": spread.median,
+        "mean": spread.mean,
         "p10": spread.p10,
         "p90": spread.p90,
         "samples": len(spread.samples),

@@ -72,7 +72,8 @@ def ancestor_mask(parents: Tensor) -> Tensor:
 
 
 class Spread:
-    """Measurements of one thing: ``median``, ``p10``, ``p90``, all of them sorted in ``samples``.
+    """Measurements of one thing: ``median``, ``p10``, ``p90``, ``mean``, all of them sorted in
+    ``samples``.
 
     Raises:
         ValueError: there are none.
@@ -83,6 +84,7 @@ class Spread:
             raise ValueError("at least one measurement is wanted, got none")
         self.samples = sorted(samples)
         self.median = statistics.median(self.samples)
+        self.mean = statistics.fmean(self.samples)
         self.p10 = self.samples[len(self.samples) // 10]
         self.p90 = self.samples[len(self.samples) * 9 // 10]
 
