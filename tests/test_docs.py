@@ -46,6 +46,7 @@ PLACEHOLDERS = {"MODEL": assets.target_path(), "DRAFT": assets.draft_path()}
 SHORTER = {
     "specextend generate": "--max-new-tokens 8",
     "specextend chat": "--max-new-tokens 8",
+    "specextend eval": "--lengths 256 --max-new-tokens 8 --runs 1 --warmup 0",
     "specextend train": "--steps 1 --warmup 0 --length 64 --batch 1 --no-tensorboard",
     "python bench/bench_acceptance.py": "--lengths 200 --documents 1 --new 8",
 }
