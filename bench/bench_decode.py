@@ -10,14 +10,14 @@ average to be no slower than plain rounds. Where a draft brings less, speculatio
 many lengths. A round does all of its work, whatever is accepted. Prompts are taken in by a part,
 whose rows of the caches are repeated: what is in a cache does not change what a round costs.
 
-"pair": the embedded pair continues a document of the standard library, for every kind of the
-draft's cache and several sizes of the tree. What its rounds emit is measured, too, so that the
-lines show where it pays.
+"pair": the embedded target continues a document of the standard library, with every draft of
+`--pair-drafts`, every kind of its cache and several sizes of the tree. What its rounds emit is
+measured, too, so that the lines show where it pays.
 
 Seconds are the host's, from one block of tokens to the next. Contestants take turns of a few tokens
 each; the first round of a turn, which finds another's data in the caches, does not count. The bound
 is that of all forwards of a round: weights and keys of the target once, those of the draft once per
-level; of the pair's trees, which grow as they pay, one level.
+level; of the pair's trees, which grow as they pay, one level, and of heads and look-ups nothing.
 """
 
 from __future__ import annotations
@@ -62,10 +62,11 @@ def work(model: PreTrainedModel, rows: int, tokens: int) -> tuple[int, int]:
 def bound(
     rates: Rates, target: PreTrainedModel, tokens: int, config: SpecConfig, draft=None, depth=0
 ) -> Bound:
-    """Of a round behind ``tokens``, with ``depth`` forwards of ``draft``; without one, plain."""
+    """Of a round behind ``tokens``: ``depth`` forwards of ``draft``, if that is a model, and one of
+    the target; of a plain round if ``depth`` is 0."""
     dtype = name_of(target.dtype)
     total = rates.bound(*work(target, 1 + config.max_nodes if depth else 1, tokens), dtype)
-    if depth:
+    if isinstance(draft, PreTrainedModel):
         seen = tokens if config.draft_cache == "full" else min(tokens, config.budget)
         total += depth * rates.bound(*work(draft, 1, seen), dtype)
     return total
@@ -235,31 +236,44 @@ def bench_shape(arguments: argparse.Namespace, results: Report) -> None:
 
 
 def bench_pair(arguments: argparse.Namespace, results: Report) -> None:
-    tokenizer, target, draft = embedded_pair(arguments.device, arguments.dtype)
+    tokenizer, target, model = embedded_pair(arguments.device, arguments.dtype)
     base = SpecConfig().replace(**assets.SETTINGS, gate="off")
-    ways = [(kind, base.tree_nodes) for kind in ("full", "window", "retrieval")]
-    ways += [("retrieval", nodes) for nodes in arguments.pair_trees if nodes != base.tree_nodes]
+    drafts = {name: name for name in arguments.pair_drafts}
+    drafts |= {name: assets.draft_path(name) for name in drafts if name in assets.DRAFTS}
+    if "model" in drafts:
+        drafts["model"] = model
+    ways = []
+    for name, draft in drafts.items():
+        kinds = SpecExtend(target, draft, base).draft.caches
+        kinds = [kind for kind in ("full", "window", "retrieval") if kind in kinds] or kinds
+        ways += [(name, kind, base.tree_nodes) for kind in kinds]
+        sizes = [nodes for nodes in arguments.pair_trees if nodes != base.tree_nodes]
+        ways += [(name, kinds[-1], nodes) for nodes in sizes]
     for context in arguments.pair_contexts:
         named = {
-            f"pair {kind} context={context} tree={nodes}": base.replace(
-                draft_cache=kind, tree_nodes=nodes, tree_depth=min(nodes, base.tree_depth)
+            f"pair {name} {kind} context={context} tree={nodes}": (
+                name,
+                base.replace(
+                    draft_cache=kind, tree_nodes=nodes, tree_depth=min(nodes, base.tree_depth)
+                ),
             )
-            for kind, nodes in ways
+            for name, kind, nodes in ways
         }
-        named = {case: config for case, config in named.items() if results.wants(case)}
+        named = {case: way for case, way in named.items() if results.wants(case)}
         if not named:
             continue
         specs = {"plain": SpecExtend(target, None, base)}
-        specs |= {case: SpecExtend(target, draft, config) for case, config in named.items()}
+        for case, (name, config) in named.items():
+            specs[case] = SpecExtend(target, drafts[name], config)
         _, ids = assets.demo_prompt(tokenizer, context)
         prompt = torch.tensor([ids], device=arguments.device)
         ran = in_turns(specs, prompt, arguments.pair_turns, arguments.warmup)
-        for case, config in named.items():
+        for case, (name, config) in named.items():
             own = ran[case]
             report(
                 results, case, own, ran["plain"],
-                bound(results.rates, target, context, config, draft, 1),
-                bound(results.rates, target, context, config), context=context,
+                bound(results.rates, target, context, config, drafts[name], 1),
+                bound(results.rates, target, context, config), context=context, draft=name,
                 draft_cache=config.draft_cache, nodes=config.tree_nodes, emitted=own.emitted,
                 stats=own.spec.stats.as_dict(),
             )  # fmt: skip
@@ -280,6 +294,10 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--turns", type=int, help=f"of each shape's case, {TURN} tokens each")
     made.add_argument("--pair-contexts", type=numbers, help="of the pair, 17000 at most")
     made.add_argument("--pair-trees", type=numbers, help="of the pair, in nodes: 2,16")
+    made.add_argument(
+        "--pair-drafts", nargs="+", default=["model"], choices=(*assets.DRAFTS, "ngram", "self"),
+        help="default: the pair's own",
+    )  # fmt: skip
     made.add_argument("--pair-turns", type=int, help="of each of the pair's cases")
     return made
 
@@ -307,7 +325,7 @@ def main() -> None:
 
     results = Report(
         arguments, 0.5, dtype=name_of(arguments.dtype), shape=arguments.shape,
-        draft="one layer of the shape; the pair's own",
+        draft="one layer of the shape",
     )  # fmt: skip
     for part in arguments.parts:
         {"shape": bench_shape, "pair": bench_pair}[part](arguments, results)
