@@ -56,7 +56,10 @@ class Preset:
         names. Synthetic runs have nobody's models."""
         if header.settings.get("synthetic"):
             return []
-        target, drafts = _last(header.target), {_last(name) for name in header.drafts.values()}
+        target, drafts = (
+            last_name(header.target),
+            {last_name(name) for name in header.drafts.values()},
+        )
         return [
             row
             for row in self.rows
@@ -65,7 +68,8 @@ class Preset:
         ]
 
 
-def _last(name: str) -> str:
+def last_name(name: str) -> str:
+    """Of a hub id or a folder, in lower case."""
     return name.rstrip("/").rpartition("/")[2].lower()
 
 

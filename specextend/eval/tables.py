@@ -1,0 +1,97 @@
+"""What report and plots share: names, groups of runs, and Markdown's tables."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+
+from .methods import METHODS
+from .records import Header, Run
+from .synthetic import label
+
+#: phases of a round, in its order
+ROUND = ("draft", "verify", "accept", "retrieve")
+
+
+def synthetic_label(header: Header) -> str | None:
+    """What has to be written on everything that was measured with a set acceptance."""
+    synthetic = header.settings.get("synthetic")
+    return label(synthetic["acceptance"]) if synthetic else None
+
+
+def file_name(stem: str, header: Header) -> str:
+    """``stem``, with the label of synthetic acceptance behind it."""
+    synthetic = synthetic_label(header)
+    return f"{stem}-{synthetic.replace(', ', '-').replace(' ', '-')}" if synthetic else stem
+
+
+def row_title(method: str, draft: str | None) -> str:
+    """A method's name in tables and plots, with its draft where that does not go without saying."""
+    known = METHODS.get(method)
+    title = known.title if known else method
+    named = known is None or known.draft == "first"
+    return f"{title} ({draft})" if named and draft not in (None, "model") else title
+
+
+def sources(runs: Iterable[Run]) -> list[str]:
+    """Sources of the prompts, in the order that they were run in."""
+    return list(dict.fromkeys(run.source for run in runs))
+
+
+Rows = dict[tuple[str, "str | None"], dict[int, list[Run]]]
+
+
+def rows(runs: Iterable[Run]) -> Rows:
+    """Runs outside of sweeps by method and draft, in the order of ``METHODS``, then by length."""
+    order = {key: i for i, key in enumerate(METHODS)}
+    found: Rows = {}
+    for run in runs:
+        if run.sweep is None:
+            by_length = found.setdefault((run.method, run.draft), {})
+            by_length.setdefault(run.length, []).append(run)
+    ranked = sorted(found, key=lambda key: order.get(key[0], len(order)))
+    return {key: dict(sorted(found[key].items())) for key in ranked}
+
+
+def lengths(table: Rows) -> list[int]:
+    """Of all rows, ascending."""
+    return sorted({length for by_length in table.values() for length in by_length})
+
+
+def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    values = list(values)
+    if len(values) == 1:
+        return (values[0],) * 3
+    return tuple(statistics.quantiles(values, n=4, method="inclusive"))
+
+
+def size(tokens: int) -> str:
+    """A length as it is named: 16K."""
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
+
+
+def milliseconds_per_token(run: Run, phase: str) -> float:
+    """Of decoding, in one phase of the rounds."""
+    return 1e3 * (run.seconds or {}).get(phase, 0.0) / max(1, run.new_tokens - 1)
+
+
+def needle_cell(runs: Iterable[Run]) -> str | None:
+    """Accuracy and perplexity over prompts; None where nothing was asked."""
+    known = [run.needle for run in runs if run.needle is not None]
+    if not known:
+        return None
+    accuracy = statistics.fmean(needle.accuracy for needle in known)
+    perplexity = statistics.geometric_mean(needle.perplexity for needle in known)
+    return f"{accuracy:.3f} / {perplexity:.3f}"
+
+
+def escape(text: str) -> str:
+    """Text for a cell of a table in Markdown."""
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table, its first column to the left, the others to the right."""
+    lines = [header, [":--"] + ["--:"] * (len(header) - 1), *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
