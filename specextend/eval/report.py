@@ -61,7 +61,7 @@ def _median(values: Iterable[float], form: str) -> tuple[str, str]:
 
 
 def _with_spread(parts: Sequence[tuple[str, str]], more: Sequence[str] = ()) -> str:
-    spread = " / ".join(low_high for _, low_high in parts)
+    spread = " / ".join(low_high or "-" for _, low_high in parts)
     cell = " / ".join([*(middle for middle, _ in parts), *more])
     return f"{cell}<br><sub>{spread}</sub>" if any(low_high for _, low_high in parts) else cell
 
@@ -102,7 +102,7 @@ def _prefill_table(table: Rows) -> str:
     def cell(runs: list[Run]) -> str:
         drafts = [r.draft_prefill_seconds for r in runs if r.draft_prefill_seconds is not None]
         parts = [_median((run.prefill_seconds for run in runs), ".3f")]
-        return _with_spread(parts + ([_median(drafts, ".3f")] if drafts else [("-", "-")]))
+        return _with_spread(parts + ([_median(drafts, ".3f")] if drafts else [("-", "")]))
 
     return _per_length(table, cell)
 
