@@ -250,7 +250,7 @@ class Report:
             The record's entry; more may be written into it before the next one.
         """
         entry = {"case": case, **_summary(spread)}
-        cells = [f"{case:48}", _amount(spread, unit)]
+        cells = [f"{case:54}", _amount(spread, unit)]
         if bound is not None:
             entry |= {"bound": asdict(bound), "share": bound.least / spread.median}
             cells.append(f"{100 * entry['share']:4.0f} % ({bound.kind})")
