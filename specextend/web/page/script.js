@@ -201,7 +201,12 @@ class Column {
     const followed = this.text.scrollHeight - this.text.scrollTop - this.text.clientHeight < 40;
     const span = document.createElement("span");
     if (kind) span.className = kind;
-    span.textContent = text;
+    const visible = text.trimStart();
+    if (kind === "target" && visible) { // underlined, but not its indentation
+      const underlined = document.createElement("u");
+      underlined.textContent = visible;
+      span.append(text.slice(0, text.length - visible.length), underlined);
+    } else span.textContent = text;
     this.text.append(span);
     if (followed) this.text.scrollTop = this.text.scrollHeight;
   }
@@ -311,7 +316,7 @@ function light(chunks) {
     `The target’s attention chose ${chunks.length} of ${race.chunks.length} chunks: the draft ` +
     `reads ${number(Math.min(race.budget, race.prompt_tokens))} of the prompt’s ` +
     `${number(race.prompt_tokens)} tokens.`;
-  if (race.shown < 0) inspect(chunks[Math.floor(chunks.length / 2)]);
+  inspect(race.shown < 0 ? chunks[1] ?? chunks[0] : race.shown); // what it says may be over
 }
 
 function inspect(index) {
@@ -324,7 +329,8 @@ function inspect(index) {
   const lit = cells[index].classList.contains("lit") ? ", read by the draft now" : "";
   $("chunk-title").textContent =
     `Chunk ${index}: tokens ${number(index * size)} to ${number((index + 1) * size - 1)}${lit}`;
-  $("chunk").textContent = race.chunks[index] ?? "(not written yet)";
+  const text = race.chunks[index] ?? "(not written yet)";
+  if ($("chunk").textContent !== text) $("chunk").textContent = text; // else it is read out again
 }
 
 for (const kind of ["pointerover", "click"]) {
