@@ -105,9 +105,11 @@ def _save(figure, path: Path) -> list[Path]:
 def _figure(width: float, height: float, title: str, results: Results, source: str):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
     parts = [title, results.header.target, f"{source} prompts", synthetic_label(results.header)]
-    figure.suptitle(", ".join(filter(None, parts)), fontsize=10, x=0.01, ha="left")
+    title = ", ".join(filter(None, parts))
+    width = max(width, 0.3 + 0.075 * len(title))  # a letter is about as wide
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return figure
 
 
@@ -317,7 +319,9 @@ def _retrieved_chunks(table: Rows, results: Results, source: str):
             for i, ids in enumerate(run.retrieved_chunks, 1)
             for first, last in _spans(ids)
         ]
-        axes.add_collection(PatchCollection(boxes, color=STYLE.get(key[0], (_BLUE, ""))[0], lw=0.5))
+        axes.add_collection(
+            PatchCollection(boxes, color=STYLE.get(key[0], (_BLUE, ""))[0], lw=0.5, snap=False)
+        )
         newest = max(ids[-1] for ids in run.retrieved_chunks) + 1
         axes.set_ylim(0, newest * chunk_size)
         step = 2 ** math.ceil(math.log2(newest * chunk_size / 6))
