@@ -48,6 +48,7 @@ SHORTER = {
     "specextend chat": "--max-new-tokens 8",
     "specextend eval": "--lengths 256 --max-new-tokens 8 --runs 1 --warmup 0",
     "specextend train": "--steps 1 --warmup 0 --length 64 --batch 1 --no-tensorboard",
+    "python -m specextend.train.continuations": "--count 2 --passage 192 --new 8",
     "python bench/bench_acceptance.py": "--lengths 200 --documents 1 --new 8",
 }
 
