@@ -235,7 +235,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        reason = error.strerror or error
+        reason = str(error.strerror).partition(" (")[0]  # Python adds the address
         raise OSError(f"cannot listen on {host}, port {port}: {reason}; try --port") from error
 
 
