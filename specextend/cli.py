@@ -118,7 +118,7 @@ def _words(names) -> str:
     return ", ".join(f'"{name}"' for name in names)
 
 
-def _add_models(parser: argparse.ArgumentParser, dtype: str, several: bool = False) -> None:
+def _add_models(parser: argparse.ArgumentParser, dtype: str | None, several: bool = False) -> None:
     group = parser.add_argument_group("models")
     group.add_argument(
         "--target", metavar="MODEL", help="folder or hub id of a causal LM [the embedded target]"
@@ -131,8 +131,10 @@ def _add_models(parser: argparse.ArgumentParser, dtype: str, several: bool = Fal
         + "; may be repeated, for drafts of other kinds" * several,
     )  # fmt: skip
     group.add_argument(
-        "--dtype", choices=DTYPES, default=dtype, help=f'"auto": as the checkpoint is [{dtype}]'
-    )
+        "--dtype", choices=DTYPES, default=dtype,
+        help='"auto": as the checkpoint is '
+        f"[{dtype or 'float32; on a GPU as the preset or the checkpoint is'}]",
+    )  # fmt: skip
     group.add_argument("--threads", type=int, metavar="N", help="threads to compute with")
 
 
@@ -217,7 +219,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = command("eval", evaluate, "measure speed, acceptance and exactness over lengths")
     eval_options(sub)
-    _add_models(sub, "float32", several=True)
+    _add_models(sub, None, several=True)
     add_config_options(sub, without=("draft_cache", "tree_attention", "gate", "seed"))
 
     sub = command("train", train, "train a draft for a model: a LongSpec block or an EAGLE-3 head")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -15,16 +15,24 @@ import torch
 from .. import assets, machine
 from ..cli import WORDS, UsageError, config_from, load_pair, named_draft
 from ..config import SpecConfig
+from ..decode import SpecExtend
 from ..guard import position_limit
 from ..terminal import Output, standard_error, standard_output
-from . import options
+from . import options, plots, report
 from .drafts import DraftSource
 from .methods import METHODS
 from .options import Stage
-from .prompts import Prompt, Prompts
+from .presets import Preset, find
+from .prompts import RANDOM, Prompt, Prompts, random_prompts
 from .records import FILE, Header, Results, Run, Writer
 from .run import Row, Runner, Task, rows_of, tasks_of
+from .synthetic import SyntheticSpecExtend, random_pair
 
+# Options that a sweep can change.
+SWEPT = (
+    "budget", "chunk_size", "retrieve_every", "sink_chunks", "recent_chunks", "tree_nodes",
+    "tree_depth", "tree_top_k", "tree_width", "draft_prefill_window", "ngram_size",
+)  # fmt: skip
 # Of the header: what two parts of one evaluation must have in common.
 _SAME = ("version", "target", "drafts", "dtype", "device", "threads", "seed", "settings")
 _SAME_MACHINE = ("processor", "isa", "gpu")
@@ -37,47 +45,50 @@ class Plan:
     Attributes:
         stages: one after the other.
         new_tokens: for each prompt.
-        config: fields of the configuration that it sets.
-        strict: every method and length was asked for by name; else what these models cannot do is
-            left out.
+        preset: a paper's setting; None without.
+        asked: options that stand in it in place of the suite's own: lengths, methods, ...
     """
 
     stages: tuple[Stage, ...]
     new_tokens: int
-    config: dict = dataclasses.field(default_factory=dict)
-    strict: bool = True
+    preset: Preset | None
+    asked: set[str]
+
+    def config(self, args: argparse.Namespace, kind: str | None) -> SpecConfig:
+        """The configuration for a draft of this kind, ``args.draft`` being one name."""
+        preset = self.preset.config_for(kind) if self.preset else {}
+        return config_from(args, **{**preset, "gate": args.gate, "seed": args.seed})
 
 
 def plan_of(args: argparse.Namespace) -> Plan:
     """What the options ask for."""
-    for name in ("count", "runs", "max_new_tokens", "warmup"):
-        value, least = getattr(args, name), 0 if name == "warmup" else 1 + (name[0] == "m")
+    for name, least in (("count", 1), ("runs", 1), ("max_new_tokens", 2), ("warmup", 0)):
+        value = getattr(args, name)
         if value is not None and value < least:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if args.temperature < 0:
         raise UsageError(f"--temperature must not be negative, got {args.temperature}")
-    names = {"lengths": args.lengths, "methods": args.methods, "sweep": dict(args.sweep or ())}
-    if args.generate:
-        names["sources"] = args.generate
-    elif args.prompts:
-        names["sources"] = ("prompts",)
-    asked = {name: value for name, value in names.items() if value}
-    plan = Plan(options.QUICK, options.QUICK_NEW_TOKENS, strict=False)
-    if not args.quick:
-        plan = Plan(options.SUITE, options.NEW_TOKENS, strict=False)
-    if args.preset not in (None, "suite") or asked:
-        plan.stages = plan.stages[:1]
-    if asked.get("methods"):
-        plan.strict = True
-    changes = {name: getattr(args, name) for name in ("count", "runs")}
-    changes = {**asked, **{name: value for name, value in changes.items() if value is not None}}
-    plan.stages = tuple(dataclasses.replace(stage, **changes) for stage in plan.stages)
-    plan.new_tokens = args.max_new_tokens or plan.new_tokens
-    known = {field.name for field in dataclasses.fields(SpecConfig)}
-    for name in names["sweep"]:
-        if name not in known or name in ("draft_cache", "tree_attention", "seed", "gate", "graphs"):
-            raise UsageError(f"--sweep: {name!r} is not an option of the tree or of the cache")
-    return plan
+    changes = {name: getattr(args, name) for name in ("lengths", "methods", "count", "runs")}
+    changes["sweep"] = dict(args.sweep or ())
+    changes["sources"] = args.generate or (("prompts",) if args.prompts else None)
+    if args.synthetic is not None:
+        changes["sources"] = (RANDOM,)
+        changes["methods"] = args.methods or ("hf", "plain", *options.LADDER)
+    changes = {name: value for name, value in changes.items() if value}
+    preset, new_tokens = None, options.QUICK_NEW_TOKENS if args.quick else options.NEW_TOKENS
+    stages = options.QUICK if args.quick else options.SUITE
+    if args.preset not in (None, "suite"):
+        preset = find(args.preset)
+        stages, new_tokens = (preset.stage,), preset.new_tokens
+        if stages[0].sources == ("prompts",) and "sources" not in changes:
+            raise UsageError(f"--preset {args.preset} needs the paper's prompts: --prompts PATH")
+    elif args.preset is None and changes.keys() - {"runs", "count"}:
+        stages = stages[:1]
+    stages = tuple(dataclasses.replace(stage, **changes) for stage in stages)
+    for name in changes.get("sweep", ()):
+        if name not in SWEPT:
+            raise UsageError(f"--sweep: an option is one of {', '.join(SWEPT)}, got {name!r}")
+    return Plan(stages, args.max_new_tokens or new_tokens, preset, set(changes))
 
 
 # ---- models ----------------------------------------------------------------------------------
@@ -89,18 +100,17 @@ def load_models(args: argparse.Namespace, kinds: set[str]):
     Args:
         kinds: of the drafts that the methods name, so that those that need no file are made.
     """
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     named = list(args.draft or ())
     if args.target is None and not named:
         named = list(assets.DRAFTS)
     first = argparse.Namespace(**{**vars(args), "draft": named[0] if named else None})
     target, draft, tokenizer, draft_tokenizer = load_pair(first)
-    target = target.to(device)
+    target = target.to(args.device)
     drafts: dict[str, DraftSource] = {}
 
     def add(name: str, draft, draft_tokenizer) -> None:
         if hasattr(draft, "to"):
-            draft = draft.to(device)
+            draft = draft.to(args.device)
         source = DraftSource.load(name, draft, target, (tokenizer, draft_tokenizer))
         if source.kind in drafts:
             raise UsageError(
@@ -120,17 +130,50 @@ def load_models(args: argparse.Namespace, kinds: set[str]):
     return target, tokenizer, drafts
 
 
-def _possible(stage: Stage, drafts: dict[str, DraftSource], limit: int | None) -> Stage:
-    """The stage without what these models cannot do."""
-    methods = []
-    for name in stage.methods:
-        try:
-            rows_of(dataclasses.replace(stage, methods=(name,), sweep={}), drafts, "cpu")
-        except ValueError:
-            continue
-        methods.append(name)
-    lengths = tuple(n for n in stage.lengths if limit is None or n < limit)
-    return dataclasses.replace(stage, methods=tuple(methods), lengths=lengths)
+def _synthetic_models(args: argparse.Namespace, plan: Plan):
+    """Random models of the shapes that --target and --draft name, the draft as a kind."""
+    if wrong := [m for s in plan.stages for m in s.methods if m in ("hf_assisted", "hf_lookup")]:
+        raise UsageError(f"--synthetic: {wrong[0]} accepts what the models themselves say")
+    torch.manual_seed(args.seed)
+    positions = max(n for stage in plan.stages for n in stage.lengths) + plan.new_tokens + 1
+    shape, draft_shape = args.target or "small", (args.draft or ["one-layer"])[0]
+    dtype = torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype)
+    target, draft = random_pair(
+        shape, draft_shape, args.synthetic, positions, args.device, dtype
+    )  # fmt: skip
+    source = DraftSource.load(str(draft_shape), draft, target, (None, None))
+    return target, None, {source.kind: source}
+
+
+def _possible(plan: Plan, drafts: dict[str, DraftSource], target) -> tuple[Stage, ...]:
+    """The stages without what was not asked for and what these models cannot do."""
+    limit, stages = position_limit(target), []
+    for stage in plan.stages:
+        changes: dict = {}
+        if "methods" not in plan.asked:
+            changes["methods"] = tuple(
+                name for name in stage.methods if _runs_with(name, drafts, target.device.type)
+            )
+        if "lengths" not in plan.asked and plan.preset is None and limit is not None:
+            fitting = tuple(n for n in stage.lengths if n + plan.new_tokens <= limit)
+            if not fitting:
+                continue
+            changes["lengths"] = fitting
+        stages.append(dataclasses.replace(stage, **changes))
+    if not stages:
+        raise ValueError(
+            f"the target has {limit:,} positions, too few for prompts of "
+            f"{min(n for stage in plan.stages for n in stage.lengths):,} tokens: give --lengths"
+        )
+    return tuple(stages)
+
+
+def _runs_with(method: str, drafts: dict[str, DraftSource], device: str) -> bool:
+    try:
+        rows_of(Stage((), (method,)), drafts, device)
+    except ValueError:
+        return False
+    return True
 
 
 # ---- the folder ------------------------------------------------------------------------------
@@ -150,17 +193,21 @@ def _header(args, plan: Plan, target, drafts, config: SpecConfig, peak_memory) -
             for field in dataclasses.fields(SpecConfig)
             if getattr(config, field.name) != getattr(defaults, field.name)
         },
-        "synthetic": None,
+        "synthetic": _synthetic(args),
     }
     return Header(
         **machine.header(target.device.type),
-        target=args.target or "the embedded target",
+        target=args.target or ("small" if args.synthetic is not None else "the embedded target"),
         drafts={kind: source.name for kind, source in drafts.items()},
         dtype=str(target.dtype).removeprefix("torch."),
         seed=args.seed,
         settings=json.loads(json.dumps(settings)),  # as it will be read
         peak_memory=peak_memory,
     )
+
+
+def _synthetic(args: argparse.Namespace) -> dict | None:
+    return None if args.synthetic is None else {"acceptance": args.synthetic}
 
 
 def _what_differs(before: Header, now: Header) -> str | None:
@@ -269,19 +316,27 @@ def run_eval(args: argparse.Namespace) -> int:
         ValueError: in float32, a method wrote other tokens than the reference.
     """
     plan = plan_of(args)
-    args.dtype = args.dtype or "float32"
-    given = copy.copy(args)
-    given.draft = (args.draft or [None])[0]
-    config = config_from(given, gate=args.gate, **plan.config)
-    kinds = {METHODS[m].draft for s in plan.stages for m in s.methods if m in METHODS}
-    target, tokenizer, drafts = load_models(args, kinds)
-    if not plan.strict:
-        limit = position_limit(target)
-        limit = None if limit is None else limit - plan.new_tokens
-        plan.stages = tuple(_possible(stage, drafts, limit) for stage in plan.stages)
+    on_gpu = torch.cuda.is_available() if args.device is None else args.device.startswith("cuda")
+    args.device = args.device or ("cuda" if on_gpu else "cpu")
+    if args.dtype is None:
+        args.dtype = (plan.preset.dtype if plan.preset else "auto") if on_gpu else "float32"
+    first = argparse.Namespace(**{**vars(args), "draft": (args.draft or [None])[0]})
+    plan.config(first, None)  # errors in options come before anything is loaded
+    if args.synthetic is None:
+        kinds = {METHODS[m].draft for s in plan.stages for m in s.methods if m in METHODS}
+        target, tokenizer, drafts = load_models(args, kinds)
+    else:
+        target, tokenizer, drafts = _synthetic_models(args, plan)
+    plan.stages = _possible(plan, drafts, target)
+    configs = {kind: plan.config(first, kind) for kind in (None, *drafts)}
+    make = SpecExtend
+    if args.synthetic is not None:
+        make = functools.partial(SyntheticSpecExtend, acceptance=args.synthetic)
     runner = Runner(
-        target, drafts, config, plan.new_tokens, args.warmup, args.temperature, args.seed
-    )
+        target, drafts, configs, plan.new_tokens, args.warmup, args.temperature, args.seed, make,
+        _synthetic(args),
+    )  # fmt: skip
+    config = configs[next(iter(drafts), None)]
     header = _header(args, plan, target, drafts, config, runner.memory.kind)
     folder = Path(args.output)
     done = {run.key: run for run in _resume(folder, header)}
@@ -302,12 +357,16 @@ def run_eval(args: argparse.Namespace) -> int:
     runs = [done[key] for key in tasks]
     _write_summary(out, runs, {task.row.key: task.row for task in tasks.values()})
     out.line(f"\nresults: {folder / FILE}")
+    out.line(f"report: {report.write(folder)}")
+    out.line(f"plots: {', '.join(path.name for path in plots.write(folder))}")
     return _verdict(runs, header)
 
 
 def _tasks(args, plan: Plan, tokenizer, runner: Runner) -> dict[tuple, Task]:
     """All runs by their keys, in their order."""
-    prompts = Prompts(tokenizer, None if args.prompts is None else Path(args.prompts), args.seed)
+    path = None if args.prompts is None else Path(args.prompts)
+    prompts = None if tokenizer is None else Prompts(tokenizer, path, args.seed)
+    vocab = runner.target.config.get_text_config().vocab_size
     made: dict[tuple[str, int, int], list[Prompt]] = {}
     tasks: dict[tuple, Task] = {}
     for stage in plan.stages:
@@ -316,7 +375,10 @@ def _tasks(args, plan: Plan, tokenizer, runner: Runner) -> dict[tuple, Task]:
             for length in stage.lengths:
                 key = (source, length, stage.count)
                 if key not in made:
-                    made[key] = prompts.make(*key)
+                    if prompts is None:
+                        made[key] = random_prompts(vocab, length, stage.count, args.seed)
+                    else:
+                        made[key] = prompts.make(*key)
                     for prompt in made[key]:
                         runner.check(prompt)
                 for task in tasks_of(made[key], rows, stage.runs):

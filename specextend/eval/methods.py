@@ -56,5 +56,3 @@ METHODS: dict[str, Method] = {
 
 #: what every other run of a prompt has to equal
 REFERENCE = "plain"
-#: the rows of SpecExtend's Table 4, in order
-LADDER = ("standard", "flash_prefill", "tree_attention", "streaming", "retrieval")

@@ -6,8 +6,7 @@ import argparse
 import re
 from dataclasses import dataclass, field
 
-SOURCES = ("jsonl", "folder", "joined", "needle", "lookup", "code")
-GENERATED = SOURCES[2:]
+GENERATED = ("joined", "needle", "lookup", "code")
 
 
 @dataclass(frozen=True)
@@ -33,17 +32,20 @@ class Stage:
     sweep: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-_LADDER = ("standard", "flash_prefill", "tree_attention", "streaming", "retrieval")
-_CACHES = _LADDER[2:]
+#: the rows of SpecExtend's Table 4, in order
+LADDER = ("standard", "flash_prefill", "tree_attention", "streaming", "retrieval")
+_CACHES = LADDER[2:]
 _HUGGING_FACE = ("hf", "hf_assisted", "hf_lookup")
 _LONG = (1024, 2048, 4096, 8192, 16_384)
 
 #: what the embedded models, or any others, are put through in half an hour: every method over the
 #: lengths, acceptance of the drafts against length, the needle, and retrieval's options
 SUITE = (
-    Stage(_LONG, (*_HUGGING_FACE, "plain", *_LADDER, "eagle3", "longspec", "ngram", "self")),
-    Stage((512, *_LONG), (*_CACHES, *(f"{cache}:eagle3" for cache in _CACHES)), runs=1),
-    Stage((2048, 8192), _CACHES, ("needle", "lookup"), count=2, runs=1),
+    Stage(_LONG, (*_HUGGING_FACE, "plain", *LADDER, "eagle3", "longspec", "ngram", "self")),
+    Stage(
+        (512, *_LONG), (*_CACHES, "tree_attention:eagle3", "streaming:eagle3", "eagle3"), runs=1
+    ),
+    Stage((4096,), _CACHES, ("needle", "lookup"), count=4, runs=1),
     Stage((4096,), ("plain", "retrieval", "ngram"), ("code",), runs=1),
     Stage(
         (8192,), ("retrieval",), runs=1,
@@ -58,7 +60,7 @@ NEW_TOKENS = 64
 
 #: the same at a glance
 QUICK = (
-    Stage((512, 1024), ("hf", "plain", *_LADDER, "ngram"), runs=1),
+    Stage((512, 1024), ("hf", "plain", *LADDER, "ngram"), runs=1),
     Stage((1024,), _CACHES, ("needle",), runs=1),
 )
 QUICK_NEW_TOKENS = 16
@@ -107,8 +109,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is measured")
     group.add_argument(
         "--preset", metavar="NAME",
-        help='"suite": every method with the embedded models, half an hour; or a table of the '
-        "papers, whose figures are shown beside [suite, if no option says otherwise]",
+        help='"suite": every method, with the embedded models in half an hour; or the setting of a '
+        "paper's table such as paper-table2, whose figures are shown beside ours if the models are "
+        "theirs; a wrong name lists them [suite, if no option says otherwise]",
     )  # fmt: skip
     group.add_argument(
         "--quick", action="store_true", help="a minute: short prompts, few tokens, one run"
@@ -124,6 +127,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--sweep", type=sweep, action="append", metavar="FIELD=N,N",
         help="try values of an option of the draft's context or of the tree, one by one; may be "
         "repeated",
+    )  # fmt: skip
+
+    group.add_argument(
+        "--synthetic", type=float, metavar="X",
+        help="no models: random weights of the shapes that --target and --draft name (a known name "
+        "such as llama-3.1-8b, a configuration, or for the draft one-layer), proposals accepted "
+        "with probability X; for latency alone",
     )  # fmt: skip
 
     group = parser.add_argument_group("prompts")

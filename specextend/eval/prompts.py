@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import assets
 
+RANDOM = "random"  # source of prompts for random models
 TEXTS = (".txt", ".md", ".py")
 CLOSING = 64  # tokens at the end of a record that stay when it is cut: an instruction stands there
 DEPTHS = (0.5, 0.1, 0.9, 0.3, 0.7)  # of what is asked for, one prompt after the other
@@ -41,6 +42,16 @@ class Prompt:
     length: int
     ids: list[int]
     answer: list[int] | None = None
+
+
+def random_prompts(vocab: int, length: int, count: int, seed: int) -> list[Prompt]:
+    """Tokens without meaning, for models without one."""
+    prompts = []
+    for i in range(count):
+        rng = random.Random(f"{seed} {RANDOM} {length} {i}")
+        ids = [rng.randrange(vocab) for _ in range(length)]
+        prompts.append(Prompt(f"{RANDOM}-{i}", RANDOM, length, ids))
+    return prompts
 
 
 def named_length(file: Path) -> int | None:

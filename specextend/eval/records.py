@@ -94,7 +94,7 @@ class Run:
         prompt_tokens: actual ones.
         prompt: name of the prompt.
         source: where it is from: ``"jsonl"``, ``"folder"``, ``"joined"``, ``"needle"``,
-            ``"lookup"``, ``"code"``.
+            ``"lookup"``, ``"code"``; ``"random"`` for synthetic runs.
         method: key in ``methods.METHODS``.
         draft: kind of the draft: ``"model"``, ``"eagle1"``, ``"eagle3"``, ``"longspec"``,
             ``"ngram"``, ``"self"``; None without.

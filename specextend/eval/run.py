@@ -141,7 +141,7 @@ class Runner:
     Attributes:
         target: the model.
         drafts: by kind.
-        config: what methods change.
+        configs: what methods change, by kind of the draft; None: without one.
         new_tokens: to write.
         warmup: short runs of each row before its first.
         temperature: 0: greedy.
@@ -152,7 +152,7 @@ class Runner:
 
     target: PreTrainedModel
     drafts: dict[str, DraftSource]
-    config: SpecConfig
+    configs: dict[str | None, SpecConfig]
     new_tokens: int
     warmup: int = 1
     temperature: float = 0.0
@@ -190,8 +190,8 @@ class Runner:
         timed = self._timed(row, ids, self.new_tokens, progress)
         peak = self.memory.peak()
         stats = timed.stats
-        # Hugging Face draws its samples otherwise.
-        comparable = not (row.method.hugging_face and self.temperature)
+        # Hugging Face draws its samples otherwise, and what is synthetic is drawn anyhow.
+        comparable = not (row.method.hugging_face and self.temperature) and not self.synthetic
         difference = None
         if reference is not None and comparable:
             difference = self._difference(ids, timed.tokens, reference)
@@ -229,7 +229,7 @@ class Runner:
         )
 
     def _config(self, row: Row) -> SpecConfig:
-        return self.config.replace(**row.method.changes, **dict(row.sweep), seed=self.seed)
+        return self.configs[row.draft].replace(**row.method.changes, **dict(row.sweep))
 
     def _spec(self, row: Row, progress: Progress) -> SpecExtend:
         if row.key not in self._specs:
