@@ -136,10 +136,10 @@ def _synthetic_models(args: argparse.Namespace, plan: Plan):
         raise UsageError(f"--synthetic: {wrong[0]} accepts what the models themselves say")
     torch.manual_seed(args.seed)
     positions = max(n for stage in plan.stages for n in stage.lengths) + plan.new_tokens + 1
-    shape, draft_shape = args.target or "small", (args.draft or ["one-layer"])[0]
+    draft_shape = (args.draft or ["one-layer"])[0]
     dtype = torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype)
     target, draft = random_pair(
-        shape, draft_shape, args.synthetic, positions, args.device, dtype
+        args.target, draft_shape, args.synthetic, positions, args.device, dtype
     )  # fmt: skip
     source = DraftSource.load(str(draft_shape), draft, target, (None, None))
     return target, None, {source.kind: source}
@@ -197,7 +197,7 @@ def _header(args, plan: Plan, target, drafts, config: SpecConfig, peak_memory) -
     }
     return Header(
         **machine.header(target.device.type),
-        target=args.target or ("small" if args.synthetic is not None else "the embedded target"),
+        target=args.target or "the embedded target",
         drafts={kind: source.name for kind, source in drafts.items()},
         dtype=str(target.dtype).removeprefix("torch."),
         seed=args.seed,
@@ -316,6 +316,8 @@ def run_eval(args: argparse.Namespace) -> int:
         ValueError: in float32, a method wrote other tokens than the reference.
     """
     plan = plan_of(args)
+    if args.synthetic is not None:
+        args.target = args.target or "small"
     on_gpu = torch.cuda.is_available() if args.device is None else args.device.startswith("cuda")
     args.device = args.device or ("cuda" if on_gpu else "cpu")
     if args.dtype is None:

@@ -22,6 +22,7 @@ RANDOM = "random"  # source of prompts for random models
 TEXTS = (".txt", ".md", ".py")
 CLOSING = 64  # tokens at the end of a record that stay when it is cut: an instruction stands there
 DEPTHS = (0.5, 0.1, 0.9, 0.3, 0.7)  # of what is asked for, one prompt after the other
+STEP = 500  # tokens between prompts that begin in the same document
 ORIGINAL = 0.55  # share of a prompt of repeated code that comes first; the copy is not finished
 
 
@@ -49,7 +50,7 @@ def random_prompts(vocab: int, length: int, count: int, seed: int) -> list[Promp
     prompts = []
     for i in range(count):
         rng = random.Random(f"{seed} {RANDOM} {length} {i}")
-        ids = [rng.randrange(vocab) for _ in range(length)]
+        ids = [rng.randrange(1, vocab) for _ in range(length)]  # 0 would be taken for padding
         prompts.append(Prompt(f"{RANDOM}-{i}", RANDOM, length, ids))
     return prompts
 
@@ -190,13 +191,17 @@ class Prompts:
         if self._documents is None:
             self._documents = [d for d in read_documents(self.path) if d[1].strip()]
         documents, ids = self._documents, []
+        # Once every document has been the first, the next prompts begin further down.
+        skip = first // len(documents) * STEP
         for i in range(len(documents)):
             index = (first + i) % len(documents)
             if index not in self._tokens:
                 self._tokens[index] = self._encode(documents[index][1].rstrip() + "\n\n\n")
             ids += self._tokens[index]
-            if len(ids) >= count:
-                return ids[:count]
+            if len(ids) >= count + skip:
+                return ids[skip : skip + count]
+        if len(ids) >= count:
+            return (ids[skip % len(ids) :] + ids[: skip % len(ids)])[:count]
         raise ValueError(
             f"the documents have {len(ids):,} tokens together, {count:,} are wanted for a prompt"
         )
