@@ -509,6 +509,7 @@ def test_synthetic(evaluate, tmp_path):
         ("--lengths 1K,2X", 2, "a length is a number such as 512 or 16K, got '2X'"),
         ("--generate other", 2, "a kind of prompts is one of joined, needle, lookup, code"),
         ("--sweep gate=1", 2, "--sweep: an option is one of budget, "),
+        ("--sweep budget=32,44", 1, "budget must be a positive multiple of chunk_size=8, got 44"),
         ("--methods nothing --lengths 64", 1, "a method is one of hf, "),
         ("--lengths 64K --generate joined", 1, "the documents have "),
         ("--preset nothing", 1, "a preset is one of paper-table1, "),

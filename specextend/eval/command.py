@@ -373,6 +373,8 @@ def _tasks(args, plan: Plan, tokenizer, runner: Runner) -> dict[tuple, Task]:
     tasks: dict[tuple, Task] = {}
     for stage in plan.stages:
         rows = rows_of(stage, runner.drafts, runner.target.device.type)
+        for row in rows:  # errors in options come before the first run
+            runner.config(row)
         for source in stage.sources:
             for length in stage.lengths:
                 key = (source, length, stage.count)

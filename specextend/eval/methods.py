@@ -30,9 +30,9 @@ _FLASH = dict(tree_attention=False, draft_cache="full")
 _TREE = dict(tree_attention=True, draft_cache="full")
 
 #: in the order of the tables. ``standard`` to ``retrieval`` are the rows of SpecExtend's Table 4,
-#: each adding one technique to the one before. Its standard way materialises the attention of the
-#: prefill; torch's SDPA does not, here or there. What differs between the first two rows is that
-#: the standard one takes the prompt in one pass and not in chunks.
+#: each adding one technique to the one before. The paper's standard way materialises the attention
+#: of the prefill; ours never does, on our own kernel. What differs between the first two rows is
+#: that the standard one takes the prompt in one pass and not in chunks.
 METHODS: dict[str, Method] = {
     method.key: method
     for method in (

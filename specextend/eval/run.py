@@ -228,12 +228,17 @@ class Runner:
             tokens=timed.tokens if reference is None else None,
         )
 
-    def _config(self, row: Row) -> SpecConfig:
+    def config(self, row: Row) -> SpecConfig:
+        """The options of a row.
+
+        Raises:
+            ValueError: they do not go together.
+        """
         return self.configs[row.draft].replace(**row.method.changes, **dict(row.sweep))
 
     def _spec(self, row: Row, progress: Progress) -> SpecExtend:
         if row.key not in self._specs:
-            config = self._config(row)
+            config = self.config(row)
             draft = None if row.draft is None else self.drafts[row.draft].make(config)
             self._specs[row.key] = self.make(self.target, draft, config)
         spec = self._specs[row.key]
@@ -277,7 +282,7 @@ class Runner:
         if not asked or row.method.hugging_face:
             return None
         draft = self._specs[row.key].draft
-        return needle(self.target, draft, self._config(row), prompt.ids, prompt.answer)
+        return needle(self.target, draft, self.config(row), prompt.ids, prompt.answer)
 
 
 def _nothing(phase: str, done: int, total: int) -> None:
