@@ -3,17 +3,12 @@
 Run as a program with SPECEXTEND_CPU_ISA set, it prints {op: digest}.
 """
 
-import functools
 import hashlib
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import torch
 
-from specextend import _C, ops
+from specextend import ops
 
 
 def hard_logits(dtype: torch.dtype, vocab: int) -> torch.Tensor:
@@ -80,7 +75,7 @@ def _gather_chunks():
                 yield work[0].view(torch.int32 if dtype == torch.float32 else torch.int16)
 
 
-_OPS = {
+OPS = {
     "gather_chunks": _gather_chunks,
     "sample_nodes": _sample_nodes,
     "expand_tree": _expand_tree,
@@ -91,35 +86,10 @@ _OPS = {
 def digest(op: str) -> str:
     """Of the op's results under the instruction set of this process."""
     bits = hashlib.sha256()
-    for tensor in _OPS[op]():
+    for tensor in OPS[op]():
         bits.update(tensor.contiguous().numpy().tobytes())
     return bits.hexdigest()
 
 
-@functools.cache
-def digests_by_isa() -> dict[str, dict[str, str]]:
-    """{instruction set: {op: digest}} of those that this build has and this machine runs."""
-    found = {}
-    for isa in _C.cpu_isas():
-        run = subprocess.run(
-            [sys.executable, __file__],
-            env={**os.environ, "SPECEXTEND_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
-            cwd=Path(__file__).parents[1],
-            capture_output=True,
-            text=True,
-        )
-        if run.returncode == 0:
-            found[isa] = json.loads(run.stdout)
-        else:
-            assert "SPECEXTEND_CPU_ISA must be one of" in run.stderr, run.stderr
-    return found
-
-
-def assert_same_bits_on_every_isa(op: str) -> None:
-    found = digests_by_isa()
-    assert _C.cpu_isas()[0] in found  # the plainest runs everywhere
-    assert {isa: results[op] for isa, results in found.items()} == dict.fromkeys(found, digest(op))
-
-
 if __name__ == "__main__":
-    print(json.dumps({op: digest(op) for op in _OPS}))
+    print(json.dumps({op: digest(op) for op in OPS}))

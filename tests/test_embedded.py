@@ -49,7 +49,7 @@ def planted(tokenizer, module: str, first: int) -> tuple[torch.Tensor, int]:
     text = documents[module]
     start = text.index("\n    def ", first)
     passage = tokenizer(text[start : start + 1800]).input_ids
-    filler = tokenizer(documents["inspect.py"][:24_000]).input_ids
+    filler = tokenizer(documents["inspect.py"][:14_000]).input_ids
     ids = filler[:1000] + passage + filler[1000:] + passage[:64]
     return torch.tensor([ids]), (1000 + 64) // 32
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from emulation import KINDS
-from isa_bits import assert_same_bits_on_every_isa, hard_logits
+from isa_bits import hard_logits
 
 from specextend import ops, reference
 
@@ -204,10 +204,6 @@ def test_graph_replay(device):
     graph.replay()
     expected = ops.expand_tree(logits, beam_logp, top_k=10, width=20)
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
-
-
-def test_every_instruction_set_gives_the_same_bits():
-    assert_same_bits_on_every_isa("expand_tree")
 
 
 def test_empty_batch(device):

@@ -2,7 +2,6 @@ import random
 
 import pytest
 import torch
-from isa_bits import assert_same_bits_on_every_isa
 from kv_cases import DTYPES, LAYOUTS, Guarded, int32, run_with_threads, same_bits
 
 from specextend import ops, reference
@@ -435,10 +434,6 @@ def test_thread_count_does_not_matter():
 
     for one, two in zip(run_with_threads(1, run), run_with_threads(2, run), strict=True):
         assert same_bits(one, two)
-
-
-def test_same_bits_on_every_isa():
-    assert_same_bits_on_every_isa("gather_chunks")
 
 
 @pytest.mark.parametrize("budget", [0, 3])

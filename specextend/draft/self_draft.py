@@ -88,7 +88,7 @@ class SelfDraft(CausalLMDraft):
         rows = self._copied + torch.arange(most, device=self.device)
         rows = rows.clamp(max=full.capacity - 1)  # what is beyond the new ones does not count
         for ours, source in zip(work.layers, full.layers, strict=True):
-            k, v = (x.index_select(1, rows) for x in (source.k, source.v))
+            k, v = (x[:, rows] for x in (source.k, source.v))  # index_select copies the cache first
             ops.append_kv(ours.k, ours.v, k, v, work.lens)
         work.commit(full.lens - self._copied)
         self._copied.copy_(full.lens)
