@@ -63,6 +63,8 @@ ELSEWHERE = {
     "make bench": ("bench/gpu_check.py", '"bench/bench_ops.py"'),
     "pip install": ("Makefile", "pip install -q --no-build-isolation --no-deps -e ."),
     "specextend demo": ("tests/test_demo.py", 'SHORT = ["demo", "--short"'),
+    "specextend eval --output": ("tests/test_eval.py", "def test_command("),
+    "specextend eval --prompts": ("tests/test_eval.py", "def test_command("),
     "specextend demo --web": ("tests/test_web.py", 'cli.main(["demo", "--web"'),
     "python -m pytest": ("Makefile", "$(python) -m pytest"),
     "python bench/gpu_check.py": ("tests/test_gpu_check.py", "test_runs_to_the_end_and_records"),
