@@ -70,6 +70,7 @@ ELSEWHERE = {
     "python bench/gpu_check.py": ("tests/test_gpu_check.py", "test_runs_to_the_end_and_records"),
     "python bench/kernel_report.py": ("tests/test_kernel_report.py", "kernel_report"),
     "python bench/bench_ops.py": ("bench/gpu_check.py", '"bench/bench_ops.py"'),
+    "python bench/bench_decode.py": ("tests/test_bench.py", "bench_decode"),
     "accelerate launch": ("tests/test_train.py", "test_processes_make_the_same_step"),
 }
 # Hours of training and evaluation, and the text for it: these are parsed, and run by no test.
