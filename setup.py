@@ -42,8 +42,8 @@ class CMakeBuild(build_ext):
             ["cmake", "--build", str(build), *(["-j", jobs] if jobs else [])], env=env
         )
         subprocess.check_call(["cmake", "--install", str(build), "--prefix", str(prefix)], env=env)
-        # CMake keeps the time of the build, and setuptools copies what is newer than what is there: a
-        # build of another flavour that was made earlier would be left out.
+        # CMake keeps the time of the build, and setuptools copies what is newer than what is there:
+        # a build of another flavour that was made earlier would be left out.
         os.utime(self.get_ext_fullpath(ext.name))
 
 
