@@ -3,8 +3,8 @@
     python -m specextend.train.continuations --data text.jsonl --output continued.jsonl
 
 A draft is tried on what its target writes, which is not what people write: greedy output repeats
-itself and its prompt. EAGLE's authors and LongSpec's train on the target's answers for the same
-reason. Each line of the output is a passage and its continuation, in one ``text`` field.
+itself and its prompt. Each line of the output is a passage and its continuation, in one ``text``
+field.
 """
 
 from __future__ import annotations
