@@ -39,6 +39,16 @@ def check_architecture(model: PreTrainedModel) -> None:
         raise _refuse(model, f"it has layers of type {other[0]!r}; known are {sorted(known)}")
     if getattr(config, "attention_chunk_size", None):
         raise _refuse(model, "its attention is chunked, which only its own masks express")
+    # `transformers` before 5.21 loads Gemma 2 this way, unless it is told not to. What that does to
+    # the logits is less than the trial allows in bfloat16.
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    if softcap and config._attn_implementation == "sdpa":
+        raise _refuse(
+            model,
+            f"its attention has a softcap of {softcap:g}, which torch's SDPA, the implementation "
+            "it was loaded with, leaves out, so that its own logits are not those of the model; "
+            'load it with attn_implementation="eager", or use transformers >= 5.21',
+        )
 
 
 def position_limit(model: PreTrainedModel) -> int | None:

@@ -21,6 +21,8 @@ _BASE = dict(
     pad_token_id=0,
     initializer_range=0.3,  # peaked enough that greedy decoding does not hang on near-ties
 )
+# Tied, some random models repeat their last token for ever.
+_UNTIED = dict(tie_word_embeddings=False)
 _WINDOW = 24  # of the models with sliding layers: shorter than the tests' prompts
 _MOE = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 
@@ -30,13 +32,16 @@ FAMILIES: dict[str, dict] = {
     "qwen2": {},
     "qwen3": dict(head_dim=16),
     "mistral": dict(sliding_window=_WINDOW),
-    "gemma": dict(head_dim=16),
-    "gemma2": dict(head_dim=16, sliding_window=_WINDOW, query_pre_attn_scalar=16),
+    "gemma": dict(head_dim=16, **_UNTIED),
+    "gemma2": dict(
+        head_dim=16, sliding_window=_WINDOW, query_pre_attn_scalar=16, **_UNTIED,
+        attn_implementation="eager",  # the default of transformers < 5.21 leaves its softcap out
+    ),
     "gemma3_text": dict(
-        head_dim=16, sliding_window=_WINDOW, query_pre_attn_scalar=16,
+        head_dim=16, sliding_window=_WINDOW, query_pre_attn_scalar=16, **_UNTIED,
         layer_types=["sliding_attention", "full_attention"],
     ),
-    "phi": dict(partial_rotary_factor=0.5),
+    "phi": dict(partial_rotary_factor=0.5, initializer_range=0.5),
     "phi3": {},
     "olmo": {},
     "olmo2": {},
@@ -58,10 +63,10 @@ FAMILIES: dict[str, dict] = {
     "stablelm": {},
     "smollm3": {},
     "mixtral": dict(num_local_experts=4, num_experts_per_tok=2),
-    "qwen3_moe": dict(head_dim=16, **_MOE),
+    "qwen3_moe": dict(head_dim=16, initializer_range=1.0, **_MOE),
     "gpt2": dict(
         n_embd=32, n_head=4, n_layer=2, n_positions=512, n_inner=48,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **_UNTIED,
     ),
     "opt": dict(ffn_dim=48, word_embed_proj_dim=32, dropout=0.0),
 }  # fmt: skip
