@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +51,74 @@ class TestModule:
             "print(*(m for m in ('transformers', 'specextend.decode') if m in sys.modules))"
         )
         assert (ran.returncode, ran.stdout.strip()) == (0, ""), ran.stderr
+
+    def test_it_names_no_place_of_the_machine_that_built_it(self):
+        content = Path(_C.__file__).read_bytes()
+        assert b"csrc/ops/" in content  # where an error came from, within the project
+        places = [f"{place}/" for place in (ROOT, Path(torch.__file__).parent)]
+        assert [place for place in places if place.encode() in content] == []
+
+
+# Stands for CMake: what was built once is kept, and installing keeps its time. Then builds one
+# flavour after another, and prints what lies there afterwards.
+BUILD_FLAVOURS = """
+import os, runpy, shutil, subprocess, sys
+from pathlib import Path
+
+def cmake(command, env):
+    if "-S" in command:
+        folder = Path(command[command.index("-B") + 1])
+        flavour = next(c for c in command if c.startswith("-DSPECEXTEND_CUDA="))
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            (folder / "module").write_text(flavour.split("=")[1])
+            os.utime(folder / "module", times=(len(built), len(built)))
+            built.append(folder)
+    elif "--install" in command:
+        installed = Path(command[-1]) / "specextend" / suffix
+        installed.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(Path(command[2]) / "module", installed)
+
+built, suffix = [], "_C" + __import__("sysconfig").get_config_var("EXT_SUFFIX")
+subprocess.check_call = cmake
+sys.argv = ["setup.py", "-q", "build_ext", "--inplace"]
+for flavour in sys.stdin.read().split():
+    os.environ["SPECEXTEND_CUDA"] = flavour
+    os.environ["SPECEXTEND_BUILD_DIR"] = "build/" + flavour
+    runpy.run_path("setup.py", run_name="__main__")
+    print(Path("specextend", suffix).read_text())
+"""
+
+
+class TestSetup:
+    def test_another_flavour_replaces_what_is_there(self, tmp_path):
+        """Setuptools copies by time: going back to a flavour that was built earlier did nothing."""
+        for name in ("setup.py", "pyproject.toml", "README.md", "specextend/__init__.py"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / name)
+        flavours = "OFF ON OFF AUTO ON\n"
+        ran = subprocess.run(
+            [sys.executable, "-c", BUILD_FLAVOURS], input=flavours, cwd=tmp_path,
+            env={k: v for k, v in os.environ.items() if k != "CMAKE_ARGS"},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stderr
+        assert ran.stdout.split() == flavours.split()
+
+    def test_source_distribution_is_complete(self, tmp_path):
+        command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        packed = set((tmp_path / "specextend.egg-info/SOURCES.txt").read_text().splitlines())
+        folders = ("bench", "cmake", "csrc", "docs", "specextend", "tests", "tools")
+        files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+        wanted = {"CMakeLists.txt", "LICENSE", "Makefile", "constraints.txt", "setup.py"}
+        wanted |= {
+            str(path.relative_to(ROOT))
+            for path in files
+            if path.is_file() and path.suffix not in (".pyc", ".so")
+        }
+        assert wanted - packed == set()
 
 
 class TestImportErrors:
