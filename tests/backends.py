@@ -69,22 +69,26 @@ def draw_schedule(test: str) -> Schedule:
     return Schedule(seed, KINDS[seed % len(KINDS)])
 
 
-def build_or_skip(*args) -> Library:
-    """The ops as ``emulation.build_ops`` makes them; what does not compile is a failure."""
+def build_or_skip(*args, build=emulation.build_ops) -> Library:
+    """The ops as ``build`` makes them; what does not compile is a failure."""
     try:
-        return emulation.build_ops(*args)
+        return build(*args)
     except emulation.ToolMissing as missing:
         pytest.skip(str(missing))
 
 
 def _counterpart(op: torch._ops.OpOverload, namespace: str):
     name, overload = op._schema.name.split("::")[1], op._overloadname
-    return getattr(getattr(getattr(torch.ops, namespace), name), overload)
+    packet = getattr(getattr(torch.ops, namespace), name, None)
+    return op if packet is None else getattr(packet, overload)
 
 
 @contextlib.contextmanager
 def emulated(library: Library, schedule: Schedule) -> Iterator[Scheduler]:
-    """Inside, the functions of ``specextend.ops`` call the library's ops, on guarded memory."""
+    """Inside, the functions of ``specextend.ops`` call the library's ops, on guarded memory.
+
+    Ops that the library does not have stay as they are.
+    """
     replaced = []
     for info in pkgutil.iter_modules(ops.__path__):
         module = importlib.import_module(f"specextend.ops.{info.name}")

@@ -1,8 +1,9 @@
+import os
 from collections.abc import Iterator
 
 import pytest
 from backends import BACKENDS, Scheduler, build_or_skip, draw_schedule, emulated
-from emulation import Library
+from emulation import Library, Schedule, build_avx512
 
 
 def pytest_configure(config: pytest.Config):
@@ -13,6 +14,25 @@ def pytest_configure(config: pytest.Config):
 def emulated_library() -> Library:
     """The CUDA branch of all ops, compiled for this machine's processor."""
     return build_or_skip("specextend_emulated")
+
+
+@pytest.fixture(scope="session")
+def avx512_library() -> Library:
+    """The ops on the CPU by AVX-512, its instructions emulated."""
+    return build_or_skip("specextend_avx512", build=build_avx512)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def emulated_isa(request: pytest.FixtureRequest) -> Iterator[None]:
+    """SPECEXTEND_EMULATED_ISA=avx512|avx512_bf16: on the CPU, all tests by those kernels."""
+    name = os.environ.get("SPECEXTEND_EMULATED_ISA")
+    if not name:
+        yield
+        return
+    library = request.getfixturevalue("avx512_library")
+    library.use_isa(name)
+    with emulated(library, Schedule()):
+        yield
 
 
 @pytest.fixture(params=BACKENDS)

@@ -545,6 +545,22 @@ def test_row_invariance(heads, dim, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [64, 72, 192, 256])
+def test_few_rows(dim, dtype):
+    """A row has the bits that it has alone: some numbers of rows have kernels of their own."""
+    case = Case((300,), 13, heads=(1, 1), dim=dim, dtype=dtype, tree=False)
+    k, v = case.k[:, :300], case.v[:, :300]
+    for rows in range(1, 14):
+        together = ops.tree_attention(
+            case.q[:, :rows], k, v, case.prefix_lens, num_tree_keys=0, chunk_size=64
+        )
+        alone = ops.tree_attention(
+            case.q[:, rows - 1 : rows], k, v, case.prefix_lens, num_tree_keys=0, chunk_size=64
+        )
+        assert same_bits(alone, [t[:, rows - 1 :] for t in together])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_window_row_invariance(dtype):
     """The same with a window: a node of a tree at P + depth, and plain decoding at its position."""
     for prefix, window in [(100, 50), (300, 150), (300, 4)]:
@@ -591,7 +607,8 @@ def test_calls_leave_no_trace(device):
 
 def test_every_instruction_set():
     """The tests that go through all kernels, by each instruction set that this machine runs."""
-    tests = "(fuzz or row_invariance or head_dims or without_weight) and not (emulated or cuda)"
+    tests = "fuzz or row_invariance or few_rows or head_dims or without_weight"
+    tests = f"({tests}) and not (emulated or cuda)"
     for isa in _C.cpu_isas():
         if isa == _C.cpu_isa():
             continue

@@ -24,6 +24,13 @@ import torch
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "tests/emulation"
 BUILD = ROOT / "build/emulation"
+PER_INSTRUCTION_SET = [  # ops, on the CPU
+    "chunk_scores",
+    "expand_tree",
+    "gather_chunks",
+    "sample_nodes",
+    "tree_attention",
+]
 RUNTIME = sorted(set(HERE.glob("*.cpp")) - {HERE / "namespace.cpp"})
 
 
@@ -79,6 +86,10 @@ class Library:
         s = self._schedules[-1]
         self._set(s.seed, KINDS.index(s.kind), s.multiprocessors, s.capability)
 
+    def use_isa(self, name: str) -> None:
+        """``"avx512"`` or ``"avx512_bf16"`` from now on, in what ``build_avx512`` has built."""
+        self.handle.specextend_emulation_isa(int(name == "avx512_bf16"))
+
     @contextlib.contextmanager
     def guarded_memory(self) -> Iterator[None]:
         """CPU tensors made inside are poisoned and end where memory must not be touched."""
@@ -120,9 +131,9 @@ def build(
         f"cxx = {_tool('ccache', 'sccache') or ''} {compiler}",
         "rule compile",
         "  command = $cxx -std=c++17 -O2 -fPIC -w -fno-gnu-unique -ffp-contract=off "
-        "-Itests/emulation/include $options -Itests/emulation -Icsrc "
+        "-Itests/emulation/include -DSPECEXTEND_HAS_CUDA $options -Itests/emulation -Icsrc "
         f"-isystem {torch_folder}/include -DTORCH_TARGET_VERSION=0x020a000000000000 "
-        "-DSPECEXTEND_HAS_CUDA -MMD -MF $out.d -x c++ -c $in -o $out",
+        "-MMD -MF $out.d -x c++ -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = $in",
@@ -179,5 +190,35 @@ def build_ops(namespace: str, own: Sequence[Path] = (), options: Sequence[str] =
         [*RUNTIME, *shared],
         [*own, HERE / "namespace.cpp"],
         [*options, f'-DSPECEXTEND_EMULATION_NAMESPACE=\\"{namespace}\\"'],
+    )
+    return Library(path, namespace)
+
+
+def build_avx512(namespace: str, options: Sequence[str] = ()) -> Library:
+    """The CPU branch of the ops that are compiled per instruction set, with AVX-512's kernels.
+
+    Their intrinsics are those of ``avx512/immintrin.h``.
+
+    Args:
+        namespace, options: as for ``build_ops``.
+
+    Raises:
+        ToolMissing: without a compiler, or a processor with AVX2.
+    """
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        raise ToolMissing("emulation: AVX-512 is emulated by AVX2, which this processor lacks")
+    folder = HERE / "avx512"
+    branches = [
+        ROOT / "csrc" / b / f"{op}.cpp" for op in PER_INSTRUCTION_SET for b in ("ops", "cpu")
+    ]
+    path = build(
+        namespace,
+        RUNTIME,
+        [*sorted(folder.glob("*.cpp")), *branches, HERE / "namespace.cpp"],
+        [
+            *options,
+            f"-I{folder} -mavx2 -mfma -mf16c -O0 -USPECEXTEND_HAS_CUDA",
+            f'-DSPECEXTEND_EMULATION_NAMESPACE=\\"{namespace}\\"',
+        ],
     )
     return Library(path, namespace)

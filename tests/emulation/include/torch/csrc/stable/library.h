@@ -2,7 +2,7 @@
 
 // torch's header of this name, with other registrations: under a namespace of the emulation's, and
 // what csrc/ops/ registers for CUDA is registered for CPU tensors. What it registers for the CPU is
-// left out.
+// left out, except where there is no CUDA branch.
 
 #include_next <torch/csrc/stable/library.h>
 
@@ -18,9 +18,13 @@ extern const char library_namespace[];
 
 #define SPECEXTEND_REGISTER_CUDA(m, uid) SPECEXTEND_REGISTER(IMPL, "CPU", m, uid)
 
+#ifdef SPECEXTEND_HAS_CUDA
 #define SPECEXTEND_REGISTER_CPU(m, uid) \
   template <typename Library>           \
   [[maybe_unused]] static void C10_CONCATENATE(not_registered_, uid)(Library & m)
+#else
+#define SPECEXTEND_REGISTER_CPU(m, uid) SPECEXTEND_REGISTER(IMPL, "CPU", m, uid)
+#endif
 
 #define SPECEXTEND_REGISTER(kind, key, m, uid)                                                    \
   static void C10_CONCATENATE(register_, uid)(torch::stable::detail::StableLibrary&);             \

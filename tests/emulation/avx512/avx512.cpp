@@ -1,0 +1,3 @@
+#include <immintrin.h>
+#define SPECEXTEND_ISA avx512
+#include "cpu/isa/table.h"

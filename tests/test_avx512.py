@@ -1,0 +1,141 @@
+"""The AVX-512 kernels of the CPU on processors that have AVX2 alone: their intrinsics emulated.
+
+What tests/emulation/avx512/immintrin.h stands in for is the instructions, so that the kernels'
+sources run unchanged. What a compiler makes of them shows on a processor that has them only.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import emulation
+import isa_bits
+import pytest
+import test_tree_attention
+import torch
+from backends import build_or_skip, emulated
+from emulation import Library, Schedule
+
+ISAS = ["avx512", "avx512_bf16"]
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def native():
+    """What the kernels of this machine give."""
+    return {op: isa_bits.digest(op) for op in isa_bits.OPS}
+
+
+@pytest.fixture(scope="module", params=ISAS)
+def isa(request, avx512_library, native):
+    """Ops run by its kernels, on memory that ends where it must not be touched."""
+    with by(avx512_library, request.param):
+        yield request.param
+
+
+def by(library: Library, isa: str):
+    library.use_isa(isa)
+    return emulated(library, Schedule())
+
+
+@pytest.mark.parametrize("op", isa_bits.OPS)
+def test_same_bits(op, native, isa):
+    assert isa_bits.digest(op) == native[op]
+
+
+def test_attention_fuzz(isa):
+    test_tree_attention.test_fuzz("cpu", 40)
+
+
+@pytest.mark.parametrize("dim", [8, 40, 72, 120, 128, 192, 256])
+def test_attention_head_dims(dim, isa):
+    test_tree_attention.test_head_dims(dim, "cpu")
+
+
+@pytest.mark.parametrize("dtype", test_tree_attention.DTYPES)
+def test_attention_rows(dtype, isa):
+    """The order of sums: the same alone and among others, by parts, in a tree and in a chain."""
+    for dim in (64, 72, 192, 256):
+        test_tree_attention.test_few_rows(dim, dtype)
+    test_tree_attention.test_row_invariance((2, 2), 64, dtype)
+    test_tree_attention.test_masked_keys_may_hold_anything(dtype, "cpu")
+
+
+def test_attention_extremes(isa):
+    test_tree_attention.test_chunk_lse_of_chunks_without_weight("cpu")
+    test_tree_attention.test_large_logits("cpu")
+    test_tree_attention.test_softcap(0.5, torch.bfloat16, "cpu")
+    test_tree_attention.test_nan_stays_in_its_row("cpu")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ISAS)
+def test_long_all_tests_of_the_ops(name, avx512_library):
+    files = [TESTS / f"test_{op}.py" for op in emulation.PER_INSTRUCTION_SET]
+    skipped = "emulated or cuda or instruction_set"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-k", f"not ({skipped})", *files],
+        env={**os.environ, "SPECEXTEND_EMULATED_ISA": name},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A change of ``csrc/cpu/isa/<header>`` that a test above notices: ``old`` is there once."""
+
+    header: str
+    old: str
+    new: str
+
+    def library(self) -> Library:
+        name = f"specextend_avx512_fault_{FAULTS.index(self)}"
+        text = (emulation.ROOT / "csrc/cpu/isa" / self.header).read_text()
+        assert text.count(self.old) == 1, f"{self.header}: {self.old!r} is not there once"
+        changed = emulation.BUILD / name / "overlay/cpu/isa" / self.header
+        changed.parent.mkdir(parents=True, exist_ok=True)
+        changed.write_text(text.replace(self.old, self.new))
+        overlay = emulation.BUILD / name / "overlay"
+        return build_or_skip(name, [f"-I{overlay}"], build=emulation.build_avx512)
+
+
+FAULTS = [
+    # Words of keys end up in other places.
+    Fault("simd.h", "_mm512_set_epi64(13, 12, 5, 4, 9,", "_mm512_set_epi64(13, 12, 4, 5, 9,"),
+    Fault("simd.h", "join(load_tile(p), load_tile(p + 8))", "join(load_tile(p), load_tile(p))"),
+    # Sums of chunks go to each other's places.
+    Fault("simd.h", "0, 2, 1, 3, 8, 10, 9, 11, 4,", "0, 1, 2, 3, 8, 10, 9, 11, 4,"),
+    # The later of two keys is added first: as exact, but not in the order of the line.
+    Fault("tree_attention.h", "_mm512_rol_epi32(reinterpret_cast<__m512i>(pairs), 16)", "(pairs)"),
+    Fault("tree_attention.h", "15, 47, 14, 46,", "14, 47, 15, 46,"),
+    # The rest of a head dimension is lost.
+    Fault("tree_attention.h", "dim - begin - d > 8 ?", "dim - begin - d > 16 ?"),
+    Fault("tree_attention.h", "some >= 32 ? ~0u : (1u << some) - 1", "some >= 32 ? ~0u : 0u"),
+    # Half of the lanes count twice.
+    Fault("vocab.h", "_mm512_extractf32x8_ps(x, 1)", "_mm512_extractf32x8_ps(x, 0)"),
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.new)
+def test_faults_are_found(fault, native):
+    def notices(isa: str) -> bool:
+        try:
+            with by(library, isa):
+                for op in native:
+                    test_same_bits(op, native, isa)
+                test_attention_fuzz(isa)
+                test_attention_head_dims(72, isa)
+                test_attention_rows(torch.bfloat16, isa)
+        except AssertionError:
+            return True
+        return False
+
+    library = fault.library()
+    assert any(map(notices, ISAS))
