@@ -197,7 +197,7 @@ def build_ops(namespace: str, own: Sequence[Path] = (), options: Sequence[str] =
 def build_avx512(namespace: str, options: Sequence[str] = ()) -> Library:
     """The CPU branch of the ops that are compiled per instruction set, with AVX-512's kernels.
 
-    Their intrinsics are those of ``avx512/immintrin.h``.
+    Their intrinsics are those of ``avx512/immintrin.h``. Not optimised, which would take minutes.
 
     Args:
         namespace, options: as for ``build_ops``.
@@ -217,7 +217,7 @@ def build_avx512(namespace: str, options: Sequence[str] = ()) -> Library:
         [*sorted(folder.glob("*.cpp")), *branches, HERE / "namespace.cpp"],
         [
             *options,
-            f"-I{folder} -mavx2 -mfma -mf16c -O0 -USPECEXTEND_HAS_CUDA",
+            f"-I{folder} -mavx2 -mfma -mf16c -O0 -Wno-psabi -USPECEXTEND_HAS_CUDA",
             f'-DSPECEXTEND_EMULATION_NAMESPACE=\\"{namespace}\\"',
         ],
     )

@@ -1,8 +1,8 @@
 #pragma once
 
 // Stands in for the compiler's header of this name: the AVX-512 instructions that csrc/cpu/isa/ uses,
-// for a processor that has AVX2. Lane by lane as Intel's manual defines them, where AVX2 does not
-// have the same on half the lanes.
+// for a processor that has AVX2: by AVX2 on halves where that has the same instruction, else lane by
+// lane as Intel's Software Developer's Manual defines it.
 
 #include_next <immintrin.h>
 #include <math.h>
@@ -16,8 +16,9 @@
 
 namespace specextend::emulation::avx512 {
 
-#define SPECEXTEND_LANEWISE static inline __attribute__((always_inline))
+// An instruction is a call: inlined and unrolled, the kernels' loops would compile for minutes.
 #define SPECEXTEND_CALLED static __attribute__((noinline))
+#define SPECEXTEND_LANEWISE static inline __attribute__((always_inline))
 
 template <typename To, typename From>
 SPECEXTEND_LANEWISE To cast(From x) {
@@ -31,7 +32,6 @@ SPECEXTEND_LANEWISE To cast(From x) {
 template <typename V, typename F>
 SPECEXTEND_LANEWISE V lanes(F f) {
   V x;
-#pragma GCC unroll 32
   for (unsigned i = 0; i < sizeof(V) / sizeof(x[0]); ++i) x[i] = f(i);
   return x;
 }
@@ -40,12 +40,6 @@ template <typename Half>
 struct Halves {
   Half low, high;
 };
-
-template <typename V, typename Half, typename F>
-SPECEXTEND_LANEWISE V by_halves(Halves<Half> x, F f) {
-  const auto low = f(x.low), high = f(x.high);
-  return cast<V>(Halves<decltype(f(x.low))>{low, high});
-}
 
 SPECEXTEND_LANEWISE Halves<__m256> halves(__m512 x) { return cast<Halves<__m256>>(x); }
 
