@@ -71,6 +71,8 @@ def draw_schedule(test: str) -> Schedule:
 
 def build_or_skip(*args, build=emulation.build_ops) -> Library:
     """The ops as ``build`` makes them; what does not compile is a failure."""
+    if not (emulation.ROOT / "csrc").is_dir():
+        pytest.skip("csrc/ is not part of this installation")
     try:
         return build(*args)
     except emulation.ToolMissing as missing:
