@@ -4,6 +4,8 @@ The CUDA sources are compiled for the host, unchanged, against the headers of ``
 library built so registers ``torch.ops.<namespace>.<op>`` with the schemas of the real ops, for CPU
 tensors: checks, allocation, launch and kernel are those of a GPU. The threads of a block are fibers
 (``block.cpp``), and a schedule draws their order.
+
+``build_avx512`` does the same for the CPU branch by AVX-512 on a processor without it.
 """
 
 from __future__ import annotations

@@ -147,18 +147,21 @@ struct Prefetcher {
   int64_t value_stride;
   int value_rows;
 
+  // kLines of a row, which holds a multiple of them.
+  template <int kLines = 1>
   SPECEXTEND_ALWAYS_INLINE void step() {
     if (rows <= 0) return;
-    __builtin_prefetch(row + at, 0, 2);
-    at += 64;
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(row + at + i * 64, 0, 2);
+    at += kLines * 64;
     if (at < bytes) return;
     at = 0;
     row += stride;
     if (--rows > 0) return;
     row = value_row, stride = value_stride, rows = value_rows, value_rows = 0;
   }
+  template <int kLines = 1>
   SPECEXTEND_ALWAYS_INLINE void steps(int n) {
-    for (int i = 0; i < n; ++i) step();
+    for (int i = 0; i < n; i += kLines) step<kLines>();
   }
 };
 
@@ -316,6 +319,7 @@ __attribute__((noinline)) void pack_values(const T* v, int64_t stride, int keys,
 #if defined(__AVX512F__)
 // Few rows read a full block once, so it is not worth packing: the same sums from registers.
 constexpr int kDirectRows = 8;
+constexpr int kDirectLines = 2;  // of a row that is a multiple of 64 elements, per step ahead
 
 template <typename Math, int R, typename T>
 __attribute__((noinline)) void direct_logits(const float* q, int words, const T* k, int64_t stride,
@@ -337,7 +341,7 @@ __attribute__((noinline)) void direct_logits(const float* q, int words, const T*
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
               sum[r][g] = Math::multiply_add(sum[r][g], broadcast(q[r * words + w + i]), rows[i]);
-          ahead.steps(8);
+          ahead.steps<kDirectLines>(8);
         }
       }
     }
@@ -372,7 +376,7 @@ __attribute__((noinline)) void direct_values(const float* weights, int64_t ldw, 
 #pragma GCC unroll 8
         for (int i = 0; i < N; ++i) sum[r][i] = Math::multiply_add(sum[r][i], w, x[i]);
       }
-      ahead.steps(N);
+      ahead.steps<kDirectLines>(N);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
