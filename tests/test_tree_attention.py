@@ -576,6 +576,34 @@ def test_window_row_invariance(dtype):
             assert same_bits(plain[:2], [t[:, row : row + 1] for t in got[:2]])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [64, 72, 80, 96, 128, 256])
+@pytest.mark.parametrize("group", [1, 2, 4, 7])
+def test_number_of_rows_does_not_change_bits(group, dim, dtype):
+    """Few rows go another way through full blocks than many do; both sum in the same order."""
+    ways = [
+        {},
+        {"chunk_size": 32, "softcap": 5.0},
+        {"window": 150, "chunk_size": 48},
+        {"sinks": torch.linspace(-1.0, 2.0, 2 * group), "chunk_size": 200},
+    ]
+    layout = LAYOUTS[(group + dim // 8) % 3]
+    case = Case((300,), 40, heads=(2 * group, 2), dim=dim, dtype=dtype, layout=layout, seed=dim)
+    for i, options in enumerate(ways):
+        many = case.run(**options)
+        for rows in {1 + i, 8 // group, 8 // group + 1, 9 - i}:
+            few = ops.tree_attention(
+                case.q[:, -rows:],
+                case.k,
+                case.v,
+                case.prefix_lens,
+                case.mask[:, -rows:].contiguous(),
+                num_tree_keys=40,
+                **options,
+            )
+            assert same_bits(few, [t[:, -rows:] if t.dim() > 1 else t for t in many])
+
+
 def test_threads_do_not_change_bits():
     for heads, prefix, rows, chunk_size in [
         ((4, 1), 3000, 1, 0),
@@ -607,7 +635,7 @@ def test_calls_leave_no_trace(device):
 
 def test_every_instruction_set():
     """The tests that go through all kernels, by each instruction set that this machine runs."""
-    tests = "fuzz or row_invariance or few_rows or head_dims or without_weight"
+    tests = "fuzz or row_invariance or few_rows or number_of_rows or head_dims or without_weight"
     tests = f"({tests}) and not (emulated or cuda)"
     for isa in _C.cpu_isas():
         if isa == _C.cpu_isa():

@@ -318,7 +318,7 @@ __attribute__((noinline)) void pack_values(const T* v, int64_t stride, int keys,
 
 #if defined(__AVX512F__)
 // Few rows read a full block once, so it is not worth packing: the same sums from registers.
-constexpr int kDirectRows = 8;
+constexpr int kDirectRows = 8, kDirectDim = 4 * kLanes;
 constexpr int kDirectLines = 2;  // of a row that is a multiple of 64 elements, per step ahead
 
 template <typename Math, int R, typename T>
@@ -393,8 +393,126 @@ void direct_values_of(const float* weights, int64_t ldw, const T* v, int64_t str
     return direct_values<Math, R <= 2 ? R : 1, 8>(weights, ldw, v, stride, dim, out, row_scale, overwrite, soon);
   return direct_values<Math, R, R <= 6 ? 4 : 2>(weights, ldw, v, stride, dim, out, row_scale, overwrite, soon);
 }
+#elif defined(__AVX2__)
+// Few rows read a full block once, so it is not worth packing: its values go from memory into the
+// sums. With 16 registers its keys are packed still, but so few that they stay in the L1 cache.
+constexpr int kDirectRows = 8, kDirectDim = 2 * kLanes;
+constexpr int kDirectKeys = 32;
+
+// A word of kLanes keys as their elements in it.
+SPECEXTEND_ALWAYS_INLINE void split_words(Floats words, const float*, Floats* elements) {
+  elements[0] = words;
+}
+SPECEXTEND_ALWAYS_INLINE void split_words(Floats words, const BFloat16*, Floats* elements) {
+  elements[0] = as_floats(as_ints(words) << 16);
+  elements[1] = as_floats(as_ints(words) & int32_t(0xffff0000));
+}
+
+// 32 bytes of kLanes keys, transposed: register i holds element i of the keys. bf16 is transposed
+// in pairs and converted then, which takes half the shuffles. `stride` in bytes.
+template <typename T>
+SPECEXTEND_ALWAYS_INLINE void load_elements(const char* k, int64_t stride, const T* type,
+                                            Floats* elements) {
+  constexpr int kPerWord = 4 / sizeof(T);
+  const auto load_two = [&](int key, int at) {  // with key + 4
+    const auto part = [&](int i) {
+      return _mm_loadu_ps(reinterpret_cast<const float*>(k + i * stride + at));
+    };
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(part(key)), part(key + 4), 1);
+  };
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    const Floats x = load_two(0, 4 * i), y = load_two(1, 4 * i);
+    const Floats z = load_two(2, 4 * i), w = load_two(3, 4 * i);
+    const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(x, y));
+    const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(x, y));
+    const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(z, w));
+    const __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(z, w));
+    Floats* to = elements + i * kPerWord;
+    split_words(_mm256_castpd_ps(_mm256_unpacklo_pd(a, c)), type, to);
+    split_words(_mm256_castpd_ps(_mm256_unpackhi_pd(a, c)), type, to + kPerWord);
+    split_words(_mm256_castpd_ps(_mm256_unpacklo_pd(b, d)), type, to + 2 * kPerWord);
+    split_words(_mm256_castpd_ps(_mm256_unpackhi_pd(b, d)), type, to + 3 * kPerWord);
+  }
+}
+SPECEXTEND_ALWAYS_INLINE void load_elements(const char* k, int64_t stride, const Half*,
+                                            Floats* elements) {
+  const Half* from = reinterpret_cast<const Half*>(k);
+  for (int i = 0; i < 16; i += 8)
+    load_transposed<Float32Math>(from + i, stride / 2, kLanes, kTileWords, elements + i);
+}
+
+// pack_keys for kDirectKeys keys, in whole panels.
+template <typename T>
+__attribute__((noinline)) void pack_few_keys(const T* k, int64_t stride, int dim, float* packed,
+                                             Prefetcher* soon) {
+  constexpr int kElements = 32 / sizeof(T), kWidth = kPanel * kLanes;
+  Prefetcher ahead = *soon;
+  stride *= sizeof(T);
+  for (int col = 0; col < kDirectKeys; col += kLanes) {
+    const char* from = reinterpret_cast<const char*>(k) + col * stride;
+    float* to = packed + col / kWidth * kWidth * dim + col % kWidth;
+    for (int d = 0; d < dim; d += kElements, from += 32, to += kElements * kWidth) {
+      Floats elements[kElements];
+      load_elements(from, stride, k, elements);
+#pragma GCC unroll 16
+      for (int i = 0; i < kElements; ++i) store(to + i * kWidth, elements[i]);
+      ahead.steps(2);
+    }
+  }
+  *soon = ahead;
+}
+
+// Columns [d, d + N * kLanes) of R rows.
+template <int R, int N, typename T>
+SPECEXTEND_ALWAYS_INLINE void direct_values_at(int d, const float* weights, int64_t ldw, const T* v,
+                                               int64_t stride, int dim, float* out,
+                                               const float* row_scale, bool overwrite,
+                                               Prefetcher* soon) {
+  Prefetcher ahead = *soon;
+  Floats sum[R][N];
+  v += d, out += d;
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i)
+      sum[r][i] = overwrite ? Floats{} : load(out + r * dim + i * kLanes) * row_scale[r];
+  const float *upper = weights, *lower = weights + 3 * ldw;
+#pragma GCC unroll 4
+  for (int s = 0; s < kBlock; ++s, v += stride) {
+#pragma GCC unroll 8
+    for (int i = 0; i < N; i += 2) {
+      const Floats x = load_tile(v + i * kLanes), y = load_tile(v + (i + 1) * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Floats w = broadcast(r < 3 ? upper[r * ldw + s] : lower[(r - 3) * ldw + s]);
+        sum[r][i] = fma(w, x, sum[r][i]);
+        sum[r][i + 1] = fma(w, y, sum[r][i + 1]);
+      }
+    }
+    if (s % 4 == 3) ahead.steps(N * int(sizeof(T)) / 4);
+  }
+  *soon = ahead;
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) store(out + r * dim + i * kLanes, sum[r][i]);
+}
+
+template <int R, typename T>
+__attribute__((noinline)) void direct_values(const float* weights, int64_t ldw, const T* v,
+                                             int64_t stride, int dim, float* out,
+                                             const float* row_scale, bool overwrite,
+                                             Prefetcher* soon) {
+  constexpr int kMost = R == 1 ? 8 : R <= 3 ? 4 : 2;  // enough sums to hide the latency of one
+  int d = 0;
+  for (; d + kMost * kLanes <= dim; d += kMost * kLanes)
+    direct_values_at<R, kMost>(d, weights, ldw, v, stride, dim, out, row_scale, overwrite, soon);
+  for (; d < dim; d += 2 * kLanes)
+    direct_values_at<R, 2>(d, weights, ldw, v, stride, dim, out, row_scale, overwrite, soon);
+}
 #else
-constexpr int kDirectRows = 0;
+constexpr int kDirectRows = 0, kDirectDim = 1;
 #endif
 
 // Of a packed row.
@@ -642,11 +760,13 @@ class Item {
     const T* v = v_ ? v_ + row_begin * p_.v_stride_s : nullptr;
     const int rows = item_.num_rows;
     const int tree_begin = int(prefix_ - row_begin);
-    if (rows <= kDirectRows && !gathered && keys == kBlock && p_.head_dim % (4 * kLanes) == 0) {
+    if (rows <= kDirectRows && !gathered && keys == kBlock && p_.head_dim % kDirectDim == 0) {
 #if defined(__AVX512F__)
       direct_logits_of(rows, k);
       for (int i = 0; i < rows; ++i) soften_row(i, i, at, columns, prefix_keys, tree_begin, gathered);
       if (v_) direct_values_of(rows, v);
+#elif defined(__AVX2__)
+      direct_block(at, k, v, columns, prefix_keys);
 #endif
       empty_ = false;
       return;
@@ -729,6 +849,46 @@ class Item {
       case 7: return direct_values_rows<7>(v);
       default: return direct_values_rows<8>(v);
     }
+  }
+#elif defined(__AVX2__)
+  // A full block for few rows. First its own values are fetched ahead, then the next block's keys.
+  void direct_block(int64_t at, const T* k, const T* v, int columns, int prefix_keys) {
+    const int rows = item_.num_rows, tiles = (rows + kTileRows - 1) / kTileRows;
+    if (v) soon_ = values_then_keys(v, soon_);
+    for (int j = 0; j < kBlock; j += kDirectKeys) {
+      pack_few_keys(k + j * p_.k_stride_s, p_.k_stride_s, layout_.words, keys_, &soon_);
+      for (int tile = 0; tile < tiles; ++tile) {
+        const int i0 = tile * rows / tiles, n = (tile + 1) * rows / tiles - i0;
+        multiply<Math>(n, q_ + int64_t(i0) * layout_.words, layout_.words, keys_, layout_.words,
+                       kDirectKeys, logits_ + int64_t(i0) * layout_.keys + j, layout_.keys,
+                       logit_scale_, nullptr, true, &soon_);
+      }
+    }
+    for (int i = 0; i < rows; ++i) soften_row(i, i, at, columns, prefix_keys, 0, false);
+    for (int tile = 0; v && tile < tiles; ++tile) {
+      const int i0 = tile * rows / tiles, n = (tile + 1) * rows / tiles - i0;
+      direct_values_of(n, i0, v);
+    }
+  }
+  void direct_values_of(int n, int i0, const T* v) {
+    switch (n) {
+      case 1: return direct_values_rows<1>(i0, v);
+      case 2: return direct_values_rows<2>(i0, v);
+      case 3: return direct_values_rows<3>(i0, v);
+      case 4: return direct_values_rows<4>(i0, v);
+      case 5: return direct_values_rows<5>(i0, v);
+      default: return direct_values_rows<6>(i0, v);
+    }
+  }
+  template <int R>
+  void direct_values_rows(int i0, const T* v) {
+    direct_values<R>(weights_ + int64_t(i0) * layout_.keys, layout_.keys, v, p_.v_stride_s,
+                     layout_.dim, out_ + int64_t(i0) * layout_.dim, row_scale_ + i0, empty_,
+                     &soon_);
+  }
+  Prefetcher values_then_keys(const T* v, const Prefetcher& next) const {
+    return {reinterpret_cast<const char*>(v), p_.v_stride_s * int64_t(sizeof(T)), kBlock, 0, next.bytes,
+            next.row, next.stride, next.rows};
   }
 #endif
 
