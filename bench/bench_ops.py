@@ -386,9 +386,10 @@ def report(
 ) -> dict:
     own, peers = measure(line, make, seconds, before)
     rates, bandwidth, speed = results.rates, line.bytes / own.median, line.flops / own.median
-    remarks = f"{digits(bandwidth / 1e9)} GB/s"
+    remarks = f"{digits(bandwidth / 1e9)} GB/s ({100 * bandwidth / rates.bandwidth:.0f} %)"
     if line.flops:
-        remarks += f", {digits(speed / 1e9)} GFLOP/s"
+        share = 100 * speed / rates.arithmetic[line.dtype]
+        remarks += f", {digits(speed / 1e9)} GFLOP/s ({share:.0f} %)"
     gpu = results.record["header"]["machine"]["gpu"] or ""
     wanted, met = goal(line.op, line.shape) if "H200" in gpu else None, None
     if wanted is not None:
