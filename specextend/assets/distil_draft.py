@@ -326,6 +326,7 @@ def train(args: argparse.Namespace) -> None:
     if args.out != args.init:
         shutil.copytree(args.init, args.out, dirs_exist_ok=True)  # for the tokenizer
     draft.to(torch.bfloat16).save_pretrained(args.out)
+    (args.out / "model.safetensors").chmod(0o644)
 
 
 @torch.no_grad()
