@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from specextend import ops
-from specextend.assets import draft_path, held_out_documents, target_path
+from specextend.assets import distil_draft, draft_path, held_out_documents, target_path
 from specextend.assets.distil_draft import BUDGET, CHUNK, SPAN, Lesson, Student, Target
 
 COUNT = 2 * CHUNK
@@ -24,7 +24,7 @@ def test_continuations_and_their_chunks(ids):
     model = LlamaForCausalLM.from_pretrained(
         target_path(), dtype=torch.float32, attn_implementation="eager"
     )
-    ids, starts = ids[: 2 * SPAN], torch.tensor([BUDGET + 3 * CHUNK, 2 * SPAN - CHUNK])
+    ids, starts = ids[:1024], torch.tensor([BUDGET + 3 * CHUNK, BUDGET + 9 * CHUNK])
     lesson = Target(model).lesson(ids, starts, COUNT)
     for row, start in enumerate(starts.tolist()):
         text = torch.cat([ids[:start], lesson.texts[row]])
@@ -81,3 +81,32 @@ def test_a_working_cache_of_chunks(ids):
     assert torch.equal(far, before)
     assert not torch.allclose(near[:, :CHUNK], before[:, :CHUNK], atol=1e-3)
     assert torch.equal(near[:, CHUNK:], before[:, CHUNK:])
+
+
+def test_from_text_to_a_draft(tmp_path, monkeypatch, capsys):
+    """A text becomes lessons, which a resumed run keeps; a few steps change the draft."""
+    name, text = held_out_documents()[0]
+    monkeypatch.setattr(distil_draft, "held_out_documents", lambda: [(name, text[:10_000])])
+    data = tmp_path / "text.txt"
+    data.write_text(text[:10_000])
+    threads = torch.get_num_threads()
+    arguments = [
+        "--data", str(data), "--work", str(tmp_path / "work"), "--out", str(tmp_path / "draft"),
+        "--length", "1536", "--long", "0", "--places", "2", "--new", str(CHUNK), "--lessons", "1",
+    ]  # fmt: skip
+    try:
+        distil_draft.main([*arguments, "--stages", "lessons"])
+        assert capsys.readouterr().out.count("1536 tokens") == 2  # one is held out
+        distil_draft.main([*arguments, "--minutes", "0.005"])
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert "1536 tokens" not in printed
+    assert "held out: 0." in printed
+    before, after = (
+        LlamaForCausalLM.from_pretrained(path).state_dict()
+        for path in (draft_path(), tmp_path / "draft")
+    )
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    AutoTokenizer.from_pretrained(tmp_path / "draft")

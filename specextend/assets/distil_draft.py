@@ -280,6 +280,7 @@ def write_lessons(args: argparse.Namespace) -> None:
 
 
 def lesson_name(number: int) -> str:
+    """Held-out lessons have negative numbers."""
     return f"lesson{number:04d}.pt" if number >= 0 else f"held_out{-number}.pt"
 
 
@@ -344,23 +345,23 @@ def examine(student: Student, work: Path, head: Tensor) -> str:
     return ", ".join(out)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="as for `specextend train`")
     parser.add_argument("--work", type=Path, default=Path("build/distil_draft"))
-    parser.add_argument("--out", type=Path, default=draft_path())
     parser.add_argument("--init", type=Path, default=draft_path())
+    parser.add_argument("--out", type=Path, default=draft_path())
     parser.add_argument("--stages", default="lessons,train")
-    parser.add_argument("--lessons", type=int, default=200)
-    parser.add_argument("--length", type=int, default=8192)
-    parser.add_argument("--long", type=float, default=0.15)
-    parser.add_argument("--places", type=int, default=16)
-    parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--minutes", type=float, default=40)
+    parser.add_argument("--lessons", type=int, default=120, help="those in --work are kept")
+    parser.add_argument("--length", type=int, default=8192, help="tokens of a document")
+    parser.add_argument("--long", type=float, default=0.15, help="share of twice as long ones")
+    parser.add_argument("--places", type=int, default=16, help="continuations of a document")
+    parser.add_argument("--new", type=int, default=128, help="tokens of a continuation")
+    parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--rate", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=20776)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     args.work.mkdir(parents=True, exist_ok=True)
     if "lessons" in args.stages:
