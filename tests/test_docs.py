@@ -77,7 +77,6 @@ ELSEWHERE = {
 # Hours of training and evaluation, and the text for it: these are parsed, and run by no test.
 HOURS = (
     "specextend.assets.train_pair",
-    "specextend.assets.distil_draft",
     "specextend.assets.corpus",
 )
 

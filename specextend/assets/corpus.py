@@ -279,6 +279,15 @@ class Windows:
         return tuple(torch.from_numpy(np.stack(x)) for x in zip(*rows, strict=True))
 
 
+def write_corpus(out: Path, prose: Path | None, seed: int) -> None:
+    """The texts as JSON Lines, documents in random order."""
+    texts = read_sources(prose, random.Random(seed))
+    documents = [text for source in texts.values() for text in source]
+    random.Random(1).shuffle(documents)
+    with out.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in documents)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -286,11 +295,7 @@ def main() -> None:
     parser.add_argument("--prose", type=Path, help="folder of JSON Lines with a `text` field")
     parser.add_argument("--seed", type=int, default=20776)
     args = parser.parse_args()
-    texts = read_sources(args.prose, random.Random(args.seed))
-    documents = [text for source in texts.values() for text in source]
-    random.Random(1).shuffle(documents)
-    with args.out.open("w", encoding="utf-8") as out:
-        out.writelines(json.dumps({"text": text}) + "\n" for text in documents)
+    write_corpus(args.out, args.prose, args.seed)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """Trains the embedded draft on what the target writes, with the caches that the decoder gives it.
 
     python -m specextend.assets.corpus corpus.jsonl
-    python -m specextend.assets.distil_draft --data corpus.jsonl --minutes 40
+    python -m specextend.assets.distil_draft --data corpus.jsonl
+
+which is the last stage of train_pair.py.
 
 A draft is tried on its target's own greedy text, which is not what people write: it repeats itself
 and its prompt. So the target reads a document and continues it from many places at once; the draft
 learns to follow it there from a working cache of chunks that the target's attention has chosen,
 whose keys come, as in decoding, from a prefill with a sliding window. It goes on from the weights
-that train_pair.py has made. README.md beside this file says what came out.
+that the stage before has made. README.md beside this file says what came out.
 """
 
 from __future__ import annotations
@@ -252,8 +254,8 @@ class Student:
 
 def write_lessons(args: argparse.Namespace) -> None:
     """Lessons from random stretches of the training text, and three from held-out modules."""
-    model = LlamaForCausalLM.from_pretrained(target_path(), dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(target_path(), model_max_length=10**9)
+    model = LlamaForCausalLM.from_pretrained(args.target, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(args.target, model_max_length=10**9)
     target, rng = Target(model), random.Random(args.seed)
     stream = TokenStream(args.data, tokenizer, args.work)
     held_out = [tokenizer(text).input_ids for _, text in held_out_documents()]
@@ -291,7 +293,7 @@ def load_lesson(file: Path) -> Lesson:
 def train(args: argparse.Namespace) -> None:
     """Distils lessons, one a step, in random order."""
     torch.manual_seed(args.seed)
-    head = LlamaForCausalLM.from_pretrained(target_path(), dtype=torch.float32)
+    head = LlamaForCausalLM.from_pretrained(args.target, dtype=torch.float32)
     head = head.model.embed_tokens.weight.detach()
     draft = LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32)
     student, optimizer = Student(draft), Optimizer(draft, args.rate, args.rate / 5)
@@ -350,7 +352,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="as for `specextend train`")
     parser.add_argument("--work", type=Path, default=Path("build/distil_draft"))
-    parser.add_argument("--init", type=Path, default=draft_path())
+    parser.add_argument("--target", type=Path, default=target_path())
+    parser.add_argument("--init", type=Path, default=draft_path(), help="the draft to go on from")
     parser.add_argument("--out", type=Path, default=draft_path())
     parser.add_argument("--stages", default="lessons,train")
     parser.add_argument("--lessons", type=int, default=120, help="those in --work are kept")

@@ -2,8 +2,9 @@
 
     python -m specextend.assets.train_pair --minutes-target 60 --minutes-draft 20
 
-Stages: `data` (text, tokenizer, token files), `target`, `draft`. README.md beside this file says
-what came out. glibc's huge pages make the attention a fifth faster:
+Stages: `data` (text, tokenizer, token files), `target`, `draft`, and `distil`, which goes on with
+the draft (distil_draft.py). README.md beside this file says what came out. glibc's huge pages make
+the attention a fifth faster:
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_TOP_PAD_=268435456 python ...
 """
 
@@ -21,10 +22,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-if __package__:
-    from .corpus import MAX_CONTEXT, VOCAB, Windows, prepare
-else:  # run by path, before the package is built
-    from corpus import MAX_CONTEXT, VOCAB, Windows, prepare
+from .corpus import MAX_CONTEXT, VOCAB, Windows, prepare, write_corpus
 
 HERE = Path(__file__).parent
 
@@ -492,7 +490,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes-target", type=float, default=55)
     parser.add_argument("--minutes-draft", type=float, default=20)
-    parser.add_argument("--stages", default="data,target,draft")
+    parser.add_argument("--minutes-distil", type=float, default=60)
+    parser.add_argument("--stages", default="data,target,draft,distil")
     parser.add_argument("--prose", type=Path, help="folder of JSON Lines with a `text` field")
     parser.add_argument("--work", type=Path, default=Path("build/train_pair"))
     parser.add_argument("--out", type=Path, default=HERE)
@@ -511,6 +510,16 @@ def main() -> None:
         target = LlamaForCausalLM.from_pretrained(args.out / "target", dtype=torch.bfloat16)
         draft = train_draft(target, args.work, args.minutes_draft, args.seed)
         save(draft, args.work, args.out / "draft")
+    if "distil" in stages:
+        from . import distil_draft  # which imports this module
+
+        corpus, draft_folder = args.work / "corpus.jsonl", str(args.out / "draft")
+        write_corpus(corpus, args.prose, args.seed)
+        distil_draft.main([
+            "--data", str(corpus), "--work", str(args.work / "distil"),
+            "--target", str(args.out / "target"), "--init", draft_folder, "--out", draft_folder,
+            "--minutes", str(args.minutes_distil),
+        ])  # fmt: skip
 
 
 if __name__ == "__main__":
