@@ -394,9 +394,9 @@ void direct_values_of(const float* weights, int64_t ldw, const T* v, int64_t str
   return direct_values<Math, R, R <= 6 ? 4 : 2>(weights, ldw, v, stride, dim, out, row_scale, overwrite, soon);
 }
 #elif defined(__AVX2__)
-// Few rows read a full block once, so it is not worth packing: its values go from memory into the
-// sums. With 16 registers its keys are packed still, but so few that they stay in the L1 cache.
-constexpr int kDirectRows = 8, kDirectDim = 2 * kLanes;
+// A full block is not worth packing for few rows: its values go from memory into the sums. With 16
+// registers its keys are packed still, but so few at a time that they stay in the L1 cache.
+constexpr int kDirectRows = 4 * kTileRows, kDirectDim = 2 * kLanes;
 constexpr int kDirectKeys = 32;
 
 // A word of kLanes keys as their elements in it.
@@ -543,8 +543,9 @@ struct Layout {
     q = take(int64_t(rows) * words);
     keys_packed = take(int64_t(keys) * words);
     values_packed = take(int64_t(keys) * dim / per_word + dim);
-    logits = take(8LL * keys);
-    weights = take(8LL * keys);
+    const int64_t at_once = max_of(8, min_of(rows, kDirectRows));
+    logits = take(at_once * keys);
+    weights = take(at_once * keys);
     line = take(3 * keys);
     out = take(int64_t(rows) * dim);
     total = take(int64_t(rows) * dim);
