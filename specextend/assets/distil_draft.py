@@ -104,6 +104,7 @@ class Target:
         return norm(x, self.model.model.norm)
 
     def choose(self, hidden: Tensor) -> Tensor:
+        """The most likely tokens [...] of last hidden states [..., hidden]."""
         return F.linear(hidden, self.model.model.embed_tokens.weight).argmax(-1)
 
     @torch.inference_mode()
@@ -287,6 +288,7 @@ def lesson_name(number: int) -> str:
 
 
 def load_lesson(file: Path) -> Lesson:
+    """What write_lessons has left there."""
     return Lesson(**torch.load(file))
 
 
