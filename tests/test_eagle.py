@@ -184,7 +184,7 @@ class TestDialects:
             still = [n for n, p in head.named_parameters() if not p.grad.abs().sum() > 0]
             assert not still
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(loss.item())
         assert losses[-1] < 0.6 * losses[0]
 
 

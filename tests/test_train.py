@@ -247,7 +247,7 @@ class TestLoss:
                     if t + 2 + step >= 24 or int(teacher.argmax()) not in ids.tolist():
                         continue
                     probs = teacher[ids].softmax(0)
-                    total -= float((probs * logits[b, t].log_softmax(0)).sum())
+                    total -= (probs * logits[b, t].log_softmax(0)).sum().item()
                     rows += 1
         assert measured.rows == rows and measured.loss == pytest.approx(total, rel=1e-4)
         assert small == (rows < 2 * (22 + 21 + 20))
