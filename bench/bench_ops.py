@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from form import DTYPES, ROOT, Report, cache_emptier, digits, parse, parser
+from form import DTYPES, ROOT, Rates, Report, cache_emptier, digits, parse, parser
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -359,16 +359,24 @@ def other_lines() -> Iterator[Callable[[], Line]]:
 
 
 def measure(
-    line: Line, make: Callable[[], Line], seconds: float, before: Call
-) -> tuple[Spread, dict[str, Spread]]:
-    """Of ours, and of each peer the fastest way; ``make`` makes the line again, with other buffers,
-    and ``before`` empties the caches of a CPU."""
+    line: Line, make: Callable[[], Line], rates: Rates, seconds: float, before: Call
+) -> tuple[Spread, dict[str, Spread], Rates]:
+    """Of ours, and of each peer the fastest way, and the rates at that time; ``make`` makes the line
+    again, with other buffers, and ``before`` empties the caches of a CPU."""
 
     def contestants(line: Line) -> list[Call]:
         return [line.run, *(call for ways in line.peers.values() for call in ways)]
 
     if torch.get_default_device().type == "cpu":
-        own, *others = time_calls(*contestants(line), seconds=seconds, min_calls=3, before=before)
+        names = ["bandwidth", line.dtype] if line.flops else ["bandwidth"]
+        sticks = {name: rates.yardsticks[name] for name in names}
+        own, *others = time_calls(
+            *contestants(line), *(stick.call for stick in sticks.values()),
+            seconds=seconds, min_calls=3, before=before,
+        )  # fmt: skip
+        spreads = others[-len(sticks) :]
+        now = {n: sticks[n].amount / s.median for n, s in zip(names, spreads, strict=True)}
+        rates = Rates(now.pop("bandwidth"), now)
     else:
         l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
         copies = min(max(-(-2 * l2_bytes // max(line.bytes, 1)), 1), 32)
@@ -378,14 +386,14 @@ def measure(
     for name, ways in line.peers.items():
         mine, others = others[: len(ways)], others[len(ways) :]
         peers[name] = min(mine, key=lambda spread: spread.median)
-    return own, peers
+    return own, peers, rates
 
 
 def report(
     line: Line, make: Callable[[], Line], results: Report, seconds: float, before: Call
 ) -> dict:
-    own, peers = measure(line, make, seconds, before)
-    rates, bandwidth, speed = results.rates, line.bytes / own.median, line.flops / own.median
+    own, peers, rates = measure(line, make, results.rates, seconds, before)
+    bandwidth, speed = line.bytes / own.median, line.flops / own.median
     remarks = f"{digits(bandwidth / 1e9)} GB/s ({100 * bandwidth / rates.bandwidth:.0f} %)"
     if line.flops:
         share = 100 * speed / rates.arithmetic[line.dtype]
@@ -401,7 +409,8 @@ def report(
     return results.add(
         line.name, own, "us", rates.bound(line.bytes, line.flops, line.dtype) if line.bytes else
         None, peers, remarks, op=line.op, shape=line.shape, dtype=line.dtype,
-        bytes_per_second=bandwidth, operations_per_second=speed, goal=wanted, goal_met=met,
+        bytes_per_second=bandwidth, operations_per_second=speed, rates=rates.record(), goal=wanted,
+        goal_met=met,
     )  # fmt: skip
 
 

@@ -7,8 +7,9 @@ A line is
 All numbers of a line come from one run, its contestants taking turns, so that a ratio holds on a
 busy machine too; compare times only between quiet ones. A ratio is how many times as long the peer
 takes. The bound is the time that the case's bytes or its arithmetic take, whichever is longer, at
-the rates that torch reaches on this machine, measured at the start of the run. Caches are cold:
-emptied before each call on a CPU, and on a GPU by buffers that rotate through more than its L2.
+the rates that torch reaches on this machine, measured at the start of the run (for an op on a CPU:
+in turns with it). Caches are cold: emptied before each call on a CPU, and on a GPU by buffers that
+rotate through more than its L2.
 
 The record (``--json``) has the header, the rates and the lines in seconds, bytes or tokens. It is
 written again behind each line: a run may be cut short.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -75,16 +77,40 @@ def parse(made: argparse.ArgumentParser, given: list[str] | None = None) -> argp
 
 
 @dataclass
+class Yardstick:
+    """A call of torch's that moves or computes a known amount."""
+
+    call: Callable[[], object]
+    amount: float  # of bytes, or of operations
+
+    def times(self, n: int) -> Yardstick:
+        """n calls as one: cold caches weigh less."""
+
+        def call():
+            for _ in range(n):
+                self.call()
+
+        return Yardstick(call, n * self.amount)
+
+
+@dataclass
 class Rates:
     """What the machine reaches by torch's own means.
 
     Attributes:
         bandwidth: bytes per second; of reading on a CPU, of copying (read and written) on a GPU.
         arithmetic: operations per second of a matrix product, by the keys of ``DTYPES``.
+        yardsticks: what they were measured by on a CPU, by "bandwidth" and those keys. Its rates
+            drift by tens of percent while a benchmark runs: a case can be compared with what they
+            are in turns with it.
     """
 
     bandwidth: float
     arithmetic: dict[str, float] = field(default_factory=dict)
+    yardsticks: dict[str, Yardstick] = field(default_factory=dict)
+
+    def record(self) -> dict:
+        return {"bandwidth": self.bandwidth, "arithmetic": self.arithmetic}
 
     @staticmethod
     def measure(device: str, seconds: float) -> Rates:
@@ -114,19 +140,27 @@ class Bound:
 
 
 def _measure_cpu(seconds: float) -> Rates:
-    """A sum over more than the caches hold; square matrices of 2048, or as large as time allows."""
+    """A sum over more than the caches hold; the fastest of some square matrices."""
     x = torch.ones(max(READ_BYTES, 4 * cache_bytes()) // 4)
-    rates = Rates(x.numel() * 4 / time_calls(x.sum, seconds=seconds)[0].p10)
+    rates = Rates(0.0, yardsticks={"bandwidth": Yardstick(x.sum, x.numel() * 4)})
+    rates.bandwidth = x.numel() * 4 / time_calls(x.sum, seconds=seconds)[0].p10
     for name in ("fp32", "bf16"):
-        for size in (512, 1024, 2048):  # without instructions for bf16, torch takes its time
+        rates.arithmetic[name] = 0.0
+        for size in (512, 768, 1024, 2048):  # without instructions for bf16, torch takes its time
             a, b = (torch.randn(size, size).to(DTYPES[name]) for _ in range(2))
-            spread = time_calls(lambda a=a, b=b: a @ b, seconds=seconds, min_calls=3)[0]
-            rates.arithmetic[name] = 2 * size**3 / spread.p10
+            product = Yardstick(lambda a=a, b=b: a @ b, 2 * size**3)
+            spread = time_calls(product.call, seconds=seconds, min_calls=3)[0]
+            if product.amount / spread.p10 > rates.arithmetic[name]:
+                rates.arithmetic[name] = product.amount / spread.p10
+                rates.yardsticks[name] = product.times(math.ceil(0.02 / spread.median))
             if spread.median > 0.1:
                 break
     # Half precision is computed in fp32 where that is faster.
-    rates.arithmetic["bf16"] = max(rates.arithmetic.values())
+    if rates.arithmetic["bf16"] < rates.arithmetic["fp32"]:
+        rates.arithmetic["bf16"] = rates.arithmetic["fp32"]
+        rates.yardsticks["bf16"] = rates.yardsticks["fp32"]
     rates.arithmetic["fp16"] = rates.arithmetic["fp32"]
+    rates.yardsticks["fp16"] = rates.yardsticks["fp32"]
     return rates
 
 
@@ -206,7 +240,7 @@ class Report:
             self.rates = Rates.measure(arguments.device, seconds)
         self.record = {
             "header": about,
-            "rates": self.rates and asdict(self.rates),
+            "rates": self.rates and self.rates.record(),
             "settings": settings,
             "cases": [],
         }

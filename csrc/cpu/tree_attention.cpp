@@ -16,7 +16,9 @@ namespace {
 
 constexpr int kMaxRows = 256;               // of an item: their sums stay in the L2 cache
 constexpr int64_t kMaxPartials = 64 << 20;  // bytes
-constexpr int64_t kSerialWork = 1 << 15;    // key-row pairs that are not worth a second thread
+constexpr int64_t kItemsPerThread = 16;     // so that threads end together
+constexpr int64_t kSerialWork = 1 << 19;    // multiplications that are not worth a second thread
+constexpr int64_t kReadingRows = 16;        // reading a key takes as long as so many rows of it
 
 // Memory that a thread keeps from call to call.
 class Buffer {
@@ -72,7 +74,7 @@ void tree_attention(const TreeAttentionParams& p, DType dtype) {
   }
   const int segments =
       int(std::max<int64_t>(1, (longest + p.num_tree_keys + kAttentionSegment - 1) / kAttentionSegment));
-  const int64_t work = total * p.num_kv_heads * packed;
+  const int64_t work = total * p.num_kv_heads * p.head_dim * (packed + kReadingRows);
   const int64_t threads = work < kSerialWork ? 1 : int64_t(torch::stable::get_num_threads());
 
   const int dim = p.out ? (p.head_dim + kernels.lanes - 1) / kernels.lanes * kernels.lanes : 0;
@@ -107,10 +109,13 @@ void tree_attention(const TreeAttentionParams& p, DType dtype) {
     for_each_item(units, threads, [&](int64_t unit) { kernels.run(unit_item(unit)); });
     return;
   }
-  for_each_item(units * segments, threads, [&](int64_t n) {
-    AttentionItem i = unit_item(n / segments);
-    i.segment_begin = int(n % segments);
-    i.segment_end = i.segment_begin + 1;
+  // Items of several segments where there are enough: the first rows of an item are not fetched ahead.
+  const int64_t run = std::max<int64_t>(1, units * segments / (kItemsPerThread * threads));
+  const int64_t runs = (segments + run - 1) / run;
+  for_each_item(units * runs, threads, [&](int64_t n) {
+    AttentionItem i = unit_item(n / runs);
+    i.segment_begin = int(n % runs * run);
+    i.segment_end = int(std::min<int64_t>(i.segment_begin + run, segments));
     i.last = i.segment_end == segments;
     kernels.run(i);
   });

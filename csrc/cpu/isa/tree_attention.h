@@ -140,24 +140,32 @@ struct BFloat16Math {
 // Cache rows that are needed soon, fetched a line at a time between arithmetic: a burst of prefetches
 // would be dropped.
 struct Prefetcher {
-  const char* row;  // of keys, then of values
-  int64_t stride;
-  int rows, at, bytes;  // rows left; where in a row; of a row
-  const char* value_row;
-  int64_t value_stride;
-  int value_rows;
+  struct Rows {
+    const char* first;
+    int64_t stride;
+    int count;
+  };
+  Rows now;       // from the row under way on
+  int at, bytes;  // where in this row; of a row
+  Rows then;
+
+  // More rows, behind those there are; not if two lots wait already.
+  void append(const Rows& rows) {
+    if (now.count <= 0) now = rows;
+    else if (then.count <= 0) then = rows;
+  }
 
   // kLines of a row, which holds a multiple of them.
   template <int kLines = 1>
   SPECEXTEND_ALWAYS_INLINE void step() {
-    if (rows <= 0) return;
-    for (int i = 0; i < kLines; ++i) __builtin_prefetch(row + at + i * 64, 0, 2);
+    if (now.count <= 0) return;
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(now.first + at + i * 64, 0, 2);
     at += kLines * 64;
     if (at < bytes) return;
     at = 0;
-    row += stride;
-    if (--rows > 0) return;
-    row = value_row, stride = value_stride, rows = value_rows, value_rows = 0;
+    now.first += now.stride;
+    if (--now.count > 0) return;
+    now = then, then.count = 0;
   }
   template <int kLines = 1>
   SPECEXTEND_ALWAYS_INLINE void steps(int n) {
@@ -756,22 +764,20 @@ class Item {
     const int keys = int(row_end - row_begin), columns = round_up(keys, kLanes);
     const int prefix_keys = int(max_of(0, min_of(prefix_ - at, kBlock)));
     if (p_.chunk_lse) first_chunk_ = at / p_.chunk_size, first_place_ = chunk_place(at);
-    soon_ = next_block(row_begin);
     const T* k = k_ + row_begin * p_.k_stride_s;
     const T* v = v_ ? v_ + row_begin * p_.v_stride_s : nullptr;
     const int rows = item_.num_rows;
     const int tree_begin = int(prefix_ - row_begin);
+    const Prefetcher::Rows next_keys = block_behind(k_, p_.k_stride_s, row_begin);
+    soon_ = {next_keys, 0, p_.head_dim * int(sizeof(T)), {}};
+#if defined(__AVX2__)
     if (rows <= kDirectRows && !gathered && keys == kBlock && p_.head_dim % kDirectDim == 0) {
-#if defined(__AVX512F__)
-      direct_logits_of(rows, k);
-      for (int i = 0; i < rows; ++i) soften_row(i, i, at, columns, prefix_keys, tree_begin, gathered);
-      if (v_) direct_values_of(rows, v);
-#elif defined(__AVX2__)
-      direct_block(at, k, v, columns, prefix_keys);
-#endif
+      direct_block(at, k, v, next_keys, prefix_keys);
       empty_ = false;
       return;
     }
+#endif
+    if (v_) soon_.append(block_behind(v_, p_.v_stride_s, row_begin));
     const uint64_t* live = gathered ? live_ : nullptr;
     // Rows of one tile pass over what is packed once: in parts that stay in the L1 cache. Else all is
     // packed for the tiles to share. The order of the sums is the same.
@@ -852,10 +858,8 @@ class Item {
     }
   }
 #elif defined(__AVX2__)
-  // A full block for few rows. First its own values are fetched ahead, then the next block's keys.
-  void direct_block(int64_t at, const T* k, const T* v, int columns, int prefix_keys) {
-    const int rows = item_.num_rows, tiles = (rows + kTileRows - 1) / kTileRows;
-    if (v) soon_ = values_then_keys(v, soon_);
+  void direct_logits_of(int rows, const T* k) {
+    const int tiles = (rows + kTileRows - 1) / kTileRows;
     for (int j = 0; j < kBlock; j += kDirectKeys) {
       pack_few_keys(k + j * p_.k_stride_s, p_.k_stride_s, layout_.words, keys_, &soon_);
       for (int tile = 0; tile < tiles; ++tile) {
@@ -865,13 +869,15 @@ class Item {
                        logit_scale_, nullptr, true, &soon_);
       }
     }
-    for (int i = 0; i < rows; ++i) soften_row(i, i, at, columns, prefix_keys, 0, false);
-    for (int tile = 0; v && tile < tiles; ++tile) {
+  }
+  void direct_values_of(int rows, const T* v) {
+    const int tiles = (rows + kTileRows - 1) / kTileRows;
+    for (int tile = 0; tile < tiles; ++tile) {
       const int i0 = tile * rows / tiles, n = (tile + 1) * rows / tiles - i0;
-      direct_values_of(n, i0, v);
+      direct_values_of_tile(n, i0, v);
     }
   }
-  void direct_values_of(int n, int i0, const T* v) {
+  void direct_values_of_tile(int n, int i0, const T* v) {
     switch (n) {
       case 1: return direct_values_rows<1>(i0, v);
       case 2: return direct_values_rows<2>(i0, v);
@@ -887,20 +893,32 @@ class Item {
                      layout_.dim, out_ + int64_t(i0) * layout_.dim, row_scale_ + i0, empty_,
                      &soon_);
   }
-  Prefetcher values_then_keys(const T* v, const Prefetcher& next) const {
-    return {reinterpret_cast<const char*>(v), p_.v_stride_s * int64_t(sizeof(T)), kBlock, 0, next.bytes,
-            next.row, next.stride, next.rows};
+#endif
+#if defined(__AVX2__)
+  // A full block for few rows. What it reads is fetched kLead rows ahead and more, not a block ahead:
+  // then only so many rows of an item's first block come as a surprise.
+  void direct_block(int64_t at, const T* k, const T* v, const Prefetcher::Rows& next_keys, int prefix_keys) {
+    constexpr int kLead = 32;
+    const auto own = [](const T* rows, int64_t stride, int skipped) {
+      return Prefetcher::Rows{reinterpret_cast<const char*>(rows + skipped * stride),
+                              stride * int64_t(sizeof(T)), kBlock - skipped};
+    };
+    soon_.now = own(k, p_.k_stride_s, kLead);
+    if (v) soon_.then = own(v, p_.v_stride_s, 0);
+    direct_logits_of(item_.num_rows, k);
+    for (int i = 0; i < item_.num_rows; ++i) soften_row(i, i, at, kBlock, prefix_keys, 0, false);
+    soon_.append({next_keys.first, next_keys.stride, int(min_of(kLead, next_keys.count))});
+    if (v) direct_values_of(item_.num_rows, v);
   }
 #endif
 
-  // The block after that of the cache rows from `row` on, as far as this item reads it.
-  Prefetcher next_block(int64_t row) const {
+  // The rows of a cache in the block after that of the rows from `row` on, as far as this item reads
+  // it.
+  Prefetcher::Rows block_behind(const T* cache, int64_t stride, int64_t row) const {
     const int64_t begin = row + kBlock, end = int64_t(item_.segment_end) * kAttentionSegment;
-    const int rows = int(max_of(0, min_of(kBlock, min_of(end, prefix_ + p_.num_tree_keys) - begin)));
-    return {reinterpret_cast<const char*>(k_ + begin * p_.k_stride_s), p_.k_stride_s * int64_t(sizeof(T)), rows,
-            0, p_.head_dim * int(sizeof(T)),
-            v_ ? reinterpret_cast<const char*>(v_ + begin * p_.v_stride_s) : nullptr,
-            p_.v_stride_s * int64_t(sizeof(T)), v_ ? rows : 0};
+    const int64_t rows = min_of(kBlock, min_of(end, prefix_ + p_.num_tree_keys) - begin);
+    return {reinterpret_cast<const char*>(cache + begin * stride), stride * int64_t(sizeof(T)),
+            int(max_of(0, rows))};
   }
 
   // A block where masks hide tree keys: its logits, given by slot, are put in line, and the weights
