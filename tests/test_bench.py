@@ -113,17 +113,44 @@ def test_options_of_all(bench, tmp_path):
     assert not form.parse(bench.options(), []).quick
 
 
-def test_the_fastest_way_of_a_peer_counts(report):
-    def sleep(ms):
-        return lambda: time.sleep(ms / 1e3)
+def sleep(ms):
+    return lambda: time.sleep(ms / 1e3)
 
+
+@pytest.fixture
+def slower_now(report):
+    """A report of which the machine has become slower since its start: 5 and 10 times."""
+    made, record = report
+    made.rates = form.Rates(
+        1e9, {"fp32": 1e10},
+        {"bandwidth": form.Yardstick(sleep(10), 2e6),
+         "fp32": form.Yardstick(sleep(5), 0.25e7).times(2)},
+    )  # fmt: skip
+    return made, record
+
+
+def test_the_share_is_of_rates_in_turns_with_the_case(slower_now):
+    made, record = slower_now
+    for flops in (0, 5000):
+        line = bench_ops.Line("op", "1x1", "fp32", sleep(1), 1000, flops)
+        entry = bench_ops.report(line, lambda line=line: line, made, 0.0, lambda: None)
+        now = entry["rates"]
+        assert 0.1e9 < now["bandwidth"] <= 0.2e9
+        assert entry["bound"]["kind"] == ("arithmetic" if flops else "bandwidth")
+        if flops:
+            assert 0.25e9 < now["arithmetic"]["fp32"] <= 0.5e9
+        least = flops / now["arithmetic"]["fp32"] if flops else 1000 / now["bandwidth"]
+        assert entry["share"] == pytest.approx(least / entry["median"])
+
+
+def test_the_fastest_way_of_a_peer_counts(slower_now):
+    report = slower_now
     line = bench_ops.Line(
         "op", "1x1", "fp32", sleep(1), 1000, 500, {"torch": [sleep(60), sleep(20)]}
     )
     entry = bench_ops.report(line, lambda: line, report[0], 0.0, lambda: None)
     assert entry["case"] == "op 1x1 fp32"
     assert 20e-3 <= entry["peers"]["torch"]["median"] < 60e-3
-    assert entry["share"] == pytest.approx(1e-6 / entry["median"])
 
 
 # ---- the cost of a round -------------------------------------------------------------------------
