@@ -361,7 +361,7 @@ def other_lines() -> Iterator[Callable[[], Line]]:
 def measure(
     line: Line, make: Callable[[], Line], rates: Rates, seconds: float, before: Call
 ) -> tuple[Spread, dict[str, Spread], Rates]:
-    """Of ours, and of each peer the fastest way, and the rates at that time. ``make`` makes the line
+    """Of ours, of each peer the fastest way, and the rates at that time. ``make`` makes the line
     again, with other buffers; ``before`` empties the caches of a CPU."""
 
     def contestants(line: Line) -> list[Call]:

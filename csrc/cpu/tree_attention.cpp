@@ -113,8 +113,8 @@ void tree_attention(const TreeAttentionParams& p, DType dtype) {
   const int64_t run = std::max<int64_t>(1, units * segments / (kItemsPerThread * threads));
   const int64_t runs = (segments + run - 1) / run;
   for_each_item(units * runs, threads, [&](int64_t n) {
-    AttentionItem i = unit_item(n / runs);
-    i.segment_begin = int(n % runs * run);
+    AttentionItem i = unit_item(n % units);  // heads whose rows share pages come one after the other
+    i.segment_begin = int(n / units * run);
     i.segment_end = int(std::min<int64_t>(i.segment_begin + run, segments));
     i.last = i.segment_end == segments;
     kernels.run(i);
