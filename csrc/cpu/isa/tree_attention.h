@@ -465,7 +465,7 @@ __attribute__((noinline)) void pack_few_keys(const T* k, int64_t stride, int dim
       load_elements(from, stride, k, elements);
 #pragma GCC unroll 16
       for (int i = 0; i < kElements; ++i) store(to + i * kWidth, elements[i]);
-      ahead.steps(2);
+      ahead.steps(int(sizeof(T)));
     }
   }
   *soon = ahead;
@@ -895,10 +895,11 @@ class Item {
   }
 #endif
 #if defined(__AVX2__)
-  // A full block for few rows. What it reads is fetched kLead rows ahead and more, not a block ahead:
-  // then only so many rows of an item's first block come as a surprise.
+  // A full block for few rows. Its rows are fetched half a block ahead: not more, since the first rows
+  // of an item are not fetched at all, and not less, since values are passed over once per panel of
+  // columns, the first pass as fast as its own columns are fetched.
   void direct_block(int64_t at, const T* k, const T* v, const Prefetcher::Rows& next_keys, int prefix_keys) {
-    constexpr int kLead = 32;
+    constexpr int kLead = kBlock / 2;
     const auto own = [](const T* rows, int64_t stride, int skipped) {
       return Prefetcher::Rows{reinterpret_cast<const char*>(rows + skipped * stride),
                               stride * int64_t(sizeof(T)), kBlock - skipped};
