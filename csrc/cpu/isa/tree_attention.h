@@ -137,8 +137,8 @@ struct BFloat16Math {
 };
 #endif
 
-// Cache rows that are needed soon, fetched a line at a time between arithmetic: a burst of prefetches
-// would be dropped.
+// Cache rows that are needed soon, fetched a line at a time between arithmetic: of prefetches that follow
+// upon each other some are dropped.
 struct Prefetcher {
   struct Rows {
     const char* first;
@@ -155,21 +155,18 @@ struct Prefetcher {
     else if (then.count <= 0) then = rows;
   }
 
-  // kLines of a row, which holds a multiple of them.
-  template <int kLines = 1>
   SPECEXTEND_ALWAYS_INLINE void step() {
     if (now.count <= 0) return;
-    for (int i = 0; i < kLines; ++i) __builtin_prefetch(now.first + at + i * 64, 0, 2);
-    at += kLines * 64;
+    __builtin_prefetch(now.first + at, 0, 2);
+    at += 64;
     if (at < bytes) return;
     at = 0;
     now.first += now.stride;
     if (--now.count > 0) return;
     now = then, then.count = 0;
   }
-  template <int kLines = 1>
   SPECEXTEND_ALWAYS_INLINE void steps(int n) {
-    for (int i = 0; i < n; i += kLines) step<kLines>();
+    for (int i = 0; i < n; ++i) step();
   }
 };
 
@@ -327,7 +324,6 @@ __attribute__((noinline)) void pack_values(const T* v, int64_t stride, int keys,
 #if defined(__AVX512F__)
 // Few rows read a full block once, so it is not worth packing: the same sums from registers.
 constexpr int kDirectRows = 8, kDirectDim = 4 * kLanes;
-constexpr int kDirectLines = 2;  // of a row that is a multiple of 64 elements, per step ahead
 
 template <typename Math, int R, typename T>
 __attribute__((noinline)) void direct_logits(const float* q, int words, const T* k, int64_t stride,
@@ -345,11 +341,12 @@ __attribute__((noinline)) void direct_logits(const float* q, int words, const T*
           load_transposed<Math>(k + (col + g * kLanes) * stride + w * Math::kPerWord, stride, kLanes,
                                 kTileWords, rows);
 #pragma GCC unroll 8
-          for (int i = 0; i < kTileWords; ++i)
+          for (int i = 0; i < kTileWords; ++i) {
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
               sum[r][g] = Math::multiply_add(sum[r][g], broadcast(q[r * words + w + i]), rows[i]);
-          ahead.steps<kDirectLines>(8);
+            ahead.step();
+          }
         }
       }
     }
@@ -383,8 +380,8 @@ __attribute__((noinline)) void direct_values(const float* weights, int64_t ldw, 
         const Floats w = broadcast(weights[r * ldw + s]);
 #pragma GCC unroll 8
         for (int i = 0; i < N; ++i) sum[r][i] = Math::multiply_add(sum[r][i], w, x[i]);
+        ahead.steps((r + 1) * N / R - r * N / R);
       }
-      ahead.steps<kDirectLines>(N);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
