@@ -447,10 +447,10 @@ SPECEXTEND_ALWAYS_INLINE void load_elements(const char* k, int64_t stride, const
     load_transposed<Float32Math>(from + i, stride / 2, kLanes, kTileWords, elements + i);
 }
 
-// pack_keys for kDirectKeys keys, in whole panels.
+// pack_keys for kDirectKeys keys, in whole panels, with `lines` fetched for 32 bytes of kLanes keys.
 template <typename T>
 __attribute__((noinline)) void pack_few_keys(const T* k, int64_t stride, int dim, float* packed,
-                                             Prefetcher* soon) {
+                                             int lines, Prefetcher* soon) {
   constexpr int kElements = 32 / sizeof(T), kWidth = kPanel * kLanes;
   Prefetcher ahead = *soon;
   stride *= sizeof(T);
@@ -462,7 +462,7 @@ __attribute__((noinline)) void pack_few_keys(const T* k, int64_t stride, int dim
       load_elements(from, stride, k, elements);
 #pragma GCC unroll 16
       for (int i = 0; i < kElements; ++i) store(to + i * kWidth, elements[i]);
-      ahead.steps(int(sizeof(T)));
+      ahead.steps(lines);
     }
   }
   *soon = ahead;
@@ -858,7 +858,9 @@ class Item {
   void direct_logits_of(int rows, const T* k) {
     const int tiles = (rows + kTileRows - 1) / kTileRows;
     for (int j = 0; j < kBlock; j += kDirectKeys) {
-      pack_few_keys(k + j * p_.k_stride_s, p_.k_stride_s, layout_.words, keys_, &soon_);
+      // Several tiles fetch enough with their products.
+      pack_few_keys(k + j * p_.k_stride_s, p_.k_stride_s, layout_.words, keys_,
+                    int(sizeof(T)) / (tiles > 1 ? 2 : 1), &soon_);
       for (int tile = 0; tile < tiles; ++tile) {
         const int i0 = tile * rows / tiles, n = (tile + 1) * rows / tiles - i0;
         multiply<Math>(n, q_ + int64_t(i0) * layout_.words, layout_.words, keys_, layout_.words,
