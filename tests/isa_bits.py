@@ -8,7 +8,13 @@ import json
 
 import torch
 
-from specextend import ops
+from specextend import _C, ops
+
+
+def runnable() -> list[str]:
+    """The instruction sets that this machine runs, up to the one in use, the plainest first."""
+    isas = _C.cpu_isas()
+    return isas[: isas.index(_C.cpu_isa()) + 1]
 
 
 def hard_logits(dtype: torch.dtype, vocab: int) -> torch.Tensor:
