@@ -39,7 +39,7 @@ from specextend.testing import (  # noqa: E402
 )
 
 Call = Callable[[], object]
-PLACED_BYTES = 128 << 20  # a case that reads less is measured on three sets of buffers
+PLACED_BYTES = 128 << 20  # a case that moves less is measured on three sets of buffers (CPU)
 
 
 @dataclass
@@ -377,7 +377,7 @@ def measure(
     if torch.get_default_device().type == "cpu":
         names = ["bandwidth", line.dtype] if line.flops else ["bandwidth"]
         sticks = {name: rates.yardsticks[name] for name in names}
-        # Times differ by a fifth with where in memory the buffers happen to lie.
+        # Times depend on where in memory the buffers happen to lie.
         sets = [line, make(), make()] if line.bytes < PLACED_BYTES else [line]
         calls = [alternately(calls) for calls in zip(*map(contestants, sets), strict=True)]
         own, *others = time_calls(

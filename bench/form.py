@@ -100,9 +100,8 @@ class Rates:
     Attributes:
         bandwidth: bytes per second; of reading on a CPU, of copying (read and written) on a GPU.
         arithmetic: operations per second of a matrix product, by the keys of ``DTYPES``.
-        yardsticks: what they were measured by on a CPU, by "bandwidth" and those keys. Its rates
-            drift by tens of percent while a benchmark runs: a case can be compared with what they
-            are in turns with it.
+        yardsticks: what they were measured by on a CPU, by "bandwidth" and those keys, to be
+            measured again in turns with a case: others may use the machine, and rates drift.
     """
 
     bandwidth: float

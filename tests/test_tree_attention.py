@@ -611,6 +611,7 @@ def test_threads_do_not_change_bits():
         ((4, 1), 3000, 33, 32),
         ((2, 2), 2500, 7, 100),
         ((8, 4), 1500, 300, 256),
+        ((6, 3), 17000, 1, 48),  # items of several segments with two threads, the last one shorter
     ]:
         case = Case((prefix, prefix // 2), rows, heads=heads, dtype=torch.bfloat16)
         found = []

@@ -18,7 +18,7 @@ constexpr int kMaxRows = 256;               // of an item: their sums stay in th
 constexpr int64_t kMaxPartials = 64 << 20;  // bytes
 constexpr int64_t kItemsPerThread = 16;     // so that threads end together
 constexpr int64_t kSerialWork = 1 << 19;    // multiplications that are not worth a second thread
-constexpr int64_t kReadingRows = 16;        // reading a key takes as long as so many rows of it
+constexpr int64_t kReadingRows = 16;        // reading a key counts as so many rows
 
 // Memory that a thread keeps from call to call.
 class Buffer {

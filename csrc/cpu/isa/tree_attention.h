@@ -149,7 +149,7 @@ struct Prefetcher {
   int at, bytes;  // where in this row; of a row
   Rows then;
 
-  // More rows, behind those there are; not if two lots wait already.
+  // Rows to fetch behind those there are; there is room for two lots, and a third is left out.
   void append(const Rows& rows) {
     if (now.count <= 0) now = rows;
     else if (then.count <= 0) then = rows;
@@ -517,7 +517,7 @@ __attribute__((noinline)) void direct_values(const float* weights, int64_t ldw, 
     direct_values_at<R, 2>(d, weights, ldw, v, stride, dim, out, row_scale, overwrite, soon);
 }
 #else
-constexpr int kDirectRows = 0, kDirectDim = 1;
+constexpr int kDirectRows = 0;
 #endif
 
 // Of a packed row.
@@ -765,8 +765,8 @@ class Item {
     const T* v = v_ ? v_ + row_begin * p_.v_stride_s : nullptr;
     const int rows = item_.num_rows;
     const int tree_begin = int(prefix_ - row_begin);
+    soon_ = {{}, 0, p_.head_dim * int(sizeof(T)), {}};
     const Prefetcher::Rows next_keys = block_behind(k_, p_.k_stride_s, row_begin);
-    soon_ = {next_keys, 0, p_.head_dim * int(sizeof(T)), {}};
 #if defined(__AVX2__)
     if (rows <= kDirectRows && !gathered && keys == kBlock && p_.head_dim % kDirectDim == 0) {
       direct_block(at, k, v, next_keys, prefix_keys);
@@ -774,6 +774,7 @@ class Item {
       return;
     }
 #endif
+    soon_.append(next_keys);
     if (v_) soon_.append(block_behind(v_, p_.v_stride_s, row_begin));
     const uint64_t* live = gathered ? live_ : nullptr;
     // Rows of one tile pass over what is packed once: in parts that stay in the L1 cache. Else all is
@@ -894,17 +895,17 @@ class Item {
   }
 #endif
 #if defined(__AVX2__)
-  // A full block for few rows. Its rows are fetched half a block ahead: not more, since the first rows
-  // of an item are not fetched at all, and not less, since values are passed over once per panel of
-  // columns, the first pass as fast as its own columns are fetched.
+  // A full block for few rows. What it reads is fetched half a block ahead: not more, since what comes
+  // before the lead in an item is not fetched at all; not less, since values are read panel by panel of
+  // columns, and the first panel runs through the rows faster than whole rows are fetched.
   void direct_block(int64_t at, const T* k, const T* v, const Prefetcher::Rows& next_keys, int prefix_keys) {
     constexpr int kLead = kBlock / 2;
     const auto own = [](const T* rows, int64_t stride, int skipped) {
       return Prefetcher::Rows{reinterpret_cast<const char*>(rows + skipped * stride),
                               stride * int64_t(sizeof(T)), kBlock - skipped};
     };
-    soon_.now = own(k, p_.k_stride_s, kLead);
-    if (v) soon_.then = own(v, p_.v_stride_s, 0);
+    soon_.append(own(k, p_.k_stride_s, kLead));
+    if (v) soon_.append(own(v, p_.v_stride_s, 0));
     direct_logits_of(item_.num_rows, k);
     for (int i = 0; i < item_.num_rows; ++i) soften_row(i, i, at, kBlock, prefix_keys, 0, false);
     soon_.append({next_keys.first, next_keys.stride, int(min_of(kLead, next_keys.count))});
