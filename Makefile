@@ -27,12 +27,14 @@ export SPECEXTEND_BUILD_DIR := $(CURDIR)/build/$(cuda)
 export CCACHE_BASEDIR ?= $(CURDIR)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo picture test test-long bench build env lint format clean distclean FORCE
+.PHONY: help demo picture test test-long test-newest test-oldest bench build env lint format clean distclean FORCE
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo       continue a document of 16,000 tokens, plainly and with SpecExtend, and compare'
 	@echo 'make test       the tests; make test-long: the sweeps of many minutes'
+	@echo 'make test-newest, make test-oldest    a look at both ends of what pip may install, each in'
+	@echo '                an environment of its own (build/smoke)'
 	@echo 'make picture    docs/images/web.png, the page of demo --web in chromium'
 	@echo 'make bench      the ops against torch and against what this machine can do'
 	@echo 'make build      the environment (.venv) and the extension alone'
@@ -64,6 +66,9 @@ test: $(built)
 
 test-long: $(built)
 	@$(python) -m pytest $(workers) -m long $(ARGS)
+
+test-newest test-oldest: test-%:
+	@$(PYTHON) tools/smoke.py $* --torch-index='$(TORCH_INDEX)'
 
 bench: $(built)
 	@$(python) bench/bench_ops.py $(ARGS)

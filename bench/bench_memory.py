@@ -29,6 +29,7 @@ from form import UNITS, Bound, Report, digits, name_of, numbers, parse, parser
 from transformers import PreTrainedModel
 
 from specextend import SpecConfig, SpecExtend
+from specextend.compat import CACHE
 from specextend.eval.synthetic import SHAPES, random_model
 from specextend.testing import Spread
 
@@ -151,9 +152,9 @@ def ours(spec: SpecExtend, ids: torch.Tensor, peak: Callable[[], int]) -> list[i
 def standard(target: PreTrainedModel, ids: torch.Tensor, peak: Callable[[], int]) -> list[int]:
     """The same of the model's own forward, with one more token as the only round."""
     target.set_attn_implementation("eager")
-    cache = target(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    cache = getattr(target(input_ids=ids, use_cache=True, logits_to_keep=1), CACHE)
     prefill = peak()
-    target(input_ids=ids[:, -1:], past_key_values=cache)
+    target(input_ids=ids[:, -1:], **{CACHE: cache})
     return [prefill, peak()]
 
 

@@ -6,9 +6,13 @@ documentation; :class:`SpecExtend` drives the draft-verify loop.
 
 import importlib
 
-import torch  # noqa: F401  libtorch is in the process before _C needs it
+import torch  # libtorch is in the process before _C needs it
+
+from . import versions
 
 __version__ = "0.1.0"
+
+versions.check("torch", torch.__version__)  # the module would fail to load, for reasons of its own
 
 try:
     from . import _C
@@ -43,6 +47,7 @@ __all__ = [*_LAZY, "__version__", "ops"]
 def __getattr__(name: str):
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    importlib.import_module(".compat", __name__)  # names a version of transformers outside the range
     value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     globals()[name] = value
     return value

@@ -1,5 +1,6 @@
 """How a model of `transformers` is made to use our cache and our kernel, without touching its code.
- The model calls the attention function registered here under the name ``"specextend"``. What it
+
+The model calls the attention function registered here under the name ``"specextend"``. What it
 needs to know beyond its arguments (which cache, which tree, where the new rows go, which layers are
 scored) is the current :class:`Pass`, a context variable: extra keyword arguments do not reach the
 attention function in every model family.
@@ -19,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, PreTrainedModel
 
 from . import ops
+from .compat import CACHE
 
 if TYPE_CHECKING:
     from .cache import KVCache, KVLayer
@@ -287,7 +289,7 @@ class PatchedModel:
             return self.model(
                 input_ids=tokens,
                 position_ids=positions,
-                past_key_values=state.cache,
                 use_cache=True,
                 logits_to_keep=keep,
+                **{CACHE: state.cache},
             ).logits

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from . import ops
 from .attention import current_pass
+from .compat import CacheLayer
 
 
-class KVLayer(CacheLayerMixin):
+class KVLayer(CacheLayer):
     """Keys and values of one layer: [B, Hkv, S, D], so that the rows of a head are contiguous.
 
     ``k`` and ``v`` are the same memory seen as [B, S, Hkv, D], the layout of the ops.
@@ -58,8 +59,6 @@ class KVLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self.capacity
-
-    get_max_cache_shape = get_max_length  # its name until transformers 5.12
 
 
 class KVCache(Cache):

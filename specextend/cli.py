@@ -373,7 +373,7 @@ def _run(spec, ids: torch.Tensor, options: dict, live, meter) -> list[int]:
 
 
 def generate(args: argparse.Namespace) -> int:
-    from .decode import SpecExtend
+    from . import SpecExtend
     from .terminal import LiveText, Meter, standard_error, standard_output
 
     config = config_from(args)
@@ -467,7 +467,7 @@ def difference(tokenizer, ours: list[int], theirs: list[int], name: str) -> str 
 
 
 def chat(args: argparse.Namespace) -> int:
-    from .decode import SpecExtend
+    from . import SpecExtend
     from .terminal import LiveText, Meter, standard_error, standard_output
 
     config = config_from(args)

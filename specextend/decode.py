@@ -30,6 +30,7 @@ from transformers.generation.streamers import BaseStreamer
 from . import ops
 from .attention import Pass, PatchedModel
 from .cache import KVCache
+from .compat import CACHE
 from .config import SpecConfig
 from .draft import CausalLMDraft, Draft, load_draft
 from .gate import Gate
@@ -347,9 +348,9 @@ def _refuse_modes(config: GenerationConfig) -> None:
 
 def _refuse_model_inputs(model_kwargs: dict, prompt_length: int) -> None:
     """Refuse inputs to the forward besides the prompt; pass what ``generate`` itself adds."""
-    cache = model_kwargs.pop("past_key_values", None)
+    cache = model_kwargs.pop(CACHE, None)
     if cache is not None and int(cache.get_seq_length()) > 0:
-        raise ValueError("past_key_values is not taken over: pass the whole text as the prompt")
+        raise ValueError(f"{CACHE} is not taken over: pass the whole text as the prompt")
     positions = model_kwargs.pop("position_ids", None)
     if positions is not None:
         positions = positions[..., -prompt_length:].flatten()

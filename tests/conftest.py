@@ -1,3 +1,4 @@
+import logging
 import os
 from collections.abc import Iterator
 
@@ -6,8 +7,17 @@ from backends import BACKENDS, Scheduler, build_or_skip, draw_schedule, emulated
 from emulation import Library, Schedule, build_avx512
 
 
+class DeprecationsAreErrors(logging.Handler):
+    """Raises where `transformers` logs that something is deprecated."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecat" in record.getMessage().lower():
+            raise AssertionError(record.getMessage())
+
+
 def pytest_configure(config: pytest.Config):
     config.addinivalue_line("markers", "not_emulated(why): not to be run on the emulation")
+    logging.getLogger("transformers").addHandler(DeprecationsAreErrors())
 
 
 @pytest.fixture(scope="session")

@@ -91,33 +91,46 @@ def pins():
     return {line.partition("==")[0]: line for line in lines if line}
 
 
-def minima():
-    """{name: version} that the package itself asks for. (tomllib is not in Python 3.10.)"""
-    return dict(re.findall(r'"([\w.-]+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
+def ranges():
+    """{name: ">=2.10,<2.16"} that the package itself asks for. (tomllib is not in Python 3.10.)"""
+    text = (ROOT / "pyproject.toml").read_text()
+    return dict(re.findall(r'"([\w.-]+)(>=[\d.]+(?:,<[\d.]+)?)"', text))
 
 
-def is_installed(python, name, minimum):
+def is_in(version, allowed):
+    """Whether a version is within a range like ">=2.10,<2.16"; all are within ""."""
+    least, _, end = allowed.partition(",")
+    at = numbers(version)
+    return at >= numbers(least) and (not end or at < numbers(end))
+
+
+def is_installed(python, name, allowed):
     version = ask(python, f"from importlib.metadata import version; print(version({name!r}))")
-    return version is not None and (not minimum or numbers(version) >= numbers(minimum))
+    return version is not None and is_in(version, allowed)
 
 
-def own_torch(minimum):
+def own_torch(allowed):
     """Version of the torch that the running Python imports, None if there is none to be kept."""
     version = ask(sys.executable, "import torch; print(torch.__version__)")
-    if version and numbers(version) < numbers(minimum):
-        print(f"environment: torch {version} of {sys.executable} is older than {minimum}: not used")
+    if version and not is_in(version, allowed):
+        print(f"environment: torch {version} of {sys.executable} is not {allowed}: not used")
         return None
     return version
+
+
+def has_gpu():
+    if not shutil.which("nvidia-smi"):
+        return False
+    ran = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return ran.stdout.startswith("GPU")
 
 
 def torch_options(index):
     """pip's options for torch: ``index``, a URL, "" for none, or "auto"."""
     if index != "auto":
         return ["--extra-index-url", index] if index else []
-    if shutil.which("nvidia-smi"):
-        gpus = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-        if gpus.startswith("GPU"):
-            return []
+    if has_gpu():
+        return []
     try:
         urllib.request.urlopen(f"{CPU_INDEX}/torch/", timeout=5).close()
     except OSError:
@@ -166,18 +179,20 @@ def main():
     folder = options.folder.resolve()
     check_machine()
 
-    wanted, least = pins(), minima()
+    wanted, allowed = pins(), ranges()
     headers = wanted.pop(HEADERS)
     if Path(sys.prefix).resolve() == folder:  # run from within the environment itself
         python = Path(sys.executable)
         torch = json.loads(options.stamp.read_text())["torch"] if options.stamp.exists() else None
     else:
-        torch = own_torch(least["torch"])
+        torch = own_torch(allowed["torch"])
         python = make_venv(folder, over_own_packages=bool(torch))
     if torch:
         print(f"environment: {options.folder}, over torch {torch} of {sys.executable}", flush=True)
         missing = [
-            line for name, line in wanted.items() if not is_installed(python, name, least.get(name))
+            line
+            for name, line in wanted.items()
+            if not is_installed(python, name, allowed.get(name, ""))
         ]
         with tempfile.NamedTemporaryFile("w", suffix=".txt") as keep:
             print(f"torch=={torch}", file=keep, flush=True)
@@ -188,7 +203,7 @@ def main():
         pip_install(python, wanted["torch"], *torch_options(options.torch_index))
         pip_install(python, *wanted.values())
     if os.environ.get("SPECEXTEND_CUDA", "AUTO").upper() != "OFF":
-        if not is_installed(python, HEADERS, headers.partition("==")[2]):
+        if not is_installed(python, HEADERS, headers.replace("==", ">=").removeprefix(HEADERS)):
             pip_install(python, "--no-deps", headers)
 
     found = ask(python, "import torch; print(torch.__version__)")

@@ -1,0 +1,21 @@
+"""What differs between the versions of `transformers`: the one place that asks for a version."""
+
+from __future__ import annotations
+
+import transformers
+from packaging.version import Version
+from transformers.cache_utils import CacheLayerMixin
+
+from . import versions
+
+versions.check("transformers", transformers.__version__)
+
+#: The name of the KV cache in the arguments of models and of ``generate``.
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+
+
+class CacheLayer(CacheLayerMixin):
+    """A layer of a cache, which answers by the names that each version asks for."""
+
+    def get_max_cache_shape(self) -> int:  # get_max_length from transformers 5.13 on
+        return self.get_max_length()
