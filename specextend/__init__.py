@@ -47,7 +47,7 @@ __all__ = [*_LAZY, "__version__", "ops"]
 def __getattr__(name: str):
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    importlib.import_module(".compat", __name__)  # names a version of transformers outside the range
+    importlib.import_module(".compat", __name__)  # refuses a transformers outside the range
     value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     globals()[name] = value
     return value

@@ -124,11 +124,12 @@ class TestSetup:
 class TestImportErrors:
     @pytest.fixture
     def package(self, tmp_path):
-        """The package's first file alone, with no compiled module beside it; under another name,
-        so that nothing installed takes its place."""
+        """The package's first files alone, with no compiled module beside them; under another
+        name, so that nothing installed takes its place."""
         folder = tmp_path / "bare"
         folder.mkdir()
-        (folder / "__init__.py").write_text((ROOT / "specextend/__init__.py").read_text())
+        for name in ("__init__.py", "versions.py"):
+            shutil.copy(ROOT / "specextend" / name, folder / name)
         return folder
 
     def import_it(self, package: Path) -> str:

@@ -60,6 +60,8 @@ ELSEWHERE = {
     "make build": (".ci/run", "make build"),
     "make test": (".ci/run", "make test"),
     "make test-long": ("Makefile", "pytest $(workers) -m long"),
+    "make test-newest": (".ci/run", "make test-newest"),
+    "make test-oldest": ("tests/test_versions.py", "smoke.OLDEST"),
     "make lint": ("Makefile", "ruff check . &&"),
     "make bench": ("bench/gpu_check.py", '"bench/bench_ops.py"'),
     "pip install": ("Makefile", "pip install -q --no-build-isolation --no-deps -e ."),

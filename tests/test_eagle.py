@@ -38,6 +38,11 @@ def target():
     return big_enough()
 
 
+@pytest.fixture(scope="module")
+def exact_target():
+    return big_enough(dtype=torch.float64)
+
+
 def greedy(model, ids, n=30):
     return model.generate(ids, max_new_tokens=n, do_sample=False)
 
@@ -50,10 +55,6 @@ def features_of(model, ids: torch.Tensor, layers) -> torch.Tensor:
 
 
 class TestDialects:
-    @pytest.fixture(scope="class")
-    def exact_target(self):
-        return big_enough(dtype=torch.float64)
-
     @pytest.mark.parametrize("dialect", DIALECTS)
     def test_against_the_reference(self, exact_target, dialect, tmp_path):
         """Loaded from its file, in fp64: three steps behind each of eight positions."""

@@ -311,17 +311,16 @@ class TestObstacle:
         assert len(said) == 1
 
 
+@pytest.fixture(scope="module")
+def on_gpu():
+    return [tiny_model("llama", seed=seed).to("cuda") for seed in (0, 1)]
+
+
 @pytest.mark.skipif(not CUDA, reason="no GPU, or built without CUDA kernels")
 class TestOnCuda:
     """Tests with cuda in their names run in bench/gpu_check.py."""
 
     CONFIG = CONFIG.replace(tree_shape="top_k")
-
-    @pytest.fixture(scope="class")
-    def on_gpu(self):
-        options = dict(dtype=torch.float32)
-        models = tiny_model("llama", **options), tiny_model("llama", seed=1, **options)
-        return [m.to("cuda") for m in models]
 
     @pytest.mark.parametrize("draft_cache", ["full", "window", "retrieval"])
     @pytest.mark.parametrize("options", [GREEDY, dict(do_sample=True, top_p=0.9)], ids=str)

@@ -60,3 +60,23 @@ def test_python_that_is_not_there():
     ran = subprocess.run(command, cwd=SOURCE.parents[1], capture_output=True, text=True)
     assert ran.returncode != 0
     assert "no-such-python is not there: install Python >= 3.10" in ran.stderr
+
+
+def test_ranges_are_those_of_the_project(make_env):
+    project = (SOURCE.parents[1] / "pyproject.toml").read_text()
+    ranges = make_env.ranges()
+    assert {"numpy", "torch", "transformers", "rich", "pytest"} & ranges.keys() == (
+        {"torch", "transformers", "rich", "pytest"}  # numpy may be of any version
+    )
+    assert all(f'"{name}{allowed}"' in project for name, allowed in ranges.items())
+
+
+@pytest.mark.parametrize(
+    "version, inside",
+    [("2.10.0+cu128", True), ("2.15.1", True), ("2.9.1", False), ("2.16.0", False), ("3.0", False)],
+)
+def test_a_torch_outside_the_range_is_not_used(make_env, monkeypatch, capsys, version, inside):
+    monkeypatch.setattr(make_env, "ask", lambda python, code: version)
+    assert make_env.own_torch(">=2.10,<2.16") == (version if inside else None)
+    assert ("is not >=2.10,<2.16: not used" in capsys.readouterr().out) is not inside
+    assert make_env.is_installed("python", "torch", "") and make_env.is_in(version, "")

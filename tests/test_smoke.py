@@ -1,5 +1,6 @@
-"""A minute's look at everything, beside versions of torch and `transformers` that are not the pinned
-ones: what `tools/smoke.py` runs, against the installed package. Not part of `make test`.
+"""A minute's look at everything, for versions of torch and `transformers` that are not pinned.
+
+`tools/smoke.py` runs it against the package as a user installs it; `make test` leaves it out.
 
 Deprecation warnings are errors there, as in all tests: conftest.py.
 """

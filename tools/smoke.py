@@ -1,7 +1,7 @@
 """Tries the package beside other versions of torch and `transformers` than the pinned ones.
 
-    python tools/smoke.py newest     # the newest that pyproject.toml allows; then the newest there are
-    python tools/smoke.py oldest     # its lower ends
+    python tools/smoke.py newest    # the newest that pip may choose, then the newest there are
+    python tools/smoke.py oldest    # the oldest that pip may choose
 
 Each time as a user would: an environment of its own (build/smoke), torch, `pip install .` in a
 fresh clone of the last commit; then tests/test_smoke.py, about a minute, in that clone.
@@ -12,24 +12,32 @@ package index, and the standard library alone.
 """
 
 import argparse
-import datetime
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 from make_env import (
-    ROOT, check_machine, fail, has_gpu, is_in, make_venv, pip_install, ranges, torch_options,
+    ROOT,
+    check_machine,
+    fail,
+    has_gpu,
+    is_in,
+    make_venv,
+    ranges,
+    torch_options,
 )  # fmt: skip
 
 FOLDER = ROOT / "build" / "smoke"
 PACKAGES = ("torch", "transformers")
 OLDEST = {"torch": "2.10.0", "transformers": "5.10.4"}  # 5.10.0 was withdrawn
-GRACE = datetime.timedelta(days=14)
+DAYS = 14
 
 
 def say(text):
@@ -40,27 +48,38 @@ def named(versions):
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
+def runs(command, **options):
+    """Whether a command succeeds; what it prints is shown where it does not."""
+    ran = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+    if ran.returncode:
+        say(f"FAILED: {' '.join(command)}\n{ran.stdout.strip()}")
+    return ran.returncode == 0
+
+
 def environment(name):
     """The Python of build/smoke/``name``, with a pip that knows the dates of releases."""
     folder = FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
     python = make_venv(folder / "venv", over_own_packages=False)
-    pip_install(python, "--upgrade", "pip>=26")
+    if not runs([str(python), "-m", "pip", "install", "--upgrade", "pip>=26"]):
+        sys.exit(1)
     return python
 
 
 def resolve(python, requirements, index, before=None):
-    """{package: version} that pip would install today, or would have ``before`` a time.
+    """{package: version} that pip would install today, or would have installed ``before`` a time.
 
-    None if pip finds nothing, for instance because the index does not know when its files came.
+    None if pip finds none, which may be because the index does not say when its files came.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
-        command = [str(python), "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed",
+        command = [str(python), "-m", "pip", "install", "--dry-run", "--ignore-installed",
                    "--report", str(report), *torch_options(index), *requirements]  # fmt: skip
         if before is not None:
             command += ["--uploaded-prior-to", before.isoformat(timespec="seconds")]
-        if subprocess.run(command, stderr=subprocess.DEVNULL if before else None).returncode:
+        if not runs(command):
             return None
         installs = json.loads(report.read_text())["install"]
     found = {item["metadata"]["name"]: item["metadata"]["version"] for item in installs}
@@ -70,8 +89,8 @@ def resolve(python, requirements, index, before=None):
 def clone(folder):
     """The last commit, in a folder."""
     command = ["git", "clone", "--quiet", "--no-local", str(ROOT), str(folder)]
-    if subprocess.run(command).returncode:
-        fail("a clone is wanted, and git cannot make it")
+    if not runs(command):
+        sys.exit(1)
     status = ["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"]
     if subprocess.run(status, capture_output=True, text=True).stdout:
         say("the clone is of the last commit: what is not committed is not in it")
@@ -90,9 +109,9 @@ def smoke(name, versions, index):
     start = time.monotonic()
     say(f"{named(versions)}: installing")
     python = environment(name)
-    variables = {k: v for k, v in os.environ.items() if k not in ("CMAKE_ARGS", "PYTHONPATH")}
+    ours = ("CMAKE_ARGS", "PYTHONPATH", "SPECEXTEND_BUILD_DIR")
+    variables = {k: v for k, v in os.environ.items() if k not in ours}
     variables["SPECEXTEND_CUDA"] = "AUTO" if has_gpu() else "OFF"  # minutes that show nothing here
-    variables["SPECEXTEND_BUILD_DIR"] = str(FOLDER / name / "build")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder, "specextend")
         clone(work)
@@ -100,19 +119,18 @@ def smoke(name, versions, index):
             lift_upper_ends(work / "pyproject.toml")
         exactly = Path(folder, "versions.txt")
         exactly.write_text("".join(f"{n}=={version}\n" for n, version in versions.items()))
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", "-c", str(exactly)]
+        pip = [str(python), "-m", "pip", "install", "--no-compile", "-c", str(exactly)]
         commands = [
             [*pip, *torch_options(index), f"torch=={versions['torch']}"],
             [*pip, "."],
             [*pip, "pytest>=8"],
         ]
-        for command in commands:
-            if subprocess.run(command, cwd=work, env=variables).returncode:
-                say(f"{named(versions)}: FAILED: {' '.join(command[1:])}")
-                return False
+        if not all(runs(command, cwd=work, env=variables) for command in commands):
+            say(f"{named(versions)}: FAILED, could not be installed")
+            return False
         installed = time.monotonic()
         # Only what was installed is there to be imported.
-        subprocess.run(["rm", "-r", str(work / "specextend")], check=True)
+        shutil.rmtree(work / "specextend")
         tests = [str(python.with_name("pytest")), "-m", "smoke", "tests/test_smoke.py"]
         passed = subprocess.run(tests, cwd=work, env=variables).returncode == 0
     took = f"{installed - start:.0f} s to install, {time.monotonic() - installed:.0f} s of tests"
@@ -123,10 +141,10 @@ def smoke(name, versions, index):
 def newest(index):
     python, allowed = environment("newest"), ranges()
     inside = resolve(python, [name + allowed[name] for name in PACKAGES], index)
-    if inside is None:
-        fail("pip finds no torch and transformers within the ranges of pyproject.toml")
-    passed = smoke("newest", inside, index)
     there = resolve(python, PACKAGES, index)
+    if inside is None or there is None:
+        fail("pip finds no torch and transformers, or none within the ranges of pyproject.toml")
+    passed = smoke("newest", inside, index)
     if there == inside:
         say("the newest that there are: the same")
         return passed
@@ -134,11 +152,11 @@ def newest(index):
     if smoke("beyond", there, index):
         say(f"the newest that there are: passed; the ranges can be raised to {named(there)}")
         return passed
-    settled = resolve(python, PACKAGES, index, datetime.datetime.now(datetime.timezone.utc) - GRACE)
+    settled = resolve(python, PACKAGES, index, datetime.now(timezone.utc) - timedelta(days=DAYS))
     if settled in (None, there):
-        say(f"the newest that there are: FAILED, and are not younger than {GRACE.days} days")
+        say(f"the newest that there are: FAILED, and are not known to be younger than {DAYS} days")
         return False
-    say(f"the newest that there are: FAILED; {GRACE.days} days ago they were {named(settled)}")
+    say(f"the newest that there are: FAILED; {DAYS} days ago they were {named(settled)}")
     outside = not all(is_in(settled[name], allowed[name]) for name in PACKAGES)
     return passed and (not outside or smoke("beyond", settled, index))
 
