@@ -1,6 +1,6 @@
 """Times every op against what this machine can do, and tree attention against its rivals.
 
-    python bench/bench_ops.py [--device cuda] [--quick] [--filter 32/8/128] [--json out.json]
+    python bench/bench_ops.py [--device cuda] [--quick] [--goals] [--filter 32/8/128]
 
 Of SDPA there are two peers. "torch" is the call that a user writes: the same inputs, `enable_gqa`,
 the mask it needs, boolean or additive, whichever is faster. "packed" is what an expert makes of it:
@@ -18,7 +18,7 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from form import DTYPES, ROOT, Rates, Report, cache_emptier, digits, parse, parser
@@ -39,6 +39,7 @@ from specextend.testing import (  # noqa: E402
 )
 
 Call = Callable[[], object]
+MOST_ROWS = 128  # of a tree, for which caches have room
 PLACED_BYTES = 128 << 20  # a case that moves less is measured on three sets of buffers (CPU)
 
 
@@ -77,7 +78,7 @@ def attention_line(
     heads: Heads, prefix: int, rows: int, dtype: str, layout: str, chunk: int, flex: bool = False
 ) -> Line:
     type_ = DTYPES[dtype]
-    capacity = prefix + max(BENCH_TREES)
+    capacity = prefix + MOST_ROWS
     q = torch.randn(1, rows, heads.q, heads.dim).to(type_)
     shape = (1, heads.kv, capacity, heads.dim)
     if layout == "bshd":
@@ -192,13 +193,32 @@ def goal(op: str, shape: str) -> tuple[str, float] | None:
     return None if us is None else ("us", us)
 
 
-def gpu_attention_lines(quick: bool, flex: bool) -> Iterator[Callable[[], Line]]:
-    """The lines with goals, and around them what shows where time goes."""
+def goal_cases() -> list[tuple[Heads, int, int, int]]:
+    """Heads, prefix, rows and chunk size of the lines with goals, each without and with chunks
+    where those have one, and of the same with a row more than the kernels' tiles hold."""
     llama, vicuna, qwen = LAYERS[:3]
     cases = [(llama, prefix, rows, 0) for prefix in (2048, 16384, 65536) for rows in (8, 32)]
     cases += [(llama, 65536, rows, 0) for rows in (1, 64, 128)]
     cases += [(vicuna, 16384, 8, 0), (vicuna, 16384, 64, 0), (qwen, 131072, 8, 0)]
     cases += [(llama, 16384, 32, 32), (llama, 65536, 8, 32), (llama, 65536, 64, 32)]
+    return cases + [(llama, prefix, rows, 0) for prefix in (16384, 65536) for rows in (33, 65)]
+
+
+def goal_lines() -> Iterator[Callable[[], Line]]:
+    """The lines with goals, without peers."""
+    for heads, prefix, rows, chunk in goal_cases():
+        yield lambda a=(heads, prefix, rows, "bf16", "bhsd", chunk): replace(
+            attention_line(*a), peers={}
+        )
+    yield from (
+        make for make in other_lines() if make.__name__ in ("select_chunks", "gather_chunks")
+    )
+
+
+def gpu_attention_lines(quick: bool, flex: bool) -> Iterator[Callable[[], Line]]:
+    """The lines with goals, and around them what shows where time goes."""
+    llama, vicuna, qwen = LAYERS[:3]
+    cases = goal_cases()
     if not quick:
         cases += [(vicuna, 65536, rows, 0) for rows in (8, 64)]
         cases += [(heads, 16384, rows, 0) for heads in (vicuna, qwen) for rows in (1, 16, 32, 128)]
@@ -438,6 +458,7 @@ def chunk_overhead(results: Report) -> None:
 def options() -> argparse.ArgumentParser:
     made = parser(__doc__)
     made.add_argument("--flex", action="store_true", help="FlexAttention, too; it compiles long")
+    made.add_argument("--goals", action="store_true", help="only lines with goals, without peers")
     made.add_argument("--seconds", type=float, help="per line (default 2, quick 0.5)")
     return made
 
@@ -451,7 +472,7 @@ def main() -> None:
     before = (lambda: None) if gpu else cache_emptier()
     quick = arguments.quick
     attention = gpu_attention_lines(quick, arguments.flex) if gpu else attention_lines(quick)
-    for make in (*attention, *other_lines()):
+    for make in goal_lines() if arguments.goals else (*attention, *other_lines()):
         line = make()
         if results.wants(line.name):
             report(line, make, results, seconds, before)

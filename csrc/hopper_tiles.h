@@ -11,6 +11,9 @@ namespace specextend {
 constexpr int kHopperWarpgroupRows = 64;  // of one product of a warpgroup
 constexpr int kHopperBlockRows = 128;     // of a block: two warpgroups multiply
 constexpr int kHopperMinRows = 64;        // of a KV head that it takes more than
+constexpr int kHopperChunkDim = 192;      // above it sums of chunks would not fit into registers
+constexpr int kHopperChunk = 32;          // keys; kernels are made for this size of chunks alone
+constexpr int kHopperMinRun = 4;          // positions: a tile costs less than a partial of its rows
 
 // Head dimensions are rounded up to what kernels are made for.
 constexpr int hopper_dim(int head_dim) { return (head_dim + 63) / 64 * 64; }

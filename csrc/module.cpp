@@ -4,12 +4,69 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "attention_plan.h"
 #include "cpu/isa.h"
+#ifdef SPECEXTEND_HAS_CUDA
+#include "stream.h"
+#endif
 
 namespace py = pybind11;
+
+namespace {
+
+using namespace specextend;
+
+py::dict plan_attention(int num_rows, int num_heads, int num_kv_heads, int head_dim,
+                        int64_t prefix_len, int batch, const std::string& dtype, int chunk_size,
+                        int multiprocessors, int shared_bytes, int major, int minor) {
+  const int least = std::min({num_rows, num_heads, num_kv_heads, head_dim, batch, multiprocessors});
+  if (least < 1 || prefix_len < 0 || chunk_size < 0 || head_dim > 256 ||
+      num_heads % std::max(num_kv_heads, 1) != 0) {
+    throw std::invalid_argument(
+        "plan_attention: sizes must be positive, head_dim at most 256, num_heads a multiple of "
+        "num_kv_heads");
+  }
+  if (dtype != "fp32" && dtype != "fp16" && dtype != "bf16") {
+    throw std::invalid_argument("plan_attention: dtype must be fp32, fp16 or bf16, got " + dtype);
+  }
+  const DType type = dtype == "fp32"   ? DType::kFloat32
+                     : dtype == "fp16" ? DType::kFloat16
+                                       : DType::kBFloat16;
+  float chunks = 0;  // that there are some is all that counts
+  TreeAttentionParams p{};
+  p.batch = batch, p.num_rows = p.num_tree_keys = num_rows;
+  p.num_heads = num_heads, p.num_kv_heads = num_kv_heads, p.head_dim = head_dim;
+  p.capacity = prefix_len + num_rows;
+  p.chunk_size = chunk_size, p.chunk_lse = chunk_size > 0 ? &chunks : nullptr;
+  const GpuLimits gpu{multiprocessors, shared_bytes, major, minor};
+  const bool hopper = major == 9 && minor == 0 && hopper_serves(p, type);
+  const WorkCut cut = hopper ? hopper_cut(p, gpu) : portable_cut(p, type, gpu);
+  const WorkTotals total = total_work(cut, {0, p.capacity});
+  const int cluster = hopper ? hopper_cluster(p) : 1;
+  const int at_once = multiprocessors * (hopper ? 1 : portable_blocks_per_sm(p, type, gpu));
+  py::dict plan;
+  plan["family"] = hopper ? "hopper" : "portable";
+  plan["packed_rows"] = packed_rows(p);
+  plan["padded_rows"] = cut.row_blocks * cut.rows_per_block;
+  plan["tile_keys"] = cut.tile_keys;
+  plan["units"] = int64_t(batch) * units_per_sequence(cut);
+  plan["cluster"] = cluster;
+  plan["grid"] = cut.grid * cluster;
+  plan["busy"] = total.busy * cluster;
+  plan["waves"] = double(cut.grid * cluster) / at_once;
+  plan["run"] = total.run;
+  plan["partials"] = total.partials;
+  plan["most_partials"] = total.most;
+  plan["partial_rows"] = total.partials * cut.rows_per_block;
+  return plan;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled ops of specextend. Importing it registers torch.ops.specextend.*";
@@ -17,6 +74,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("torch_version") = SPECEXTEND_TORCH_VERSION;  // that of the headers it was built with
 #ifdef SPECEXTEND_HAS_CUDA
   m.attr("has_cuda") = true;
+  m.def("create_stream", [](int32_t device) {
+    return reinterpret_cast<uintptr_t>(create_stream(device));
+  }, py::arg("device"), "A CUDA stream that torch hands out to nobody, for torch.cuda.ExternalStream.");
   m.attr("cuda_archs") = std::string(SPECEXTEND_CUDA_ARCHS);
 #else
   m.attr("has_cuda") = false;
@@ -27,6 +87,22 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("has_sm90a") = false;
 #endif
+  m.def("plan_attention", &plan_attention, py::kw_only(), py::arg("num_rows"),
+        py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("prefix_len"),
+        py::arg("batch") = 1, py::arg("dtype") = "bf16", py::arg("chunk_size") = 0,
+        py::arg("multiprocessors") = 132, py::arg("shared_bytes") = 228 * 1024,
+        py::arg("major") = 9, py::arg("minor") = 0,
+        R"(How tree_attention lays out a call on a GPU, by default one like the H200; needs none.
+
+num_rows: rows of the tree, the root included; all sequences have prefix_len keys before it.
+shared_bytes: shared memory of a multiprocessor. major, minor: compute capability.
+
+Returns a dict: family ("hopper" or "portable"); packed_rows of a KV head (num_rows x group) and
+padded_rows, which are computed; tile_keys; units, row blocks of KV heads, each of which passes over
+the keys; cluster, the blocks that share a pass; grid, the blocks that are launched, busy, those that
+get work, and waves, the grid in units of what the GPU holds at a time; run, the tiles that a cluster
+gets at most, being begun counted as two; partials, results that the combine puts together,
+most_partials, those of one unit, and partial_rows, their rows.)");
   m.def("cpu_isas", [] {
     std::vector<std::string> names;
     for (const specextend::cpu::Isa* isa : specextend::cpu::built_isas()) names.push_back(isa->name);

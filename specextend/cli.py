@@ -136,6 +136,8 @@ def _add_models(parser: argparse.ArgumentParser, dtype: str | None, several: boo
         f"[{dtype or 'float32; on a GPU as the preset or the checkpoint is'}]",
     )  # fmt: skip
     group.add_argument("--threads", type=int, metavar="N", help="threads to compute with")
+    if not several:
+        group.add_argument("--device", help='[a GPU if there is one, else "cpu"]')
 
 
 def _add_generation(parser: argparse.ArgumentParser) -> None:
@@ -243,6 +245,8 @@ def load_pair(args: argparse.Namespace):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from .machine import default_device
+
     hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -266,6 +270,7 @@ def load_pair(args: argparse.Namespace):
     target = _located(target)
     tokenizer = AutoTokenizer.from_pretrained(target)
     model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).eval()
+    model = model.to(args.device or default_device())
     if str(draft).lower() == "none":
         return model, None, tokenizer, None
     draft, draft_tokenizer = named_draft(draft)
@@ -388,6 +393,7 @@ def generate(args: argparse.Namespace) -> int:
         ids = _template(tokenizer, [{"role": "user", "content": text}])
     else:
         ids = _encode(tokenizer, text)
+    ids = ids.to(target.device)
 
     notes = standard_error()
     meter = Meter(notes)
@@ -504,7 +510,7 @@ def chat(args: argparse.Namespace) -> int:
             ids = _encode(tokenizer, written)
         live = LiveText(output, tokenizer, ids[0].tolist(), args.highlight)
         try:
-            _run(spec, ids, options, live, meter)
+            _run(spec, ids.to(target.device), options, live, meter)
             notes.line(_summary(spec.stats), "dim")
         except KeyboardInterrupt:
             notes.line("interrupted", "dim")

@@ -442,6 +442,9 @@ class _Generation:
         self.graphs = spec._target_graphs()
         if draft is not None:
             draft.graphs = spec._draft_graphs()
+        heads = spec.model.config.get_text_config()
+        kv_heads = getattr(heads, "num_key_value_heads", None) or heads.num_attention_heads
+        self.group = heads.num_attention_heads // kv_heads
         self.width = config.max_depth + 1  # tokens that a round emits at most
         nodes = max(config.max_nodes, self.width)
         self.cache = KVCache(spec._num_layers, max_length + 1 + nodes, batch=1, device=self.device)
@@ -595,7 +598,7 @@ class _Generation:
         """The verify pass and the acceptance: one graph, or two parts around what the host does."""
         drafted = tree.depth > 0
         if drafted and self.graphs.enabled:
-            tree = tree.padded(1 + bucket(tree.num_nodes - 1, self.config.max_nodes))
+            tree = tree.padded(1 + bucket(tree.num_nodes - 1, self.config.max_nodes, self.group))
         key = (tree.num_nodes, drafted, scoring)
         given = (tree.tokens, tree.parents, tree.depths, tree.mask if drafted else None)
         if self.graphs.enabled and not self.chooser.needs_host:

@@ -16,7 +16,7 @@ from . import _C, __version__, assets
 from .cli import UsageError, config_from, difference, load_pair
 from .config import SpecConfig
 from .decode import SpecExtend, Step
-from .machine import processor
+from .machine import device_text
 from .stats import PHASES
 from .terminal import LiveText, Meter, Output, standard_error, standard_output
 from .timing import Timed, logit_gap, time_hugging_face, time_loop
@@ -114,12 +114,14 @@ def run_demo(args: argparse.Namespace) -> int:
     if best == RETRIEVAL:
         title += ", cross-model retrieval"
     name, ids = _document(args.document, pair[2], tokens)
+    device = pair[0].device
+    ids = ids.to(device)
     out = standard_output()
     out.line(f"{name}: {tokens:,} tokens, then {new} new ones", "bold")
     kind = {"ngram": "n-gram look-up", "self": "the target itself"}.get(args.draft)
     kind = kind or size_text(draft.num_parameters)
     size = size_text(pair[0].num_parameters())
-    out.line(f"target {size}, draft {kind}, {dtype_name(pair[0])}, on the CPU")
+    out.line(f"target {size}, draft {kind}, {dtype_name(pair[0])}, on {device_text(device)}")
     show = Demonstration(pair, config, ids, new, out, standard_error())
 
     runs: dict[str, Timed] = {}
@@ -201,13 +203,12 @@ def _write_table(out: Output, runs: dict[str, Timed]) -> None:
 
 
 def _write_notes(out: Output, target, draft: str | None, tokens: int, new: int) -> None:
-    threads = torch.get_num_threads()
     out.line()
     out.line("tokens /s: decoding alone, from the first token on; accept. length: tokens per")
     out.line("forward of the target; target prefill to draft: seconds. Every way ran once,")
     out.line("with its own prefill; no gate stopped speculation where it did not pay.")
     out.line(
-        f"{processor()}, {threads} thread{'s' * (threads != 1)}, {_C.cpu_isa()}, "
+        f"{device_text(target.device)}, {_C.cpu_isa()}, "
         f"{dtype_name(target)} | specextend {__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, Python {platform.python_version()}"
         f" | specextend demo{f' --draft {draft}' * bool(draft)} --tokens {tokens} "

@@ -10,6 +10,8 @@ from __future__ import annotations
 import threading
 import time
 import warnings
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 
@@ -17,10 +19,27 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from . import _C
+
 # Replays a recorded function; and what the function returned, which a replay fills anew.
 Recording = tuple[Callable[[], None], object]
 
 _capturing = threading.Lock()  # CUDA allows one capture at a time in a process
+
+# Streams that recorders had and have no more.
+_idle_streams: dict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
+
+
+def _take_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that neither torch nor another recorder uses.
+
+    Those of torch come round again after 32, and a graph that is dropped may take with it what
+    cuBLAS keeps for all that was recorded on its stream (pytorch#193402).
+    """
+    try:
+        return _idle_streams[device].pop()
+    except IndexError:
+        return torch.cuda.ExternalStream(_C.create_stream(device.index), device)
 
 
 class CudaRecorder:
@@ -29,15 +48,20 @@ class CudaRecorder:
     def __init__(self, device: torch.device):
         self.device = device
         with torch.cuda.device(device):
-            self._stream = torch.cuda.Stream()
+            self._stream = _take_stream(device)
             self._pool = torch.cuda.graph_pool_handle()
+        # Replays hold the recorder, so that no graph of its stream is left by then.
+        weakref.finalize(self, _idle_streams[device].append, self._stream)
 
     def record(self, function: Callable[[], object]) -> Recording:
         """Capture ``function``, which does not run; RuntimeError if it waits for the device."""
         graph = torch.cuda.CUDAGraph()
         with _capturing, torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            # Other threads may go on as they like: only what this one does must be capturable.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            # What torch makes here for its random numbers has to be changed by later captures, in
+            # inference mode or not (pytorch#166792).
+            with torch.inference_mode(False):
+                # Other threads may go on as they like: only what this one does must be capturable.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 outputs = function()
             except BaseException:
@@ -117,13 +141,21 @@ class Graphs:
         self._recordings.clear()
 
 
-def bucket(nodes: int, max_nodes: int) -> int:
-    """The size to pad a tree of ``nodes`` proposed nodes to, so that few sizes are captured:
-    ``max_nodes`` or what halving it gives, rounded up."""
-    size = max(nodes, max_nodes)
-    while size > 1 and (size + 1) // 2 >= nodes:
-        size = (size + 1) // 2
-    return size
+def bucket(nodes: int, max_nodes: int, group: int) -> int:
+    """The size to pad a tree of ``nodes`` proposed nodes to, so that few sizes are captured, and
+    these cost no more than they have to.
+
+    The kernels compute 16, 32, 64, 128, 256, ... rows of a KV head, and the root is one of the
+    tree's: with a group of 4, trees of 3, 7, 15, 31 and 63 nodes fill them. No tree is padded
+    beyond ``max_nodes``.
+
+    Args:
+        group: query heads of a KV head.
+    """
+    rows = 16
+    while rows // group < 1 + nodes:
+        rows *= 2
+    return min(rows // group - 1, max(nodes, max_nodes))
 
 
 def warn_uncaptured(name: str, reason: str) -> None:

@@ -28,6 +28,19 @@ def processor() -> str:
     return next(names, platform.machine())
 
 
+def default_device() -> str:
+    """A GPU that the compiled module has kernels for, if there is one, else the CPU."""
+    return "cuda" if _C.has_cuda and torch.cuda.is_available() else "cpu"
+
+
+def device_text(device: torch.device) -> str:
+    """What a device is, for a person: the GPU, or the processor and its threads."""
+    if device.type != "cpu":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{processor()}, {threads} thread{'s' * (threads != 1)}"
+
+
 def num_cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):

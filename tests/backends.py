@@ -62,6 +62,17 @@ class Scheduler:
             yield
 
 
+def capture(function):
+    """A CUDA graph of a function, and what the function returned.
+
+    It runs once before: a kernel is loaded at its first launch, which a capture may not allow.
+    """
+    function()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        return graph, function()
+
+
 def draw_schedule(test: str) -> Schedule:
     """The same for a test on every machine."""
     base = os.environ.get("SPECEXTEND_EMULATION_SEED", "")

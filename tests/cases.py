@@ -18,7 +18,9 @@ class Heads:
 # Llama-3 8B, Llama-2 7B (no groups), Qwen2.5 7B (groups of seven), the embedded target.
 LAYERS = [Heads(32, 8, 128), Heads(32, 32, 128), Heads(28, 4, 128), Heads(8, 8, 64)]
 BENCH_PREFIXES = [2048, 16384, 65536]
-BENCH_TREES = [1, 8, 16, 32, 64]
+# Rows, the root included: 32 and 64 are it and 31 or 63 nodes; a node more, and the kernels compute
+# half as much again or twice as much.
+BENCH_TREES = [1, 8, 16, 32, 33, 64, 65]
 
 # At and around the borders of words, tiles, blocks of keys and segments.
 PREFIXES = [0, 1, 15, 63, 64, 65, 127, 1000, 4097]

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from backends import capture
 
 from specextend import ops, reference
 
@@ -214,10 +215,7 @@ def test_graph_replay_with_other_lengths(device):
     cases = [[t.float() if t.is_floating_point() else t for t in case] for case in cases]
     cases = [[t.to(device) for t in case] for case in cases]
     arguments = [t.clone() for t in cases[0]]
-    ops.chunk_scores(*arguments, chunk_size=8)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = ops.chunk_scores(*arguments, chunk_size=8)
+    graph, captured = capture(lambda: ops.chunk_scores(*arguments, chunk_size=8))
     for case in cases:
         for argument, value in zip(arguments, case, strict=True):
             argument.copy_(value)
@@ -369,10 +367,7 @@ def test_keys_graph_replay_with_other_lengths(device):
         pytest.skip("needs a GPU")
     cases = [[t.to(device) for t in random_keys(seed, torch.bfloat16)] for seed in range(4)]
     arguments = [t.clone() for t in cases[0]]
-    ops.chunk_scores_keys(*arguments, chunk_size=16)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = ops.chunk_scores_keys(*arguments, chunk_size=16)
+    graph, captured = capture(lambda: ops.chunk_scores_keys(*arguments, chunk_size=16))
     for case in cases:
         for argument, value in zip(arguments, case, strict=True):
             argument.copy_(value)

@@ -590,6 +590,12 @@ MUTATIONS = [
         **TREE,
     ),
     Mutation(
+        "launch: shared memory is left to the L1 cache",
+        old="cudaSharedmemCarveoutMaxShared",
+        new="cudaSharedmemCarveoutDefault",
+        **{**TREE, "header": "kernels/launch.cuh"},
+    ),
+    Mutation(
         "tree_attention: warps that share keys do not meet",
         old="ptx::named_barrier(1 + key_group_, kGroupThreads);",
         new="",

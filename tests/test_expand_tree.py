@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from backends import capture
 from emulation import KINDS
 from isa_bits import hard_logits
 
@@ -196,9 +197,7 @@ def test_graph_replay(device):
     if device == "cpu":
         pytest.skip("needs a GPU")
     logits, beam_logp = random_logits(5003).to(device), random_beam(2, 3).to(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = ops.expand_tree(logits, beam_logp, top_k=10, width=20)
+    graph, captured = capture(lambda: ops.expand_tree(logits, beam_logp, top_k=10, width=20))
     logits.copy_(logits.flip(-1))
     beam_logp -= 1
     graph.replay()

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from backends import capture
 from emulation import KINDS
 from tree_cases import ancestors, unpack_mask
 
@@ -93,9 +94,7 @@ def test_graph_replay(device):
         pytest.skip("needs a GPU")
     logp = -torch.rand(2, 300, device=device)
     parents = torch.full((2, 300), -1, dtype=torch.int32, device=device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = ops.finalize_tree(logp, parents, num_nodes=70)
+    graph, captured = capture(lambda: ops.finalize_tree(logp, parents, num_nodes=70))
     logp.copy_(logp.flip(-1))
     parents[:, 1:] = torch.arange(299, device=device)
     graph.replay()

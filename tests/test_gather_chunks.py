@@ -2,6 +2,7 @@ import random
 
 import pytest
 import torch
+from backends import capture
 from kv_cases import DTYPES, LAYOUTS, Guarded, int32, run_with_threads, same_bits
 
 from specextend import ops, reference
@@ -203,10 +204,7 @@ def test_graph_replay_with_other_chunks(device):
     if device == "cpu":
         pytest.skip("needs a GPU")
     case = Case(device=device)
-    case.run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work_lens = case.run()
+    graph, work_lens = capture(case.run)
     for seed in range(1, 4):
         other = Case(device=device, seed=seed)
         case.ids.copy_(other.ids)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import threading
 import warnings
+from collections import defaultdict
 
 import pytest
 import torch
@@ -274,8 +277,92 @@ class TestGraphs:
         assert 0 < watch.seconds < 10
 
     def test_buckets(self):
-        assert [bucket(n, 13) for n in range(1, 15)] == [1, 2, 4, 4, *[7] * 3, *[13] * 6, 14]
-        assert [bucket(n, 8) for n in (1, 2, 3, 4, 5, 8)] == [1, 2, 4, 4, 8, 8]
+        """The root counts: with a group of 4, trees of 3, 7, 15, 31, 63 nodes fill the kernels."""
+        assert [bucket(n, 63, 4) for n in (1, 3, 4, 7, 8, 15, 16, 31, 32, 63)] == [
+            3, 3, 7, 7, 15, 15, 31, 31, 63, 63,
+        ]  # fmt: skip
+        assert [bucket(n, 63, 1) for n in (1, 15, 16, 31, 32)] == [15, 15, 31, 31, 63]
+        # Seven heads in a group: 2, 4, 9, 18 rows in 16, 32, 64, 128.
+        assert [bucket(n, 40, 7) for n in (1, 2, 3, 8, 9, 17, 18, 35, 36)] == [
+            1, 3, 3, 8, 17, 17, 35, 35, 40,
+        ]  # fmt: skip
+        # As many as the options allow, and no more; more where there are more.
+        assert [bucket(n, 8, 4) for n in (1, 4, 8, 9)] == [3, 7, 8, 9]
+        assert bucket(5, 8, 32) == 7 and bucket(1, 8, 64) == 1
+
+    @pytest.mark.parametrize("group", [1, 2, 4, 5, 7, 8, 12, 16])
+    @pytest.mark.parametrize("major", [8, 9])
+    def test_buckets_fill_what_the_kernels_compute(self, group, major):
+        """By the partition itself: one row more would take half as much again, or twice as much."""
+        sizes = sorted({bucket(n, 127, group) for n in range(1, 128)})
+        assert len(sizes) <= 7
+
+        def padded(nodes: int) -> int:
+            plan = _C.plan_attention(
+                num_rows=1 + nodes, num_heads=2 * group, num_kv_heads=2, head_dim=128,
+                prefix_len=16384, major=major,
+            )  # fmt: skip
+            assert plan["packed_rows"] == (1 + nodes) * group
+            return plan["padded_rows"]
+
+        for nodes in sizes[:-1]:
+            rows = (1 + nodes) * group
+            assert rows <= padded(nodes) < rows + group
+            assert padded(nodes + 1) > padded(nodes)
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    """torch.cuda as far as a recorder sees it: which stream, and in which mode, captures."""
+    seen = []
+
+    class Graph:
+        def capture_begin(self, **options):
+            seen.append((current[-1], torch.is_inference_mode_enabled()))
+
+        def capture_end(self):
+            pass
+
+        def replay(self):
+            pass
+
+    current, made = [None], iter(range(1, 100))
+
+    @contextlib.contextmanager
+    def stream(s):
+        current.append(s)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda pointer, device: pointer)
+    monkeypatch.setattr(graphs._C, "create_stream", lambda index: next(made), raising=False)
+    monkeypatch.setattr(graphs, "_idle_streams", defaultdict(list))
+    return seen
+
+
+class TestRecorder:
+    def test_captures_begin_outside_inference_mode(self, capturing):
+        recorder = graphs.CudaRecorder(torch.device("cuda", 0))
+        with torch.inference_mode():
+            _, mode = recorder.record(torch.is_inference_mode_enabled)
+        assert mode and capturing == [(1, False)]
+
+    def test_a_stream_belongs_to_one_recorder(self, capturing):
+        device = torch.device("cuda", 0)
+        recorders = [graphs.CudaRecorder(device) for _ in range(3)]
+        for recorder in recorders:
+            recorder.record(lambda: None)
+        assert [stream for stream, _ in capturing] == [1, 2, 3]
+        replay, _ = recorders.pop().record(lambda: None)
+        del recorder
+        assert graphs.CudaRecorder(device)._stream == 4  # a replay is left of the third one
+        del replay
+        gc.collect()
+        assert graphs.CudaRecorder(device)._stream in (3, 4)  # used again, once nobody has it
 
 
 class TestObstacle:
@@ -318,7 +405,7 @@ def on_gpu():
 
 @pytest.mark.skipif(not CUDA, reason="no GPU, or built without CUDA kernels")
 class TestOnCuda:
-    """Tests with cuda in their names run in bench/gpu_check.py."""
+    """Tests with cuda in their names run in bench/gpu/b_round.py."""
 
     CONFIG = CONFIG.replace(tree_shape="top_k")
 

@@ -121,6 +121,42 @@ def test_masked_values_may_be_anything(on_hopper):
         case.check()
 
 
+class TestSwitches:
+    """Of the environment. That the portable kernels were chosen shows in that there are none."""
+
+    CASE = dict(prefixes=(50,), rows=65, heads=(1, 1), dtype=FP16)
+
+    def run(self, library, **changed) -> None:
+        with emulated(library, Schedule(capability=90)):
+            Case(**{**self.CASE, **changed}).run()
+
+    def test_family(self, library, monkeypatch):
+        for family in ("hopper", ""):
+            monkeypatch.setenv("SPECEXTEND_ATTENTION", family)
+            self.run(library)
+        with pytest.raises(
+            RuntimeError, match="tree_attention: .*hopper, but .* do not serve this"
+        ):
+            monkeypatch.setenv("SPECEXTEND_ATTENTION", "hopper")
+            self.run(library, rows=64)
+        with pytest.raises(RuntimeError, match="launch failed"):
+            monkeypatch.setenv("SPECEXTEND_ATTENTION", "portable")
+            self.run(library)
+        with pytest.raises(RuntimeError, match="must be portable or hopper, got wgmma"):
+            monkeypatch.setenv("SPECEXTEND_ATTENTION", "wgmma")
+            self.run(library)
+
+    def test_programmatic_launch(self, library, monkeypatch):
+        for value, count in (("", 1), ("1", 1), ("0", 0)):
+            monkeypatch.setenv("SPECEXTEND_PDL", value)
+            before = library.early_launches
+            self.run(library)
+            assert library.early_launches == before + count
+        with pytest.raises(RuntimeError, match="SPECEXTEND_PDL must be 0 or 1, got yes"):
+            monkeypatch.setenv("SPECEXTEND_PDL", "yes")
+            self.run(library)
+
+
 def test_same_bits(library):
     """Whoever is ahead or behind: sums are made in one order."""
     case, results = Case((500, 130), 40, heads=(8, 2), dtype=FP16), []
@@ -236,8 +272,11 @@ def test_places_are_those_of_cute(tmp_path):
 )
 @pytest.mark.parametrize("layout", ["bshd", "sliced"])
 @pytest.mark.parametrize("rows", [17, 32, 33, 64, 100, 128])
-def test_both_families_on_a_gpu(rows, layout):
+def test_cuda_families(rows, layout, monkeypatch):
     """Memory that tensor copies do not take goes to the portable family."""
     for dtype, dim in ((FP16, 64), (BF16, 128), (FP16, 256)):
         case = Case((5000, 321), rows, heads=(8, 2), dim=dim, dtype=dtype, layout=layout)
-        case.check("cuda", chunk_size=32)
+        chunk_size = 32 if dim <= 192 else 0
+        for family in ("", "portable", *(["hopper"] if layout == "bshd" else [])):
+            monkeypatch.setenv("SPECEXTEND_ATTENTION", family)
+            case.check("cuda", chunk_size=chunk_size)

@@ -87,6 +87,24 @@ def test_no_attention_kernel_spills():
     assert not [f"{k.name} ({k.arch})" for k in attention if k.spills]
 
 
+@pytest.mark.skipif(not _C.has_sm90a, reason="built without the Hopper kernels")
+def test_hopper_kernels_can_hand_over_registers():
+    """setmaxnreg wants 168 registers of each thread at entry, 384 x 168 = 128 x 72 + 256 x 216,
+    and waits for ever for what is not there; ptxas says where it will not hand over, or puts
+    wgmma instructions in a row."""
+    folder = kernel_report.build_folder()
+    if folder is None:
+        pytest.skip("the build folder, where ptxas reported, is not here")
+    kernels = [k for k in kernel_report.collect(folder) if "tree_attention_sm90_kernel" in k.name]
+    assert len(kernels) >= 12
+    assert {(k.arch, k.registers) for k in kernels} == {("sm_90a", 168)}
+    said = [r for file in folder.rglob("*_sm90.cu*.ptxas") for r in
+            kernel_report.remarks(file.read_text())]  # fmt: skip
+    assert [
+        line for line in said if "C7508" in line or "C7510" in line or "setmaxnreg" in line
+    ] == []
+
+
 def test_every_kernel_is_accounted_for():
     """docs/performance.md says of each whether a GPU has run it."""
     table = (ROOT / "docs/performance.md").read_text().split("## Has a GPU run it?")[1]

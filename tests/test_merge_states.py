@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from backends import capture
 from kv_cases import DTYPES, run_with_threads, same_bits
 
 from specextend import ops, reference
@@ -149,9 +150,7 @@ def test_graph_replay(device):
     if device == "cpu":
         pytest.skip("needs a GPU")
     states = random_states((20, 64), torch.float16, device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = ops.merge_states(*states)
+    graph, captured = capture(lambda: ops.merge_states(*states))
     for state, other in zip(states, random_states((20, 64), torch.float16, device, 1), strict=True):
         state.copy_(other)
     graph.replay()

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from backends import capture
 from emulation import KINDS
 from isa_bits import hard_logits
 
@@ -239,9 +240,9 @@ def test_graph_replay(device):
     if device == "cpu":
         pytest.skip("needs a GPU")
     logits, uniforms = random_logits(5003).to(device), torch.rand(2, 3, device=device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        largest, drawn = ops.sample_nodes(logits), ops.sample_nodes(logits, uniforms)
+    graph, (largest, drawn) = capture(
+        lambda: (ops.sample_nodes(logits), ops.sample_nodes(logits, uniforms))
+    )
     logits.copy_(random_logits(5003, seed=1))
     uniforms.uniform_()
     graph.replay()

@@ -2,6 +2,7 @@ import random
 
 import pytest
 import torch
+from backends import capture
 
 from specextend import ops, reference
 
@@ -100,10 +101,7 @@ def test_graph_replay_with_other_lengths(device):
         pytest.skip("needs a GPU")
     options = {"chunk_size": 4, "budget": 20, "num_sinks": 1, "num_recent": 2}
     scores, lens = torch.rand(2, 1000, device=device), torch.zeros(2, device=device).int()
-    ops.select_chunks(scores, lens, **options)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = ops.select_chunks(scores, lens, **options)
+    graph, captured = capture(lambda: ops.select_chunks(scores, lens, **options))
     for values in ([4000, 17], [1, 80], [81, 999]):
         scores.uniform_()
         lens.copy_(torch.tensor(values))

@@ -1,3 +1,4 @@
+import functools
 import math
 import os
 import subprocess
@@ -6,6 +7,7 @@ import sys
 import isa_bits
 import pytest
 import torch
+from backends import capture
 from cases import GROUPS, PREFIXES, TREES
 from emulation import KINDS
 
@@ -392,10 +394,7 @@ def test_graph_replay_with_other_lengths(device):
     for rows, options in [(8, {}), (20, {"chunk_size": 32}), (1, {"window": 100})]:
         case = Case((3000, 3000), rows, dtype=torch.bfloat16)
         arguments = [t.to(device) for t in (case.q, case.k, case.v, case.prefix_lens, case.mask)]
-        ops.tree_attention(*arguments, **options)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            got = ops.tree_attention(*arguments, **options)
+        graph, got = capture(functools.partial(ops.tree_attention, *arguments, **options))
         for prefixes in lens:
             arguments[3].copy_(torch.tensor(prefixes, dtype=torch.int32))
             graph.replay()

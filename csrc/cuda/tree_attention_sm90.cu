@@ -1,7 +1,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "hopper_tiles.h"
+#include "attention_plan.h"
 #include "kernels/attention_launch.cuh"
 #include "launch.h"
 
@@ -12,17 +12,6 @@ template <typename T, int kDim, int kChunk>
 cudaError_t launch_hopper_attention(const AttentionCall& call, int cluster, cudaStream_t stream);
 
 namespace {
-
-constexpr int kHopperChunkDim = 192;  // above it sums of chunks would not fit into registers
-constexpr int kHopperChunk = 32;      // keys; kernels are made for this size of chunks alone
-constexpr int kHopperMinRun = 4;      // positions: a tile costs less than a partial of its rows
-
-int packed_rows(const TreeAttentionParams& p) {
-  return p.num_rows * (p.num_heads / p.num_kv_heads);
-}
-
-// Blocks of a cluster.
-int cluster_of(const TreeAttentionParams& p) { return packed_rows(p) > kHopperBlockRows ? 2 : 1; }
 
 bool is_copied_by_boxes(const void* data, const TreeAttentionParams& p, int64_t stride_s,
                         int64_t stride_h, int64_t stride_b) {
@@ -36,7 +25,7 @@ bool is_copied_by_boxes(const void* data, const TreeAttentionParams& p, int64_t 
 
 template <typename T, int kDim>
 cudaError_t launch_dim(const AttentionCall& call, cudaStream_t stream) {
-  const int cluster = cluster_of(call);
+  const int cluster = hopper_cluster(call);
   if constexpr (kDim <= kHopperChunkDim) {
     if (call.chunk_lse) {
       return launch_hopper_attention<T, kDim, kHopperChunk>(call, cluster, stream);
@@ -59,32 +48,22 @@ cudaError_t launch_both(const AttentionCall& call, bool early, cudaStream_t stre
 
 bool tree_attention_sm90_serves(const TreeAttentionParams& p, DType dtype) {
   const auto bits = reinterpret_cast<uintptr_t>(p.q);
-  return dtype != DType::kFloat32 && p.v != nullptr && p.out != nullptr &&
-         packed_rows(p) > kHopperMinRows && p.softcap == 0 &&
-         (!p.chunk_lse || (p.chunk_size == kHopperChunk && p.head_dim <= kHopperChunkDim)) &&
-         bits % 16 == 0 && (p.q_stride_b | p.q_stride_m | p.q_stride_h) % 8 == 0 && p.batch > 0 &&
-         p.capacity > 0 && is_copied_by_boxes(p.k, p, p.k_stride_s, p.k_stride_h, p.k_stride_b) &&
+  return hopper_serves(p, dtype) && p.v != nullptr && p.out != nullptr && bits % 16 == 0 &&
+         (p.q_stride_b | p.q_stride_m | p.q_stride_h) % 8 == 0 &&
+         is_copied_by_boxes(p.k, p, p.k_stride_s, p.k_stride_h, p.k_stride_b) &&
          is_copied_by_boxes(p.v, p, p.v_stride_s, p.v_stride_h, p.v_stride_b);
 }
 
 cudaError_t plan_tree_attention_sm90(const TreeAttentionParams& p, DType, int device,
                                      AttentionPlan* plan) {
-  int multiprocessors = 0;
+  GpuLimits gpu{};
   const cudaError_t error =
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+      cudaDeviceGetAttribute(&gpu.multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  const int cluster = cluster_of(p);
-  WorkCut& cut = plan->cut;
-  cut.batch = p.batch;
-  cut.num_kv_heads = p.num_kv_heads;
-  cut.rows_per_block = cluster * kHopperBlockRows;
-  cut.row_blocks = int(divide_up(packed_rows(p), cut.rows_per_block));
-  cut.tile_keys = hopper_tile_keys(hopper_dim(p.head_dim));
-  cut.min_run = kHopperMinRun;
-  cut.grid = useful_grid(cut, divide_up(p.capacity, cut.tile_keys) + 1, multiprocessors / cluster);
+  plan->cut = hopper_cut(p, gpu);
   plan->early_combine = true;
   AttentionWorkspace workspace;
-  plan->workspace_bytes = lay_out_workspace(p, cut, nullptr, &workspace);
+  plan->workspace_bytes = lay_out_workspace(p, plan->cut, nullptr, &workspace);
   return cudaSuccess;
 }
 

@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention_layout.h"
 #include "params.h"
 #include "tree.h"
 #include "work_partition.h"
@@ -24,6 +25,7 @@ constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 struct alignas(8) PartialSum {
   float max, sum;  // base 2; of no keys: -inf, 0
 };
+static_assert(sizeof(PartialSum) == kPartialSumBytes);
 
 __device__ __forceinline__ PartialSum no_keys() { return {-INFINITY, 0.f}; }
 
@@ -297,6 +299,8 @@ struct SegmentState {
     }
   }
 };
+
+static_assert(sizeof(SegmentState) <= kSegmentStateBytes);
 
 // Calls f() with `state`, in shared memory, describing what the block has of one unit after the
 // other.

@@ -6,40 +6,12 @@
 
 #include <cstdint>
 
+#include "attention_layout.h"
 #include "kernels/attention_work.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/ptx.cuh"
 
 namespace specextend {
-
-constexpr int kFloatAttentionThreads = 128;
-constexpr int kFloatAttentionRows = 16;      // eight threads each
-constexpr int kFloatAttentionTileKeys = 32;  // four of each of these threads
-constexpr int kFloatAttentionMaxDim = 256;
-
-// Shared memory, in floats behind the SegmentState. Rows are odd in length, so that threads that
-// read one column of different rows read different banks.
-struct FloatAttentionLayout {
-  int pitch, carry, queries, keys, logits, weights, end;
-
-  __host__ __device__ explicit FloatAttentionLayout(int dim) {
-    constexpr int kTilePitch = kFloatAttentionTileKeys + 1;
-    pitch = dim + 1;
-    carry = 0;
-    queries = carry + 4 * kFloatAttentionRows;
-    keys = queries + kFloatAttentionRows * pitch;
-    logits = keys + kFloatAttentionTileKeys * pitch;
-    weights = logits + kFloatAttentionRows * kTilePitch;
-    end = weights + kFloatAttentionRows * kTilePitch;
-  }
-  __host__ __device__ static int tile_pitch() { return kFloatAttentionTileKeys + 1; }
-};
-
-constexpr int kSegmentStateBytes = (int(sizeof(SegmentState)) + 15) / 16 * 16;
-
-inline size_t float_attention_bytes(int dim) {
-  return kSegmentStateBytes + size_t(FloatAttentionLayout(dim).end) * sizeof(float);
-}
 
 // Rows of keys or values to shared memory, a warp per row; zeros for those that are not readable.
 __device__ __forceinline__ void load_float_rows(float* to, int pitch, const float* from,
@@ -52,13 +24,13 @@ __device__ __forceinline__ void load_float_rows(float* to, int pitch, const floa
 }
 
 __device__ __forceinline__ void run_float_segment(const AttentionCall& c, const SegmentState& s) {
-  const FloatAttentionLayout at(c.head_dim);
+  const FloatAttentionLayout at = float_attention_layout(c.head_dim);
   float* const shared = reinterpret_cast<float*>(ptx::shared_memory() + kSegmentStateBytes);
   const int row = int(threadIdx.x / 8), part = int(threadIdx.x % 8), dim = c.head_dim;
   float* const queries = shared + at.queries;
   float* const tile_rows = shared + at.keys;
-  float* const logits = shared + at.logits + row * at.tile_pitch();
-  float* const weights = shared + at.weights + row * at.tile_pitch();
+  float* const logits = shared + at.logits + row * kFloatAttentionTilePitch;
+  float* const weights = shared + at.weights + row * kFloatAttentionTilePitch;
   const PackedRow packed(c, s.kv_head, s.first_packed + min(row, s.num_rows - 1));
   const RowView view(c, s.b, s.prefix, packed.row);
   const float* const q = static_cast<const float*>(c.q) + s.b * c.q_stride_b +
@@ -113,7 +85,7 @@ __device__ __forceinline__ void run_float_segment(const AttentionCall& c, const 
     if (c.chunk_lse) {
       emit_chunks(c, s, tile, kFloatAttentionTileKeys,
                   reinterpret_cast<PartialSum*>(shared + at.carry), [&](int r, int begin, int end) {
-                    return sum_logits(shared + at.logits + r * at.tile_pitch(), begin, end);
+                    return sum_logits(shared + at.logits + r * kFloatAttentionTilePitch, begin, end);
                   });
     }
     if (!c.out) continue;

@@ -11,6 +11,7 @@
 #include "ops/dtype.h"
 #ifdef SPECEXTEND_HAS_CUDA
 #include "launch.h"
+#include "ops/attention_switches.h"
 #include "stream.h"
 #endif
 
@@ -197,6 +198,7 @@ Tensor chunk_scores_keys_cuda(const Tensor& q, const Tensor& k, const Tensor& ro
   p.chunk_lse = chunk_lse.mutable_data_ptr<float>();
   AttentionPlan plan;
   check_launch(kKeysOp, plan_tree_attention(p, r.dtype, device, &plan));
+  plan.early_combine &= programmatic_launch(kKeysOp);
   Tensor workspace = allocate(q, {int64_t(plan.workspace_bytes)}, ScalarType::Byte);
   check_launch(kKeysOp,
                launch_tree_attention(p, r.dtype, plan, workspace.mutable_data_ptr(), stream));

@@ -14,6 +14,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "launch.h"
+#include "ops/attention_switches.h"
 #include "stream.h"
 #endif
 
@@ -136,13 +137,20 @@ struct Family {
   decltype(&launch_tree_attention) launch;
 };
 
-// Hopper's own where there are any for the call, else the portable ones.
-Family choose_family(const Prepared& r, [[maybe_unused]] int32_t device) {
+// Hopper's own where there are any for the call, else the portable ones; or what was asked for.
+Family choose_family([[maybe_unused]] const Prepared& r, [[maybe_unused]] int32_t device) {
+  const AttentionFamily wanted = attention_family(kOp);
 #ifdef SPECEXTEND_HAS_SM90A
-  if (tree_attention_sm90_serves(r.params, r.dtype) && has_compute_capability(device, 9, 0)) {
+  if (wanted != AttentionFamily::kPortable && tree_attention_sm90_serves(r.params, r.dtype) &&
+      has_compute_capability(device, 9, 0)) {
     return {plan_tree_attention_sm90, launch_tree_attention_sm90};
   }
 #endif
+  STD_TORCH_CHECK(wanted != AttentionFamily::kHopper, kOp,
+                  ": SPECEXTEND_ATTENTION=hopper, but the Hopper kernels do not serve this call; they "
+                  "want a build for sm_90a, compute capability 9.0, 16-bit floats, more than 64 rows "
+                  "of a KV head, no softcap, chunks of 32 if any and then heads of at most 192, and "
+                  "tensors aligned to 16 bytes");
   return {plan_tree_attention, launch_tree_attention};
 }
 
@@ -158,6 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> tree_attention_cuda(
   const Family family = choose_family(r, device);
   AttentionPlan plan;
   check_launch(kOp, family.plan(r.params, r.dtype, device, &plan));
+  plan.early_combine &= programmatic_launch(kOp);
   const Tensor workspace = allocate(q, {int64_t(plan.workspace_bytes)}, ScalarType::Byte);
   check_launch(kOp, family.launch(r.params, r.dtype, plan, workspace.mutable_data_ptr(),
                                   current_stream(device)));

@@ -24,7 +24,7 @@ from ..decode import SpecExtend, Step
 from ..demo import LENGTHS, dtype_name, last_lines, size_text
 from ..draft import CausalLMDraft, Draft
 from ..guard import position_limit
-from ..machine import processor
+from ..machine import device_text
 from ..stats import PHASES
 from ..terminal import Detokenizer
 from ..timing import Timed, timed_steps
@@ -244,7 +244,7 @@ class Race:
         return {
             "version": __version__,
             "target": f"{size_text(self.target.num_parameters())}, {dtype_name(self.target)}",
-            "machine": _machine(self.target.device),
+            "machine": device_text(self.target.device),
             "positions": position_limit(self.target),
             "has_template": bool(self.tokenizer.chat_template),
             "documents": {key: name for key, (name, _) in self._documents.items()},
@@ -382,10 +382,3 @@ class Race:
             "difference": difference(self.tokenizer, spec, plain, "plain decoding"),
             "columns": {each.name: each.result() for each in columns},
         }
-
-
-def _machine(device: torch.device) -> str:
-    if device.type != "cpu":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{processor()}, {threads} thread{'s' * (threads != 1)}"

@@ -88,6 +88,11 @@ class Library:
         s = self._schedules[-1]
         self._set(s.seed, KINDS.index(s.kind), s.multiprocessors, s.capability)
 
+    @property
+    def early_launches(self) -> int:
+        """Launches so far that may begin before the kernel in front of them has ended."""
+        return self.handle.specextend_emulation_early_launches()
+
     def use_isa(self, name: str) -> None:
         """``"avx512"`` or ``"avx512_bf16"`` from now on, in what ``build_avx512`` has built."""
         self.handle.specextend_emulation_isa(int(name == "avx512_bf16"))

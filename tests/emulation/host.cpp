@@ -21,10 +21,23 @@ constexpr int kReservedSharedBytes = 1024;  // of each block
 constexpr int kThreadsOfMultiprocessor = 2048;
 constexpr int kBlocksOfMultiprocessor = 32;
 
-// What kernels were allowed to use.
-std::map<const void*, int>& shared_limits() {
-  static std::map<const void*, int> limits;
-  return limits;
+// What a kernel was allowed to use, and asked a multiprocessor to set aside.
+struct KernelSettings {
+  int limit = kSharedBytesUnasked;
+  int carveout = cudaSharedmemCarveoutDefault;
+};
+std::map<const void*, KernelSettings>& settings_of_kernels() {
+  static std::map<const void*, KernelSettings> of;
+  return of;
+}
+
+int early_launches = 0;
+
+bool is_early(const cudaLaunchConfig_t& config) {
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    if (config.attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization) return true;
+  }
+  return false;
 }
 
 }  // namespace
@@ -38,10 +51,15 @@ unsigned cluster_of(const cudaLaunchConfig_t& config) {
 }
 
 cudaError_t check_launch_config(const void* kernel, const cudaLaunchConfig_t& config) {
-  const auto it = shared_limits().find(kernel);
-  const size_t limit = it == shared_limits().end() ? kSharedBytesUnasked : it->second;
+  early_launches += is_early(config);
+  const KernelSettings own = settings_of_kernels()[kernel];
   const dim3 grid = config.gridDim, block = config.blockDim;
-  if (config.dynamicSmemBytes > limit) return cudaErrorInvalidValue;
+  if (config.dynamicSmemBytes > size_t(own.limit)) return cudaErrorInvalidValue;
+  // A GPU would take it, and might hold one block where two were planned: here it is an error.
+  if (config.dynamicSmemBytes > kSharedBytesUnasked &&
+      own.carveout != cudaSharedmemCarveoutMaxShared) {
+    return cudaErrorInvalidConfiguration;
+  }
   const bool fits = grid.x >= 1 && grid.y >= 1 && grid.z >= 1 && grid.x <= 0x7fffffff &&
                     grid.y <= 65535 && grid.z <= 65535 && block.x >= 1 && block.y >= 1 &&
                     block.z >= 1 && block.x <= 1024 && block.y <= 1024 && block.z <= 64 &&
@@ -107,9 +125,13 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) {
+    settings_of_kernels()[kernel].carveout = value;
+    return cudaSuccess;
+  }
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaErrorInvalidValue;
   if (value < 0 || value > int(kMaxSharedBytes)) return cudaErrorInvalidValue;
-  shared_limits()[kernel] = value;
+  settings_of_kernels()[kernel].limit = value;
   return cudaSuccess;
 }
 
@@ -152,4 +174,9 @@ extern "C" __attribute__((visibility("default"))) void specextend_emulation_set(
                                                                                 int multiprocessors,
                                                                                 int capability) {
   settings = {seed, Kind(kind), multiprocessors, capability};
+}
+
+// Launches so far that may begin before the kernel in front of them has ended.
+extern "C" __attribute__((visibility("default"))) int specextend_emulation_early_launches() {
+  return early_launches;
 }

@@ -1,0 +1,66 @@
+"""A, of the scripts for a machine with a GPU: are the kernels right, and are the goals in sight?
+
+    python bench/gpu/a_right.py OUTPUT [--rehearse]
+
+In ten minutes at most, offline: the compiled module that `tools/carry.py` made is put in its place,
+or built; small cases of every op, a process each, against the references; the tests of the Hopper
+kernels; the lines of bench_ops that have goals; four kernels under Nsight Compute, where it is.
+OUTPUT gets a.log, as it comes, and a.json.
+"""
+
+import sys
+from pathlib import Path
+
+from steps import Step, main
+
+# Of bench/small_cases.py, by what the names of their cases begin with.
+CASES = (
+    "merge_states", "chunk_scores", "select_chunks", "gather_chunks", "compact_kv", "append_kv",
+    "expand_tree", "finalize_tree", "sample_nodes", "verify_tree",
+)  # fmt: skip
+PROFILED = (("16384", "8"), ("16384", "32"), ("65536", "64"))  # prefix, rows; and the combine
+SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "WarpStateStats", "LaunchStats", "Occupancy")
+
+
+def plan(results: Path, device: str) -> list[Step]:
+    python, cuda = sys.executable, device == "cuda"
+    small = [python, "bench/small_cases.py", "--device", device]
+    blocking = {"CUDA_LAUNCH_BLOCKING": "1"}
+
+    def cases(name: str, text: str, limit: float, *options: str, **switches: str) -> Step:
+        command = [*small, "--filter", text, *options]
+        return Step(f"cases {name}", command, limit, env={**blocking, **switches})
+
+    steps = [
+        Step("module", [python, "bench/gpu/module.py", "--device", device], 280, None, True),
+        cases("tree_attention, portable", "tree_attention", 40, SPECEXTEND_ATTENTION="portable"),
+        cases("tree_attention, Hopper", "tree_attention/hopper", 30, SPECEXTEND_ATTENTION="hopper"),
+        cases("tree_attention, launched early or not", "tree_attention", 20, "--few",
+              SPECEXTEND_PDL="0"),
+    ]  # fmt: skip
+    if cuda:
+        steps += [cases(name, name, 20) for name in CASES]
+    else:
+        steps.append(cases("the others", "", 60, "--few"))
+    hopper = "cuda" if cuda else "test_one_block and random and heads0"
+    tests = [python, "-m", "pytest", "-x", "tests/test_hopper.py", "-k", hopper]
+    ops = results / "goals.json"
+    goals = [python, "bench/bench_ops.py", "--device", device, "--goals", "--json", str(ops)]
+    goals += ["--seconds", "0.2"] if cuda else ["--seconds", "0.01", "--filter", "P=2048"]
+    steps += [
+        Step("Hopper tests", tests, 60 if cuda else 120),
+        Step("goals", goals, 110, ops),
+    ]
+    for prefix, rows in PROFILED if cuda else PROFILED[:1]:
+        call = [python, "bench/gpu/call.py", prefix, rows, "--device", device]
+        profiler = ["ncu", "--clock-control", "none", "--launch-count", "2"]
+        profiler += ["--kernel-name", "regex:attention", "--launch-skip", "4"]
+        profiler += [word for section in SECTIONS for word in ("--section", section)]
+        steps.append(
+            Step(f"profile of {prefix} x {rows}", [*profiler, *call] if cuda else call, 40)
+        )
+    return steps
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, "a", plan))

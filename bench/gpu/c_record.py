@@ -1,0 +1,60 @@
+"""C, of the scripts for a machine with a GPU: the sanitizers, all peers, the demonstration.
+
+    python bench/gpu/c_record.py OUTPUT [--rehearse]
+
+In ten minutes at most, offline, behind a_right.py: small cases under compute-sanitizer's memcheck,
+synccheck and, but for kernels of tensor copies and their barriers, of which it knows too little,
+racecheck; bench_ops with its peers; rounds of the embedded pair; the demonstration. OUTPUT gets
+c.log, as it comes, and c.json: the record, with machine, driver, versions, commit and command.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from steps import Step, main
+
+
+def sanitizer() -> str:
+    """compute-sanitizer, from PATH or the toolkit."""
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    found = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path=f"{home}/bin:{home}/compute-sanitizer"
+    )
+    return found or "compute-sanitizer"
+
+
+def plan(results: Path, device: str) -> list[Step]:
+    python, cuda = sys.executable, device == "cuda"
+
+    def checked(tool: str, limit: float, **switches: str) -> Step:
+        options = ["--tool", tool, "--kernel-name", "kns=specextend", "--error-exitcode", "99"]
+        options += ["--report-api-errors", "no"]  # torch asks for what it does not know to be there
+        under = [sanitizer(), *options] if cuda else []
+        small = [python, "bench/small_cases.py", "--device", device, "--few"]
+        small += [] if cuda else ["--filter", "merge"]
+        return Step(tool, [*under, *small], limit, env=switches)
+
+    def writes(name: str, limit: float, *command: str) -> Step:
+        path = results / f"{name}.json"
+        return Step(name, [python, *command, "--device", device, "--json", str(path)], limit, path)
+
+    ops = ["bench/bench_ops.py", "--quick"]
+    ops += [] if cuda else ["--seconds", "0.01", "--filter", "8/8/64 P=256 tree=1 bf16"]
+    pair = ["bench/bench_decode.py", "--quick", "--parts", "pair"]
+    pair += [] if cuda else ["--pair-contexts", "128", "--pair-turns", "1", "--pair-trees", ""]
+    demo = [python, "-m", "specextend", "demo", "--device", device]
+    demo += ["--dtype", "bfloat16"] if cuda else ["--tokens", "200", "--max-new-tokens", "8"]
+    return [
+        checked("memcheck", 90),
+        checked("synccheck", 60),
+        checked("racecheck", 80, SPECEXTEND_ATTENTION="portable"),
+        writes("ops", 150, *ops),
+        writes("pair", 110, *pair),
+        Step("demonstration", demo, 90),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, "c", plan))
