@@ -26,8 +26,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -203,6 +201,9 @@ def cache_emptier() -> Callable[[], object]:
 
 def embedded_pair(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple:
     """Tokenizer, target and draft."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(assets.target_path(), model_max_length=10**9)
     target, draft = (

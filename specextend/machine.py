@@ -8,10 +8,10 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import torch
-import transformers
 
 from . import _C, __version__
 
@@ -91,7 +91,7 @@ def header(device: str = "cpu") -> dict:
         "version": __version__,
         "machine": machine,
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": metadata.version("transformers"),  # without importing it, which takes long
         "python": platform.python_version(),
         "commit": commit(),
         "command": " ".join([_program(), *sys.argv[1:]]),

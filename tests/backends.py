@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import os
 import pkgutil
 import zlib
@@ -60,6 +61,38 @@ class Scheduler:
             return
         with self._library.schedule(replace(self._drawn, **changed)):
             yield
+
+
+def for_seeds(count: int):
+    """Makes of a test with an argument ``seed`` one test for the seeds 0 to ``count`` - 1.
+
+    Thousands of tests of a millisecond each cost more to be told apart. On the emulation every seed
+    has a schedule of its own. A failure names the seed.
+    """
+
+    def decorate(test):
+        signature = inspect.signature(test)
+        names = [*signature.parameters.keys() - {"seed"}, "schedule"]
+
+        def run(schedule, **fixtures):
+            given = dict(fixtures)
+            if "schedule" in signature.parameters:
+                given["schedule"] = schedule
+            for seed in range(count):
+                drawn = draw_schedule(f"{test.__name__}[{seed}]")
+                with schedule(seed=drawn.seed, kind=drawn.kind):
+                    try:
+                        test(seed=seed, **given)
+                    except Exception as error:
+                        raise AssertionError(f"seed {seed} of {test.__name__}: {error}") from error
+
+        run.__name__, run.__doc__ = test.__name__, test.__doc__
+        run.__signature__ = inspect.Signature(
+            [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in dict.fromkeys(names)]
+        )
+        return run
+
+    return decorate
 
 
 def capture(function):

@@ -106,12 +106,11 @@ class TestRunning:
 
     def test_children_end_with_their_step(self, steps, tmp_path):
         mark = tmp_path / "mark"
-        child = f"import time; time.sleep(3); open({str(mark)!r}, 'w')"
-        code = (
-            f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); "
-        )
-        steps.run(steps.Step("parent", python(code + "time.sleep(60)"), 1), 1, tmp_path / "log")
-        time.sleep(4)
+        child = f"import time; time.sleep(2); open({str(mark)!r}, 'w')"
+        code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}])"
+        parent = steps.Step("parent", python(code + "; time.sleep(60)"), 0.7)
+        steps.run(parent, parent.limit, tmp_path / "log")
+        time.sleep(2)
         assert not mark.exists()
 
     def test_stops_where_going_on_makes_no_sense(self, steps, tmp_path):

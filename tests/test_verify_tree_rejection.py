@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from backends import capture
+from backends import capture, for_seeds
 from emulation import KINDS
 from tree_cases import random_parents
 
@@ -42,7 +42,7 @@ def random_case(seed: int, vocab: int = 6):
     return tokens, parents, target, draft, uniforms, final
 
 
-@pytest.mark.parametrize("seed", range(200))
+@for_seeds(200)
 def test_random_trees(seed, device):
     case = random_case(seed)
     got = verify(*case, device=device)

@@ -107,7 +107,8 @@ def test_the_kernels_alone_ask_for_no_transformers(tmp_path):
 def test_the_name_of_the_cache(monkeypatch, version, name):
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(transformers, "__version__", version)
+            # Not the name above: transformers may put another module in its place.
+            patch.setattr(sys.modules["transformers"], "__version__", version)
             assert importlib.reload(compat).CACHE == name
     finally:
         importlib.reload(compat)
