@@ -1,7 +1,7 @@
 #pragma once
 
-// The shapes of the portable kernels of tree attention, and where things lie in the shared memory of
-// their blocks. Shared by host and device code; no CUDA header, so that any machine can plan.
+// The shapes of the portable kernels of tree attention, and where things lie in the shared memory
+// of their blocks. Shared by host and device code; no CUDA header, so that any machine can plan.
 
 #include <initializer_list>
 

@@ -84,8 +84,8 @@ inline WorkCut hopper_cut(const TreeAttentionParams& p, const GpuLimits& gpu) {
   cut.row_blocks = int(divide_up(packed_rows(p), cut.rows_per_block));
   cut.tile_keys = hopper_tile_keys(hopper_dim(p.head_dim));
   cut.min_run = kHopperMinRun;
-  cut.grid = useful_grid(cut, divide_up(p.capacity, cut.tile_keys) + 1,
-                         gpu.multiprocessors / cluster);
+  cut.grid =
+      useful_grid(cut, divide_up(p.capacity, cut.tile_keys) + 1, gpu.multiprocessors / cluster);
   return cut;
 }
 

@@ -1,5 +1,5 @@
-// The pybind11 module `_C`. Loading it registers torch.ops.specextend.* (csrc/ops/*.cpp); the module
-// itself says what was built.
+// The pybind11 module `_C`. Loading it registers torch.ops.specextend.* (csrc/ops/*.cpp); the
+// module itself says what was built.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -59,6 +59,7 @@ py::dict plan_attention(int num_rows, int num_heads, int num_kv_heads, int head_
   plan["grid"] = cut.grid * cluster;
   plan["busy"] = total.busy * cluster;
   plan["waves"] = double(cut.grid * cluster) / at_once;
+  plan["min_run"] = cut.min_run;
   plan["run"] = total.run;
   plan["partials"] = total.partials;
   plan["most_partials"] = total.most;
@@ -74,9 +75,11 @@ PYBIND11_MODULE(_C, m) {
   m.attr("torch_version") = SPECEXTEND_TORCH_VERSION;  // that of the headers it was built with
 #ifdef SPECEXTEND_HAS_CUDA
   m.attr("has_cuda") = true;
-  m.def("create_stream", [](int32_t device) {
-    return reinterpret_cast<uintptr_t>(create_stream(device));
-  }, py::arg("device"), "A CUDA stream that torch hands out to nobody, for torch.cuda.ExternalStream.");
+  m.def(
+      "create_stream",
+      [](int32_t device) { return reinterpret_cast<uintptr_t>(create_stream(device)); },
+      py::arg("device"),
+      "A CUDA stream that torch hands out to nobody, for torch.cuda.ExternalStream.");
   m.attr("cuda_archs") = std::string(SPECEXTEND_CUDA_ARCHS);
 #else
   m.attr("has_cuda") = false;
@@ -87,11 +90,10 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("has_sm90a") = false;
 #endif
-  m.def("plan_attention", &plan_attention, py::kw_only(), py::arg("num_rows"),
-        py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("prefix_len"),
-        py::arg("batch") = 1, py::arg("dtype") = "bf16", py::arg("chunk_size") = 0,
-        py::arg("multiprocessors") = 132, py::arg("shared_bytes") = 228 * 1024,
-        py::arg("major") = 9, py::arg("minor") = 0,
+  m.def("plan_attention", &plan_attention, py::kw_only(), py::arg("num_rows"), py::arg("num_heads"),
+        py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("prefix_len"), py::arg("batch") = 1,
+        py::arg("dtype") = "bf16", py::arg("chunk_size") = 0, py::arg("multiprocessors") = 132,
+        py::arg("shared_bytes") = 228 * 1024, py::arg("major") = 9, py::arg("minor") = 0,
         R"(How tree_attention lays out a call on a GPU, by default one like the H200; needs none.
 
 num_rows: rows of the tree, the root included; all sequences have prefix_len keys before it.
@@ -101,13 +103,18 @@ Returns a dict: family ("hopper" or "portable"); packed_rows of a KV head (num_r
 padded_rows, which are computed; tile_keys; units, row blocks of KV heads, each of which passes over
 the keys; cluster, the blocks that share a pass; grid, the blocks that are launched, busy, those that
 get work, and waves, the grid in units of what the GPU holds at a time; run, the tiles that a cluster
-gets at most, being begun counted as two; partials, results that the combine puts together,
-most_partials, those of one unit, and partial_rows, their rows.)");
-  m.def("cpu_isas", [] {
-    std::vector<std::string> names;
-    for (const specextend::cpu::Isa* isa : specextend::cpu::built_isas()) names.push_back(isa->name);
-    return names;
-  }, "CPU instruction sets with kernels in this module.");
-  m.def("cpu_isa", [] { return std::string(specextend::cpu::isa().name); },
-        "The instruction set in use: the best this machine has, or SPECEXTEND_CPU_ISA.");
+gets at most, being begun counted as two, and min_run, which it gets at least; partials, results that
+the combine puts together, most_partials, those of one unit, and partial_rows, their rows.)");
+  m.def(
+      "cpu_isas",
+      [] {
+        std::vector<std::string> names;
+        for (const specextend::cpu::Isa* isa : specextend::cpu::built_isas())
+          names.push_back(isa->name);
+        return names;
+      },
+      "CPU instruction sets with kernels in this module.");
+  m.def(
+      "cpu_isa", [] { return std::string(specextend::cpu::isa().name); },
+      "The instruction set in use: the best this machine has, or SPECEXTEND_CPU_ISA.");
 }

@@ -293,7 +293,7 @@ class TestGraphs:
     @pytest.mark.parametrize("group", [1, 2, 4, 5, 7, 8, 12, 16])
     @pytest.mark.parametrize("major", [8, 9])
     def test_buckets_fill_what_the_kernels_compute(self, group, major):
-        """By the partition itself: one row more would take half as much again, or twice as much."""
+        """By the partition itself: a node more would take half as much again, or twice as much."""
         sizes = sorted({bucket(n, 127, group) for n in range(1, 128)})
         assert len(sizes) <= 7
 
@@ -309,6 +309,12 @@ class TestGraphs:
             rows = (1 + nodes) * group
             assert rows <= padded(nodes) < rows + group
             assert padded(nodes + 1) > padded(nodes)
+        if group == 4:
+            assert {nodes: padded(nodes) for nodes in sizes} == {
+                3: 16, 7: 32, 15: 64, 31: 128, 63: 256, 127: 512,
+            }  # fmt: skip
+            # One of the round numbers, and what it costs.
+            assert (padded(32), padded(64)) == ((192, 320) if major == 8 else (256, 512))
 
 
 @pytest.fixture

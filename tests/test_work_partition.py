@@ -4,9 +4,12 @@ import ctypes
 import itertools
 import random
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from specextend import _C
 
 CSRC = Path(__file__).parent.parent / "csrc"
 
@@ -167,3 +170,32 @@ def test_grid_is_no_larger_than_the_work(lib):
     assert lib.grid_of(one, 0, 264) == 1
     assert lib.grid_of(one, 8, 264) == (8 + lib.overhead()) // 2
     assert lib.grid_of(WorkCut(4, 8, 2, 16, 64, 0, 2), 1024, 264) == 264
+
+
+@pytest.mark.parametrize("heads", [(32, 8), (32, 32), (28, 4)])
+def test_what_is_planned_is_what_blocks_find(lib, heads):
+    """The totals that predictions are made of, against the walk of all blocks."""
+    shape = dict(num_heads=heads[0], num_kv_heads=heads[1], head_dim=128)
+    for rows, prefix in itertools.product(
+        (1, 8, 31, 32, 33, 64, 65, 128), (0, 1, 500, 2048, 16384, 65536)
+    ):
+        plan = _C.plan_attention(num_rows=rows, prefix_len=prefix, **shape)
+        row_blocks = plan["units"] // heads[1]
+        found = check(
+            lib, [(0, prefix + rows)], kv_heads=heads[1], row_blocks=row_blocks,
+            tile_keys=plan["tile_keys"], grid=plan["grid"] // plan["cluster"],
+            min_run=plan["min_run"],
+        )  # fmt: skip
+        assert plan["partials"] == sum(not (s[4] and s[5]) for s in found)
+        assert plan["busy"] == len({s[0] for s in found}) * plan["cluster"]
+        assert plan["most_partials"] == max(Counter(s[1] for s in found).values())
+        assert 0 <= plan["padded_rows"] - plan["packed_rows"] < plan["padded_rows"] // row_blocks
+
+
+def test_a_plan_says_what_is_wrong():
+    right = dict(num_rows=3, num_heads=8, num_kv_heads=2, head_dim=64, prefix_len=9)
+    for wrong in (dict(num_heads=7), dict(num_rows=0), dict(head_dim=257), dict(prefix_len=-1)):
+        with pytest.raises(ValueError, match="plan_attention: sizes must be positive"):
+            _C.plan_attention(**{**right, **wrong})
+    with pytest.raises(ValueError, match="dtype must be fp32, fp16 or bf16, got int8"):
+        _C.plan_attention(**right, dtype="int8")

@@ -4,8 +4,8 @@
 
 In ten minutes at most, offline, behind a_right.py: small cases under compute-sanitizer's memcheck,
 synccheck and, but for kernels of tensor copies and their barriers, of which it knows too little,
-racecheck; bench_ops with its peers; rounds of the embedded pair; the demonstration. OUTPUT gets
-c.log, as it comes, and c.json: the record, with machine, driver, versions, commit and command.
+racecheck; bench_ops with its peers; the demonstration. OUTPUT gets c.log, as it comes, and c.json:
+the record, with machine, driver, versions, commit and command.
 """
 
 import os
@@ -42,16 +42,13 @@ def plan(results: Path, device: str) -> list[Step]:
 
     ops = ["bench/bench_ops.py", "--quick"]
     ops += [] if cuda else ["--seconds", "0.01", "--filter", "8/8/64 P=256 tree=1 bf16"]
-    pair = ["bench/bench_decode.py", "--quick", "--parts", "pair"]
-    pair += [] if cuda else ["--pair-contexts", "128", "--pair-turns", "1", "--pair-trees", ""]
     demo = [python, "-m", "specextend", "demo", "--device", device]
     demo += ["--dtype", "bfloat16"] if cuda else ["--tokens", "200", "--max-new-tokens", "8"]
     return [
         checked("memcheck", 90),
         checked("synccheck", 60),
         checked("racecheck", 80, SPECEXTEND_ATTENTION="portable"),
-        writes("ops", 150, *ops),
-        writes("pair", 110, *pair),
+        writes("ops", 240, *ops),
         Step("demonstration", demo, 90),
     ]
 

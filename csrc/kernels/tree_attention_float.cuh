@@ -85,7 +85,8 @@ __device__ __forceinline__ void run_float_segment(const AttentionCall& c, const 
     if (c.chunk_lse) {
       emit_chunks(c, s, tile, kFloatAttentionTileKeys,
                   reinterpret_cast<PartialSum*>(shared + at.carry), [&](int r, int begin, int end) {
-                    return sum_logits(shared + at.logits + r * kFloatAttentionTilePitch, begin, end);
+                    return sum_logits(shared + at.logits + r * kFloatAttentionTilePitch, begin,
+                                      end);
                   });
     }
     if (!c.out) continue;

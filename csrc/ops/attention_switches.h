@@ -25,9 +25,9 @@ inline AttentionFamily attention_family(const char* op) {
   const std::string value = switch_value("SPECEXTEND_ATTENTION");
   STD_TORCH_CHECK(value.empty() || value == "portable" || value == "hopper", op,
                   ": SPECEXTEND_ATTENTION must be portable or hopper, got ", value);
-  return value.empty()          ? AttentionFamily::kBest
+  return value.empty()         ? AttentionFamily::kBest
          : value == "portable" ? AttentionFamily::kPortable
-                                : AttentionFamily::kHopper;
+                               : AttentionFamily::kHopper;
 }
 
 inline bool programmatic_launch(const char* op) {
