@@ -2,16 +2,26 @@
 # finding them. In order: SPECEXTEND_CUTLASS_DIR, the installed nvidia-cutlass wheel, a pinned download.
 set(SPECEXTEND_CUTLASS_DIR "" CACHE PATH "Folder that holds CUTLASS's include/")
 
-function(specextend_use_cutlass target)
-  set(dir "${SPECEXTEND_CUTLASS_DIR}")
-  if(NOT dir)
+# The wheel's folder that holds include/, or "". pip's build isolation is a PYTHONPATH, without which
+# the interpreter sees what is installed; a wheel in a folder of its own is found by PYTHONPATH alone.
+function(specextend_find_cutlass_wheel out)
+  set(${out} "" PARENT_SCOPE)
+  foreach(environment "--unset=PYTHONPATH;--unset=PYTHONNOUSERSITE" "")
     execute_process(
-      COMMAND ${CMAKE_COMMAND} -E env --unset=PYTHONPATH --unset=PYTHONNOUSERSITE ${Python_EXECUTABLE} -c
+      COMMAND ${CMAKE_COMMAND} -E env ${environment} ${Python_EXECUTABLE} -c
         "import importlib.util as u; print(u.find_spec('cutlass_library').submodule_search_locations[0] + '/source')"
       OUTPUT_VARIABLE wheel OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET RESULT_VARIABLE missing)
     if(NOT missing)
-      set(dir "${wheel}")
+      set(${out} "${wheel}" PARENT_SCOPE)
+      return()
     endif()
+  endforeach()
+endfunction()
+
+function(specextend_use_cutlass target)
+  set(dir "${SPECEXTEND_CUTLASS_DIR}")
+  if(NOT dir)
+    specextend_find_cutlass_wheel(dir)
   endif()
   if(NOT dir)
     set(dir "${CMAKE_BINARY_DIR}/cutlass-4.2.0")

@@ -121,6 +121,33 @@ class TestSetup:
         assert wanted - packed == set()
 
 
+class TestCutlass:
+    """Where CMake finds CUTLASS's headers."""
+
+    @staticmethod
+    def found(tmp_path: Path, **variables: str) -> str:
+        script = tmp_path / "find.cmake"
+        script.write_text(
+            f'include("{ROOT}/cmake/cutlass.cmake")\n'
+            'specextend_find_cutlass_wheel(dir)\nmessage("dir=${dir}")\n'
+        )
+        cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        command = [cmake, f"-DPython_EXECUTABLE={sys.executable}", "-P", str(script)]
+        ran = subprocess.run(
+            command, capture_output=True, text=True, check=True, env={**os.environ, **variables}
+        )
+        return ran.stderr.partition("dir=")[2].strip()
+
+    def test_a_wheel_in_a_folder_of_its_own(self, tmp_path):
+        """Found by PYTHONPATH, where none is installed, which comes first."""
+        (tmp_path / "cutlass_library").mkdir()
+        (tmp_path / "cutlass_library/__init__.py").touch()
+        installed = self.found(tmp_path)
+        own = self.found(tmp_path, PYTHONPATH=str(tmp_path))
+        assert own == (installed or f"{tmp_path}/cutlass_library/source")
+        assert not installed or installed.startswith(sys.prefix)
+
+
 class TestImportErrors:
     @pytest.fixture
     def package(self, tmp_path):

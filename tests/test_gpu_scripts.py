@@ -104,6 +104,11 @@ class TestRunning:
         plan = [steps.Step("absent", ["no-such-tool"], 5), steps.Step("good", python(""), 20)]
         assert steps.run_all(plan, {}, tmp_path, "x", 60)
 
+    def test_packages_in_folders_of_their_own_are_seen(self, steps, tmp_path, monkeypatch):
+        monkeypatch.setenv("PYTHONPATH", "elsewhere")
+        step = steps.Step("path", python("import os; print(os.environ['PYTHONPATH'])"), 20)
+        assert steps.run(step, 20, tmp_path / "log").output_tail.strip() == f"{ROOT}:elsewhere"
+
     def test_children_end_with_their_step(self, steps, tmp_path):
         mark = tmp_path / "mark"
         child = f"import time; time.sleep(2); open({str(mark)!r}, 'w')"

@@ -61,7 +61,8 @@ class Outcome:
 
 def run(step: Step, limit: float, log: Path) -> Outcome:
     """Run one step, its output at the end of ``log``."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **step.env}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **step.env}
     shown = " ".join([*(f"{k}={v}" for k, v in step.env.items()), *map(str, step.command)])
     if shutil.which(step.command[0]) is None:
         return Outcome(step.name, shown, "skipped", output_tail=f"no {step.command[0]} here")
