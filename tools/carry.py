@@ -70,6 +70,9 @@ def build(python, cutlass):
     )  # fmt: skip
     (module,) = MODULE.rglob("_C.*.so")
     module = module.rename(MODULE / module.name)
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout
+    (MODULE / "commit").write_text(commit)  # for records, since that machine may have no git
 
     ninja = [str(python.with_name("ninja")), "-C", str(FOLDER / "build"), "-t", "deps"]
     read = subprocess.run(ninja, capture_output=True, text=True, check=True).stdout.split()

@@ -145,7 +145,8 @@ def version_of(package: str) -> str:
 
 
 def describe(commit: str | None) -> dict:
-    """Machine, driver, versions, commit and command."""
+    """Machine, driver, versions, commit and command; and of which commit a carried module is."""
+    carried = ROOT / "build" / "carry" / "module" / "commit"  # of tools/carry.py
     query = "--query-gpu=name,driver_version,memory.total"
     return {
         "gpu": output_of("nvidia-smi", query, "--format=csv,noheader"),
@@ -155,6 +156,7 @@ def describe(commit: str | None) -> dict:
         "nvcc": output_of("nvcc", "--version").splitlines()[-1:],
         "packages": {name: version_of(name) for name in ("torch", "transformers", "triton")},
         "commit": commit or output_of("git", "describe", "--always", "--dirty"),
+        "carried": carried.read_text().strip() if carried.exists() else "",
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
