@@ -132,6 +132,49 @@ class TestRunning:
         assert record["steps"][0]["output_tail"] == "no time was left"
 
 
+class TestModule:
+    """What is done with the module that tools/carry.py made, and without one."""
+
+    @pytest.fixture
+    def module(self, tmp_path, monkeypatch):
+        module = importlib.import_module("module")
+        (tmp_path / "specextend").mkdir()
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+        monkeypatch.setattr(module, "CARRIED", tmp_path / "build/carry")
+        monkeypatch.setattr(sys, "argv", ["module.py"])
+        return module
+
+    @pytest.mark.parametrize(
+        "loads, builds, answers, status, built",
+        [
+            (True, True, True, 0, False),
+            (True, True, False, 1, False),  # no GPU: a build would not help
+            (False, True, True, 0, True),
+            (False, False, True, 1, True),
+        ],
+    )
+    def test_built_only_where_that_helps(
+        self, module, monkeypatch, loads, builds, answers, status, built
+    ):
+        done = []
+
+        def runs(code: str) -> bool:
+            return answers if code == module.GPU_ANSWERS else loads or bool(done and builds)
+
+        monkeypatch.setattr(module, "runs", runs)
+        monkeypatch.setattr(module, "build", lambda: done.append(1) or builds)
+        assert module.main() == status and bool(done) == built
+
+    def test_the_carried_one_comes_first(self, module, monkeypatch):
+        carried = module.CARRIED / "module" / module.NAME
+        carried.parent.mkdir(parents=True)
+        carried.write_text("carried")
+        (module.ROOT / "specextend" / module.NAME).write_text("what was there")
+        monkeypatch.setattr(module, "runs", lambda code: True)
+        assert module.main() == 0
+        assert (module.ROOT / "specextend" / module.NAME).read_text() == "carried"
+
+
 def test_predictions_are_in_the_documentation():
     """What is predicted of an H200 stands there before one has been asked, line by line."""
     predict = runpy.run_path(str(GPU / "predict.py"))
