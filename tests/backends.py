@@ -72,7 +72,7 @@ def for_seeds(count: int):
 
     def decorate(test):
         signature = inspect.signature(test)
-        names = [*signature.parameters.keys() - {"seed"}, "schedule"]
+        names = [name for name in (*signature.parameters, "schedule") if name != "seed"]
 
         def run(schedule, **fixtures):
             given = dict(fixtures)
