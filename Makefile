@@ -51,6 +51,9 @@ help:
 test test-long: export OMP_WAIT_POLICY ?= PASSIVE
 # Tests run in several processes, so one thread in each.
 test test-long: export OMP_NUM_THREADS ?= 1
+# And they start some dozens: each would read torch and transformers from their sources for five
+# seconds where Python is told to keep no bytecode.
+test test-long: export PYTHONDONTWRITEBYTECODE =
 workers := -n auto --maxprocesses 4 --dist worksteal
 demo: export GOMP_SPINCOUNT ?= 10000
 

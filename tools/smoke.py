@@ -109,7 +109,7 @@ def smoke(name, versions, index):
     start = time.monotonic()
     say(f"{named(versions)}: installing")
     python = environment(name)
-    ours = ("CMAKE_ARGS", "PYTHONPATH", "SPECEXTEND_BUILD_DIR")
+    ours = ("CMAKE_ARGS", "PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "SPECEXTEND_BUILD_DIR")
     variables = {k: v for k, v in os.environ.items() if k not in ours}
     variables["SPECEXTEND_CUDA"] = "AUTO" if has_gpu() else "OFF"  # minutes that show nothing here
     with tempfile.TemporaryDirectory() as folder:
