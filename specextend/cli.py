@@ -239,13 +239,11 @@ def load_pair(args: argparse.Namespace):
     """Target, draft as ``SpecExtend`` takes it, and the tokenizers of both, None without.
 
     Raises:
-        ValueError: a model is not there, or only one of a pair was named.
+        ValueError: a model or the device is not there, or only one of a pair was named.
     """
     from huggingface_hub.utils import logging as hub_logging
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
-
-    from .machine import default_device
 
     hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
@@ -266,15 +264,37 @@ def load_pair(args: argparse.Namespace):
             "ngram, self, or none for plain decoding"
         )
 
+    device = _device(args.device)
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     target = _located(target)
     tokenizer = AutoTokenizer.from_pretrained(target)
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).eval()
-    model = model.to(args.device or default_device())
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).eval().to(device)
     if str(draft).lower() == "none":
         return model, None, tokenizer, None
     draft, draft_tokenizer = named_draft(draft)
     return model, draft, tokenizer, draft_tokenizer
+
+
+def _device(name: str | None) -> torch.device:
+    """The device of ``--device``, once it is known that models can run there."""
+    from .machine import default_device
+
+    try:
+        device = torch.device(name or default_device())
+    except RuntimeError:
+        raise UsageError(f"--device must be cpu, cuda or cuda:N, got {name}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device must be cpu, cuda or cuda:N, got {name}")
+    if device.type == "cuda":
+        if not _C.has_cuda:
+            raise UsageError(
+                f"--device {name}: specextend was built without CUDA kernels; install it with "
+                "nvcc and SPECEXTEND_CUDA=ON"
+            )
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise UsageError(f"--device {name}: torch sees {count} GPUs")
+    return device
 
 
 def _located(name) -> str | Path:

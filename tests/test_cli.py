@@ -302,6 +302,9 @@ class TestErrors:
             ("generate --temperature -1 PAIR", "--temperature must not be negative, got -1"),
             ("generate --temperature 0 --top-k 3 PAIR", "no meaning with --temperature 0"),
             ("generate --max-new-tokens 0 PAIR", "--max-new-tokens must be at least 1, got 0"),
+            ("generate --device gpu PAIR", "--device must be cpu, cuda or cuda:N, got gpu"),
+            ("generate --device meta PAIR", "--device must be cpu, cuda or cuda:N, got meta"),
+            ("generate --device cuda:99 PAIR", "--device cuda:99: "),  # no kernels, or no such GPU
         ],
     )  # fmt: skip
     def test_usage(self, run, folder, arguments, text):

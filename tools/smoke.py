@@ -32,11 +32,11 @@ from make_env import (
     make_venv,
     ranges,
     torch_options,
-)  # fmt: skip
+)
 
 FOLDER = ROOT / "build" / "smoke"
 PACKAGES = ("torch", "transformers")
-OLDEST = {"torch": "2.10.0", "transformers": "5.10.4"}  # 5.10.0 was withdrawn
+OLDEST = {"torch": "2.10.0", "transformers": "5.10.4"}  # there is no 5.10.0
 DAYS = 14
 
 

@@ -35,9 +35,8 @@ def plan(results: Path, device: str) -> list[Step]:
         Step("module", [python, "bench/gpu/module.py", "--device", device], 280, None, True),
         cases("tree_attention, portable", "tree_attention", 40, SPECEXTEND_ATTENTION="portable"),
         cases("tree_attention, Hopper", "tree_attention/hopper", 30, SPECEXTEND_ATTENTION="hopper"),
-        cases("tree_attention, launched early or not", "tree_attention", 20, "--few",
-              SPECEXTEND_PDL="0"),
-    ]  # fmt: skip
+        cases("no early launches", "tree_attention", 20, "--few", SPECEXTEND_PDL="0"),
+    ]
     if cuda:
         steps += [cases(name, name, 20) for name in CASES]
     else:
