@@ -164,7 +164,7 @@ class TestWhatThreadsDo:
         out = torch.full((12,), -1, dtype=torch.int32)
         out[11] = 0
         for _ in range(2):  # the ticket is as it was
-            probes("last_arriver", out, arange(10), grid=10)
+            probes("last_arriver", out, arange(10), grid=10, block=1)
             assert out[0] == 45 and out[11] == 0
 
     def test_conversions(self, probes):
@@ -189,48 +189,86 @@ class TestWhatThreadsDo:
 
 
 class TestRaces:
-    """A barrier too few shows on some schedules; with it, all are right (see above)."""
+    """What nothing orders is an error on every schedule; with a barrier more all is right (above)."""
 
     @pytest.mark.parametrize(
-        ("name", "fault", "block", "shared"),
+        ("name", "fault", "block", "message"),
         [
-            ("reverse", 1, 96, 384),
-            ("reverse", 2, 96, 384),
-            ("reverse_warp", 1, 32, 128),
-            ("producer", 1, 96, 256),
-            ("copies", 1, 64, 2048),
-            ("copies", 2, 64, 2048),
-            ("copies", 3, 64, 2048),
-            ("copies", 4, 64, 2048),
+            ("reverse", 1, 96, "shared memory, which thread .* has (read|written), and"),
+            ("reverse", 2, 96, "shared memory, which thread .* has (read|written), and"),
+            ("reverse_warp", 1, 32, "shared memory, which thread .* has (read|written), and"),
+            ("producer", 1, 96, "shared memory, which thread .* has (read|written), and"),
+            ("copies", 1, 64, "which a cp.async that thread .* has not waited for has written"),
+            ("copies", 2, 64, "which a cp.async that thread .* has not waited for has written"),
+            ("copies", 3, 64, "shared memory, which (thread|a cp.async) .* has (read|written)"),
+            ("copies", 4, 64, "shared memory, which (thread|a cp.async) .* has (read|written)"),
+            ("minimum", 1, 32, "a tensor's memory of 192 bytes, which thread .* has"),
+            ("bulk_copies", 2, 32, "uses .*, which thread .* has written, and|not initialised"),
+            ("bulk_copies", 3, 32, "which a bulk copy has written, and nothing orders the two"),
+            ("bulk_copies", 4, 32, "which a bulk copy has written, and nothing orders the two"),
+            ("bulk_copies", 6, 32, "shared memory, which thread .* has (read|written), and"),
         ],
     )
-    def test_shows(self, probes, name, fault, block, shared):
-        def run(schedule, fault):
-            given = torch.arange(2048, dtype=torch.int32)
-            with probes.schedule(schedule):
-                out = torch.full((2048,), -7, dtype=torch.int32)
-                return probes(
-                    name,
-                    out,
-                    given,
-                    block=block,
-                    shared=shared,
-                    count=5 * (name == "copies"),
-                    fault=fault,
-                )
+    def test_of_threads(self, probes, schedule, name, fault, block, message):
+        given = (torch.arange(2048) % 50).int()
+        out = ints(48) if name == "minimum" else ints(2048)
+        text = probes.error(
+            schedule,
+            name,
+            out.fill_(99),
+            given,
+            block=block,
+            shared=2048,
+            count=5 * (name == "copies"),
+            fault=fault,
+        )
+        assert re.search(message, text), text
 
-        right = run(Schedule(), 0)
-        found = [s for s in SCHEDULES if not torch.equal(run(s, fault), right)]
-        assert len(found) >= 3, found
+    def test_of_blocks(self, probes, schedule):
+        given = arange(120)
+        out = probes("scratch", ints(240), given, grid=5, block=24)
+        assert torch.equal(out[:120].view(5, 24), given.view(5, 24).flip(1))
+        text = probes.error(schedule, "scratch", ints(240), given, grid=5, block=24, fault=1)
+        assert "which another block has changed, and nothing orders the two" in text
 
-    def test_order_of_blocks(self, probes):
-        """The last block of the grid is not the last to run."""
+    @pytest.mark.parametrize("fault", [1, 2, 3])
+    def test_of_the_last_block(self, probes, fault):
+        """Which need not be the last of the grid, and has to fence on both sides of its ticket."""
         found = []
         for seed in range(6):
+            out = torch.zeros(12, dtype=torch.int32)
             with probes.schedule(Schedule(seed)):
-                out = torch.zeros(12, dtype=torch.int32)
-                found.append(probes("last_arriver", out, arange(10), grid=10, fault=1)[0] != 45)
-        assert sum(found) >= 3
+                try:
+                    out = probes("last_arriver", out, arange(10), grid=10, block=1, fault=fault)
+                    found.append(out[0] != 45)
+                except RuntimeError as error:
+                    found.append("which another block has" in str(error))
+        assert sum(found) >= (3 if fault == 1 else 6)
+
+
+class TestFences:
+    """Of what tensor cores, copies and the next kernel are to see."""
+
+    def test_all_there(self, probes, schedule):
+        given = arange(32)
+        assert torch.equal(probes("bulk_copies", ints(32), given, shared=136), given + 1)
+        assert torch.equal(probes("minimum", ints(1).fill_(99), given + 7), arange(1) + 7)
+        before = probes.early_launches
+        assert torch.equal(probes("early", ints(32), given), given)
+        assert probes.early_launches == before + 1
+
+    @pytest.mark.parametrize(
+        ("name", "fault", "message"),
+        [
+            ("bulk_copies", 1, "a bulk copy for an mbarrier whose initialisation is not fenced"),
+            ("bulk_copies", 5, "of shared memory, which thread .* has stored without a fence"),
+            ("early", 1, "ends without having waited for the kernels before this one"),
+            ("early", 2, "writes .* before it has waited for the kernels before this one"),
+        ],
+    )
+    def test_one_too_few(self, probes, schedule, name, fault, message):
+        text = probes.error(schedule, name, ints(32), arange(32), shared=136, fault=fault)
+        assert re.search(message, text), text
 
 
 @pytest.mark.parametrize("schedule", [Schedule(1, kind) for kind in KINDS], ids=lambda s: s.kind)
@@ -269,17 +307,18 @@ class TestErrors:
     @pytest.mark.parametrize("byte", [-1, -1024, -5000, 1000, 1023, 1024, 4096, 300_000])
     def test_shared_memory(self, probes, schedule, byte):
         at = torch.tensor([byte], dtype=torch.int32)
-        text = probes.error(schedule, "shared_access", ints(1), at, shared=1000, fault=1)
+        options = {"block": 1, "shared": 1000}
+        text = probes.error(schedule, "shared_access", ints(1), at, **options, fault=1)
         assert "shared memory" in text and "1000 bytes" in text
         if not -1024 <= byte < 1024:  # apart from the next bytes a read faults, too
-            text = probes.error(schedule, "shared_access", ints(1), at, shared=1000, fault=2)
+            text = probes.error(schedule, "shared_access", ints(1), at, **options, fault=2)
             assert "block (0, 0, 0), thread (" in text and f"byte {byte} of shared memory" in text
 
     def test_shared_memory_is_poisoned(self, probes, schedule):
         with probes.schedule(schedule):
             for byte in (0, 500, 996):
                 at = torch.tensor([byte], dtype=torch.int32)
-                out = probes("shared_access", torch.zeros(1), at, shared=1000)
+                out = probes("shared_access", torch.zeros(1), at, block=1, shared=1000)
                 assert out.isnan().all()
 
     @pytest.mark.parametrize(
@@ -374,13 +413,12 @@ def test_fibers_of_other_processors():
 
 
 def test_the_same_schedule_is_the_same_run(probes):
-    def run(seed):
-        with probes.schedule(Schedule(seed)):
-            return probes(
-                "reverse", torch.zeros(192).int(), arange(96), block=96, shared=384, fault=1
-            )
+    def race(seed):
+        return probes.error(
+            Schedule(seed), "reverse", ints(192), arange(96), block=96, shared=384, fault=1
+        )
 
-    assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
+    assert race(1) == race(1) != race(2)
 
 
 # ---- faults in the kernels of the ops ------------------------------------------------------------

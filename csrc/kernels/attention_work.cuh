@@ -219,7 +219,7 @@ struct SegmentState {
     const int lane = int(threadIdx.x % 32);
     // The first block notes for the combine where sequences begin.
     const int64_t total = for_each_sequence(c, [&](int b, int64_t begin, int64_t length) {
-      if (block > 0) return;
+      if (blockIdx.x > 0) return;
       c.workspace.lines[b] = begin;
       if (b == c.batch - 1) c.workspace.lines[c.batch] = begin + length;
     });

@@ -7,7 +7,6 @@
 // A tile of rows of kDim elements lies in shared memory as kDim / 64 panels of [rows, 64], each
 // with the 128-byte swizzle (shared_index in hopper_tiles.h), at a multiple of 1024 bytes.
 
-#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -21,40 +20,12 @@
 #include <cute/tensor.hpp>
 #include <type_traits>
 
-namespace specextend::hopper {
+#include "kernels/tensor_map.cuh"
 
-using TensorMap = CUtensorMap;
+namespace specextend::hopper {
 
 template <typename T>
 using Element = std::conditional_t<std::is_same_v<T, __half>, cute::half_t, cute::bfloat16_t>;
-
-// Maps a tensor of 16-bit elements for copies of boxes of [64 columns, box_rows, 1, 1], swizzled by
-// 128 bytes. Sizes: columns, rows, heads, batch; strides of the last three in bytes, multiples
-// of 16. The driver's function for it is looked up here, so that nothing needs the driver to be
-// loaded.
-inline cudaError_t make_map(TensorMap* map, const void* data, const int64_t (&sizes)[4],
-                            const int64_t (&strides)[3], int box_rows) {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
-                                                             12000, cudaEnableDefault, &found);
-#else
-  const cudaError_t error =
-      cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
-#endif
-  if (error != cudaSuccess) return error;
-  if (found != cudaDriverEntryPointSuccess) return cudaErrorCallRequiresNewerDriver;
-  cuuint64_t global[4], steps[3];
-  for (int i = 0; i < 4; ++i) global[i] = cuuint64_t(sizes[i]);
-  for (int i = 0; i < 3; ++i) steps[i] = cuuint64_t(strides[i]);
-  const cuuint32_t box[4] = {64, cuuint32_t(box_rows), 1, 1}, elements[4] = {1, 1, 1, 1};
-  const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
-      map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(data), global, steps, box, elements,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
 
 // --- products of a warpgroup: asynchronous, each a group of its own ---
 

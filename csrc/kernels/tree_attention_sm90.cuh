@@ -47,6 +47,13 @@ namespace specextend {
 constexpr int kHopperThreads = 384;  // a warpgroup that copies, two that multiply
 constexpr int kHopperReaders = 8;    // warps that multiply
 constexpr int kHopperProducerRegisters = 72, kHopperConsumerRegisters = 216;  // of a thread
+// A thread begins with its share of the multiprocessor's 64 K. Whoever asks for more waits until it
+// is there: for ever, unless others give up as much.
+constexpr int kHopperRegisters = 65536 / kHopperThreads / 8 * 8;
+static_assert(128 * kHopperProducerRegisters + 256 * kHopperConsumerRegisters <=
+              kHopperThreads * kHopperRegisters);
+static_assert(kHopperProducerRegisters % 8 == 0 && kHopperProducerRegisters >= 24 &&
+              kHopperConsumerRegisters % 8 == 0 && kHopperConsumerRegisters <= 256);
 constexpr int kHopperSharedBytes = 227 * 1024;  // that a block can have
 
 constexpr int kOwnRowsBarrier = 1;  // and the next: of each warpgroup that multiplies

@@ -19,6 +19,7 @@
 
 #include "fiber.h"
 #include "host.h"
+#include "races.h"
 #include "run.h"
 
 uint3 threadIdx, blockIdx;
@@ -27,6 +28,7 @@ dim3 blockDim, gridDim;
 namespace specextend::emulation {
 
 Settings settings;
+const unsigned char* all_shared;
 
 namespace {
 
@@ -103,6 +105,7 @@ struct Run {
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) abort();
     shared_end = static_cast<unsigned char*>(memory) + kSharedGuardBytes + bytes;
+    all_shared = shared_end - kAllSharedBytes;
     shared_open = 0;
   }
 
@@ -196,6 +199,7 @@ void thread_main(void*) {
   Run& r = run();
   r.body(r.argument);
   end_copies_of_thread();
+  check_has_waited();
   r.set_waiting(State::kExited, {});
   ++r.exited;
   r.me().fiber.suspend();
@@ -215,10 +219,13 @@ void Run::run_block() {
   favourite_lane = int((next() >> 32) % kWarp);
   for (int i = 0; i < count; ++i) {
     threads[i].fiber.start(thread_main, nullptr);
+    threads[i].place = {};
     set_ready(i);
   }
   memset(shared_end - shared_open, kPoison, shared_open);
   forget_copies(count);
+  forget_products(count);
+  begin_block_accesses(count, (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x);
   const unsigned first = blockIdx.x;  // of the cluster
   while (exited < count && error.empty()) {
     if (ready_warps == 0) {
@@ -233,7 +240,9 @@ void Run::run_block() {
     current = warp * kWarp + choose(ready[warp], favourite_lane);
     threadIdx = me().index;
     blockIdx.x = first + unsigned(rank());
+    begin_turn(current);
     me().fiber.resume();
+    end_turn();
   }
   const auto untouched = [](const unsigned char* begin, const unsigned char* end) {
     return std::all_of(begin, end, [](unsigned char c) { return c == kPoison; });
@@ -400,6 +409,7 @@ cudaError_t run_grid(const void* kernel, const cudaLaunchConfig_t& config, void 
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
   for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[r.next() % i]);
 
+  begin_grid_accesses(is_early(config));
   Handlers handlers;
   r.host = pthread_self();
   if (sigsetjmp(r.abandon, 1) == 0) {
@@ -444,6 +454,24 @@ int yield() {
 void note_progress() { run().polls = 0; }
 
 int thread() { return run().current; }
+
+std::string name_of_thread(int thread) {
+  const Run& r = run();
+  const std::string name = "thread " + triple(r.threads[thread].index);
+  return r.count == r.block_threads || thread / r.block_threads == r.rank()
+             ? name
+             : name + " of the cluster's other block";
+}
+
+std::string last_place() {
+  const Place& place = run().me().place;
+  return place.line == 0 ? "before it has met any other" : "behind " + place.string();
+}
+
+size_t offset_in_block(const void* p) {
+  const Run& r = run();
+  return size_t(static_cast<const unsigned char*>(p) - r.shared) % r.shared_stride;
+}
 
 void warp_call(const char* name, const char* file, int line, unsigned mask, void* operand,
                void (*function)(void* const* operands, unsigned mask)) {
@@ -505,6 +533,7 @@ int meet(const Place& place, int barrier, int threads, bool uniform, int value) 
   me.barrier = barrier;
   r.set_waiting(State::kAtBarrier, place);
   if (++b.arrived == threads) {
+    order_threads(b.waiting);
     for (const int i : b.waiting) {
       r.threads[i].sum = b.sum;
       r.set_ready(i);

@@ -4,9 +4,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <vector>
 
 #include "emulation/block.h"
+#include "races.h"
 #include "run.h"
 
 namespace specextend::emulation {
@@ -17,7 +19,7 @@ constexpr int kPatience = 64;  // polls of an mbarrier before a copy must land
 struct AsyncCopy {
   unsigned char* to;
   const unsigned char* from;
-  bool valid, read;  // `read`: the bytes are here already
+  bool valid, read, landed;  // `read`: the bytes are here already
   int group;
   unsigned char bytes[16];
 };
@@ -43,7 +45,8 @@ std::vector<BulkCopy> loads;  // of all threads
 
 ThreadCopies& mine() { return all_copies[thread()]; }
 
-void land(const AsyncCopy& c) {
+void land(AsyncCopy& c) {
+  c.landed = true;
   if (!c.valid) {
     memset(c.to, 0, 16);
   } else {
@@ -70,11 +73,32 @@ struct Mbarrier {
 };
 static_assert(sizeof(Mbarrier) == sizeof(uint64_t));
 
+// What is known of it besides.
+struct MbarrierNotes {
+  int number;      // among those of the cluster
+  uint32_t phase;  // counted from 1
+  int maker;       // the thread that has initialised it,
+  bool fenced;     // and for whom alone it is there before the fence
+  Times arriving;  // what those have done who have arrived in this phase,
+  Times arrived;   // in the ones before
+};
+std::map<const uint64_t*, MbarrierNotes> all_notes;
+
+MbarrierNotes& notes_of(const uint64_t* p) { return all_notes.at(p); }
+
 Mbarrier load(const uint64_t* p) {
   check_shared("mbarrier", p, sizeof(*p));
   Mbarrier b;
   memcpy(&b, p, sizeof(b));
-  if (b.count == 0 || b.count == 0xffff) fail("an mbarrier that is not initialised");
+  if (b.count == 0 || b.count == 0xffff || all_notes.count(p) == 0) {
+    fail("an mbarrier that is not initialised");
+  }
+  const MbarrierNotes& notes = notes_of(p);
+  if (!notes.fenced && notes.maker != thread()) {
+    fail("an mbarrier of which " + name_of_thread(notes.maker) +
+         " has not fenced the initialisation");
+  }
+  check_mbarrier_is_there(p);
   return b;
 }
 
@@ -83,6 +107,13 @@ void store(uint64_t* p, Mbarrier b) {
   if (b.pending == 0 && b.bytes_and_phase >> 1 == 0) {
     b.pending = b.count;
     b.bytes_and_phase ^= 1;
+    MbarrierNotes& notes = notes_of(p);
+    notes.arrived.resize(notes.arriving.size());
+    for (size_t i = 0; i < notes.arriving.size(); ++i) {
+      notes.arrived[i] = std::max(notes.arrived[i], notes.arriving[i]);
+    }
+    set_phase_over(notes.arrived, notes.number, notes.phase++);
+    notes.arriving.clear();
     note_progress();
   }
   memcpy(p, &b, sizeof(b));
@@ -94,7 +125,8 @@ void land_some_load() {
   BulkCopy c = std::move(loads[i]);
   loads.erase(loads.begin() + long(i));
   write(c);
-  Mbarrier b = load(c.barrier);
+  Mbarrier b;
+  memcpy(&b, c.barrier, sizeof(b));
   b.bytes_and_phase -= 2 * int32_t(c.size);
   store(c.barrier, b);
   note_progress();
@@ -121,6 +153,7 @@ void forget_copies(int threads) {
     t.async_group = t.store_group = 0;
   }
   loads.clear();
+  all_notes.clear();
 }
 
 void end_copies_of_thread() {
@@ -137,9 +170,8 @@ void end_copies_of_thread() {
 void maybe_land_early() {
   std::vector<AsyncCopy>& copies = mine().async;
   if (settings.kind != Kind::kRandom || copies.empty() || draw(8) != 0) return;
-  const size_t i = draw(unsigned(copies.size()));
-  land(copies[i]);
-  copies.erase(copies.begin() + long(i));
+  AsyncCopy& c = copies[draw(unsigned(copies.size()))];
+  if (!c.landed) land(c);
 }
 
 void cp_async_16(void* shared, const void* global, bool valid) {
@@ -153,9 +185,11 @@ void cp_async_16(void* shared, const void* global, bool valid) {
     if (reinterpret_cast<uintptr_t>(global) % 16 != 0) {
       fail("cp.async from an address that is not a multiple of 16");
     }
+    note_read(global, 16);
     memcpy(c.bytes, global, 16);  // an access out of bounds shows here
     c.read = draw(2) == 0;
   }
+  begin_copy_write(shared, 16);
   memset(shared, kPoison, 16);
   mine().async.push_back(c);
   maybe_land_early();
@@ -169,8 +203,10 @@ void cp_async_commit() {
 void cp_async_wait(int pending) {
   ThreadCopies& t = mine();
   const auto covered = [&](const AsyncCopy& c) { return c.group < t.async_group - pending; };
-  for (const AsyncCopy& c : t.async) {
-    if (covered(c)) land(c);
+  for (AsyncCopy& c : t.async) {
+    if (!covered(c)) continue;
+    if (!c.landed) land(c);
+    end_copy_write(c.to, 16);
   }
   t.async.erase(std::remove_if(t.async.begin(), t.async.end(), covered), t.async.end());
 }
@@ -178,8 +214,18 @@ void cp_async_wait(int pending) {
 void mbarrier_init(uint64_t* barrier, uint32_t count) {
   check_shared("mbarrier", barrier, sizeof(*barrier));
   if (count == 0 || count >= 0xffff) fail("an mbarrier of " + std::to_string(count) + " arrivals");
+  note_write(barrier, sizeof(*barrier));
   const Mbarrier b{uint16_t(count), uint16_t(count), 0};
   memcpy(barrier, &b, sizeof(b));
+  const int number = int(all_notes.size());
+  if (number == kMaxMbarriers) fail("more mbarriers than are looked after");
+  MbarrierNotes& notes = all_notes.try_emplace(barrier, MbarrierNotes{number, 1}).first->second;
+  notes.maker = thread();
+  notes.fenced = false;
+}
+
+void fence_mbarrier_init() {
+  for (auto& [barrier, notes] : all_notes) notes.fenced |= notes.maker == thread();
 }
 
 void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
@@ -187,19 +233,28 @@ void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
   if (b.pending == 0) fail("more arrivals at an mbarrier than it has a count of");
   --b.pending;
   b.bytes_and_phase += 2 * int32_t(bytes);
+  release_into(notes_of(barrier).arriving);
   store(barrier, b);
 }
 
 bool mbarrier_try_wait_parity(uint64_t* barrier, uint32_t parity) {
-  if (load(barrier).phase() != int(parity)) return true;
+  const auto is_over = [&] {
+    const bool over = load(barrier).phase() != int(parity);
+    if (over) acquire_from(notes_of(barrier).arrived);
+    return over;
+  };
+  if (is_over()) return true;
   const int polls = yield();
   if (settings.kind == Kind::kRandom ? draw(4) == 0 : polls > kPatience) land_some_load();
-  return load(barrier).phase() != int(parity);
+  return is_over();
 }
 
 void bulk_copy_to_shared(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
   check_bulk(shared, global, bytes);
   load(barrier);
+  const MbarrierNotes& notes = notes_of(barrier);
+  if (!notes.fenced) fail("a bulk copy for an mbarrier whose initialisation is not fenced");
+  note_bulk_copy(shared, global, bytes, notes.number, notes.phase);
   BulkCopy c{static_cast<unsigned char*>(shared),
              static_cast<const unsigned char*>(global),
              bytes,
@@ -214,6 +269,8 @@ void bulk_copy_to_shared(void* shared, const void* global, uint32_t bytes, uint6
 
 void bulk_copy_to_global(void* global, const void* shared, uint32_t bytes) {
   check_bulk(shared, global, bytes);
+  note_engine_read(shared, bytes);
+  note_write(global, bytes);
   mine().stores.push_back({static_cast<unsigned char*>(global),
                            static_cast<const unsigned char*>(shared),
                            bytes,

@@ -17,6 +17,10 @@
 #include "host.h"
 
 namespace specextend::emulation {
+
+const unsigned char* guarded_begin = nullptr;
+size_t guarded_bytes = 0;
+
 namespace {
 
 const size_t kPage = round_to_pages(1);
@@ -40,11 +44,41 @@ std::map<const void*, Piece>& pieces() {  // by their begin
   return *all;
 }
 
+// All pieces lie in one range of addresses, of which memory is taken as it is needed.
+constexpr size_t kAddresses = size_t(1) << 40;
+
+// The next addresses that no piece has: those of a piece that has gone are used again late.
+unsigned char* take_addresses(size_t bytes) {
+  static unsigned char* next = nullptr;
+  if (guarded_begin == nullptr) {
+    void* all = mmap(nullptr, kAddresses, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                     -1, 0);
+    if (all == MAP_FAILED) throw std::bad_alloc();
+    guarded_begin = next = static_cast<unsigned char*>(all);
+    guarded_bytes = kAddresses;
+  }
+  const unsigned char* const end = guarded_begin + kAddresses;
+  for (int rounds = 0; rounds < 2;) {
+    const auto piece = pieces().upper_bound(next);
+    if (size_t(end - next) < bytes) {
+      next = const_cast<unsigned char*>(guarded_begin);
+      ++rounds;
+    } else if (piece != pieces().end() && piece->second.mapping() < next + bytes) {
+      next = piece->second.mapping() + piece->second.mapping_bytes();
+    } else {
+      next += bytes;
+      return next - bytes;
+    }
+  }
+  throw std::bad_alloc();
+}
+
 void release(void* begin) {
   if (begin == nullptr) return;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto it = pieces().find(begin);
-  munmap(it->second.mapping(), it->second.mapping_bytes());
+  mmap(it->second.mapping(), it->second.mapping_bytes(), PROT_NONE,
+       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
   pieces().erase(it);
 }
 
@@ -56,17 +90,13 @@ class GuardedAllocator : public c10::Allocator {
     if (bytes == 0) return {nullptr, nullptr, &release, device};
     const size_t aligned = (bytes + kAlignment - 1) / kAlignment * kAlignment;
     const size_t open = round_to_pages(aligned);
-    void* mapping = mmap(nullptr, open + 2 * kPage, PROT_NONE,
-                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    auto* first = static_cast<unsigned char*>(mapping) + kPage;
-    if (mapping == MAP_FAILED || mprotect(first, open, PROT_READ | PROT_WRITE) != 0) {
-      throw std::bad_alloc();
-    }
+    const std::lock_guard<std::mutex> lock(mutex);
+    auto* first = take_addresses(open + 2 * kPage) + kPage;
+    if (mprotect(first, open, PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
     const Piece piece{first, first + open - aligned, bytes, first + open};
     // What is too large to be touched in vain keeps its zeros.
     memset(first, kPoison, open <= kMaxPoisoned ? open : size_t(piece.begin - first));
     memset(piece.begin + bytes, kPoison, aligned - bytes);
-    const std::lock_guard<std::mutex> lock(mutex);
     pieces()[piece.begin] = piece;
     return {piece.begin, piece.begin, &release, device};
   }

@@ -33,14 +33,14 @@ std::map<const void*, KernelSettings>& settings_of_kernels() {
 
 int early_launches = 0;
 
+}  // namespace
+
 bool is_early(const cudaLaunchConfig_t& config) {
   for (unsigned i = 0; i < config.numAttrs; ++i) {
     if (config.attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization) return true;
   }
   return false;
 }
-
-}  // namespace
 
 unsigned cluster_of(const cudaLaunchConfig_t& config) {
   for (unsigned i = 0; i < config.numAttrs; ++i) {
@@ -141,6 +141,15 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
   if (threads < 1 || threads > kMaxThreads) return cudaErrorInvalidValue;
   *blocks = std::min({kBlocksOfMultiprocessor, kThreadsOfMultiprocessor / threads,
                       kSharedBytesOfMultiprocessor / (int(shared_bytes) + kReservedSharedBytes)});
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned,
+                                             unsigned long long,
+                                             cudaDriverEntryPointQueryResult* found) {
+  const bool known = strcmp(symbol, "cuTensorMapEncodeTiled") == 0;
+  *found = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  *function = known ? reinterpret_cast<void*>(cuTensorMapEncodeTiled) : nullptr;
   return cudaSuccess;
 }
 

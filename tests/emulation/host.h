@@ -12,6 +12,16 @@ inline size_t round_to_pages(size_t bytes) {
   return (bytes + page - 1) / page * page;
 }
 
+// Where tensors are that guarded_memory.cpp has made.
+extern const unsigned char* guarded_begin;
+extern size_t guarded_bytes;
+inline bool is_guarded(const void* p) {
+  return size_t(static_cast<const unsigned char*>(p) - guarded_begin) < guarded_bytes;
+}
+
+// Whether blocks may begin before the kernel in front of them has ended.
+bool is_early(const cudaLaunchConfig_t& config);
+
 // Whether a device would take the launch.
 cudaError_t check_launch_config(const void* kernel, const cudaLaunchConfig_t& config);
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/hopper.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/ptx.cuh"
 
@@ -205,16 +206,73 @@ __global__ void multiply(Probe p) {
   for (int i = 0; i < 4; ++i) out[(lane / 4 + 8 * (i / 2)) * 8 + 2 * (lane % 4) + i % 2] = d[i];
 }
 
-// The last block to come adds up what all have written. Fault 1: the last block of the grid does.
+// The last block to come adds up what all have written; of one thread. Faults: 1 the last block of
+// the grid does, 2 no fence before the ticket, 3 none behind.
 __global__ void last_arriver(Probe p) {
   p.out[1 + blockIdx.x] = p.in[blockIdx.x];
-  __threadfence();
+  if (p.fault != 2) __threadfence();
   const unsigned ticket =
       atomicInc(reinterpret_cast<unsigned*>(p.out) + gridDim.x + 1, gridDim.x - 1);
   if (p.fault == 1 ? blockIdx.x != gridDim.x - 1 : ticket != gridDim.x - 1) return;
+  if (p.fault != 3) __threadfence();
   int sum = 0;
   for (int i = 0; i < int(gridDim.x); ++i) sum += p.out[1 + i];
   p.out[0] = sum;
+}
+
+// out: the block's values, reversed through memory that is its own. Fault 1: the blocks share it.
+__global__ void scratch(Probe p) {
+  const int threads = blockDim.x, block = blockIdx.x;
+  int* const own = p.out + (gridDim.x + (p.fault == 1 ? 0 : block)) * threads;
+  own[threadIdx.x] = p.in[block * threads + threadIdx.x];
+  __syncthreads();
+  p.out[block * threads + threadIdx.x] = own[threads - 1 - threadIdx.x];
+}
+
+// out[0]: the least of in. Fault 1: who finds a smaller one writes it.
+__global__ void minimum(Probe p) {
+  const int value = p.in[threadIdx.x];
+  if (p.fault == 0) {
+    atomicMin(p.out, value);
+  } else if (value < p.out[0]) {
+    p.out[0] = value;
+  }
+}
+
+// out: in + 1, through shared memory by bulk copies. Faults: 1 the mbarrier's initialisation is not
+// fenced, 2 nobody waits for it, 3 nobody waits for the copy, 4 not all do, 5 what threads have
+// stored is not fenced for the copy, 6 the copy does not wait for them.
+__global__ void bulk_copies(Probe p) {
+  int* const values = reinterpret_cast<int*>(ptx::shared_memory());
+  auto* const loaded = reinterpret_cast<uint64_t*>(values + blockDim.x);
+  const uint32_t bytes = blockDim.x * sizeof(int);
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(loaded, 1);
+    if (p.fault != 1) ptx::fence_mbarrier_init();
+    ptx::mbarrier_arrive_expect_tx(loaded, bytes);
+    ptx::bulk_copy_to_shared(values, p.in, bytes, loaded);
+  }
+  if (p.fault != 2) __syncthreads();
+  const bool waits = p.fault == 4 ? threadIdx.x == 0 : p.fault != 3;
+  while (waits && !ptx::mbarrier_try_wait_parity(loaded, 0)) {
+  }
+  values[threadIdx.x] += 1;
+  if (p.fault != 5) hopper::publish_shared();
+  if (p.fault != 6) __syncthreads();
+  if (threadIdx.x == 0) {
+    ptx::bulk_copy_to_global(p.out, values, bytes);
+    ptx::bulk_commit_group();
+    ptx::bulk_wait_group<0>();
+  }
+}
+
+// Launched so that it may begin early. Faults: 1 some threads end without a wait, 2 they write
+// before it.
+__global__ void early(Probe p) {
+  if (p.fault == 1 && threadIdx.x >= 20) return;
+  if (p.fault == 2) p.out[threadIdx.x] = 1;
+  ptx::wait_for_predecessors();
+  p.out[threadIdx.x] = p.in[threadIdx.x];
 }
 
 // Fault 1: waits for all blocks; 2: without asking.
@@ -270,6 +328,10 @@ const Named kKernels[] = {
     {"multiply_half", multiply<__half>},
     {"multiply_bfloat16", multiply<__nv_bfloat16>},
     {"last_arriver", last_arriver},
+    {"scratch", scratch},
+    {"minimum", minimum},
+    {"bulk_copies", bulk_copies},
+    {"early", early},
     {"wait_for_blocks", wait_for_blocks},
     {"histogram", histogram},
     {"convert", convert},
@@ -285,8 +347,9 @@ extern "C" __attribute__((visibility("default"))) const char* specextend_probe(
   for (const Named& k : kKernels) {
     if (strcmp(k.name, name) != 0) continue;
     const cudaError_t error =
-        launch(k.kernel, dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]),
-               shared_bytes, nullptr, Probe{out, in, count, fault});
+        launch_early(k.kernel == early, k.kernel, dim3(grid[0], grid[1], grid[2]),
+                     dim3(block[0], block[1], block[2]), shared_bytes, nullptr,
+                     Probe{out, in, count, fault});
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
   }
   return "no such probe";

@@ -2,7 +2,25 @@
 
 // What the parts of the runtime ask of each other about the block that runs.
 
+#include <cstddef>
+#include <string>
+
+#include "emulation/block.h"
+
 namespace specextend::emulation {
+
+// All shared memory that there may be, for the blocks of a cluster; what lies behind p's begin there.
+constexpr size_t kAllSharedBytes = kMaxCluster * ((kMaxSharedBytes + 1023) / 1024 * 1024);
+extern const unsigned char* all_shared;
+inline size_t offset_in_shared(const void* p) {
+  return size_t(static_cast<const unsigned char*>(p) - all_shared);
+}
+// Of a place in shared memory, in that of its block.
+size_t offset_in_block(const void* p);
+
+// For errors: "thread (3, 0, 0)", and where the thread that runs has met others last.
+std::string name_of_thread(int thread);
+std::string last_place();
 
 // The block got somewhere: who polls may go on doing so.
 void note_progress();
@@ -15,5 +33,10 @@ void forget_copies(int threads);
 void end_copies_of_thread();
 // Copies of the thread that runs land before they must, if the schedule wants it.
 void maybe_land_early();
+
+// --- hopper.cpp ---
+
+// Before a block: those of a launch that failed.
+void forget_products(int threads);
 
 }  // namespace specextend::emulation

@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include "emulation/block.h"
+#include "races.h"
 
 namespace specextend::emulation {
 namespace {
@@ -70,6 +71,7 @@ void multiply(void* const* operands, unsigned) {
 
 void ldmatrix(uint32_t* r, const void* row, bool transposed, const char* file, int line) {
   check_shared("ldmatrix", row, 16);
+  note_read(row, 16);
   Ldmatrix own{row, r};
   warp_call("ldmatrix", file, line, 0xffffffffu, &own,
             transposed ? move_matrices<true> : move_matrices<false>);

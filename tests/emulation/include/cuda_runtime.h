@@ -100,12 +100,12 @@ inline int __syncthreads_and(int predicate, SPECEXTEND_SITE) {
                                         predicate == 0) == 0;
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu, SPECEXTEND_SITE) {
-  specextend::emulation::warp_call("__syncwarp", file, line, mask, nullptr,
-                                   [](void* const*, unsigned) {});
+  specextend::emulation::warp_call(
+      "__syncwarp", file, line, mask, nullptr,
+      [](void* const*, unsigned mask) { specextend::emulation::order_lanes(mask); });
 }
-inline void __threadfence() {}
-inline void __threadfence_block() {}
-inline void __threadfence_system() {}
+inline void __threadfence() { specextend::emulation::thread_fence(); }
+inline void __threadfence_system() { specextend::emulation::thread_fence(); }
 
 // --- votes, shuffles, matches and reductions of a warp ---
 
@@ -254,8 +254,9 @@ SPECEXTEND_REDUCE(unsigned, xor, a ^ b)
 // --- atomics: blocks and threads take turns, so that only the order matters ---
 
 template <typename T, typename Function>
-T specextend_atomic(T* p, Function function) {
+__attribute__((no_sanitize("thread"))) T specextend_atomic(T* p, Function function) {
   specextend::emulation::yield();
+  specextend::emulation::note_atomic(p, sizeof(T));
   if (reinterpret_cast<uintptr_t>(p) % sizeof(T) != 0) {
     specextend::emulation::fail("an atomic operation on a misaligned address");
   }

@@ -3,6 +3,7 @@
 // What the stand-in headers ask of the thread block that runs (block.cpp). A thread is a fiber: it
 // runs until it waits for others, and the schedule then says who is next.
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
@@ -76,11 +77,31 @@ unsigned char* shared_memory();
 // Fails unless [p, p + bytes) lies in shared memory and p is a multiple of `bytes`.
 void check_shared(const char* what, const void* p, size_t bytes);
 
+// --- order (races.cpp) ---
+
+// The lanes of the calling thread's warp that `mask` names know what the others did until now.
+void order_lanes(unsigned mask);
+void note_atomic(const void* p, size_t bytes);
+void thread_fence();
+void wait_for_predecessors();
+// What the thread has stored to shared memory is visible to tensor cores and copies.
+void publish_shared();
+
 // --- tensor cores (tensor_cores.cpp) ---
 
 void ldmatrix(uint32_t* r, const void* row, bool transposed, const char* file, int line);
 void mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, bool bfloat16, const char* file,
          int line);
+
+// --- products and copies of Hopper: the functions of hopper.cuh (hopper.cpp) ---
+
+void multiply_queries(float* s, const void* q, const void* k, int keys, int dim, bool bfloat16,
+                      const char* file, int line);
+void multiply_values(float* o, const void* p, const void* v, int keys, int dim, bool bfloat16,
+                     const char* file, int line);
+void wait_products(int pending, const char* file, int line);
+// `at`: column, row, head, batch.
+void copy_box(void* shared, const CUtensorMap& map, uint64_t* barrier, const int (&at)[4]);
 
 // --- copies: the functions of ptx.cuh of the same names (copies.cpp) ---
 
@@ -89,6 +110,7 @@ void cp_async_commit();
 void cp_async_wait(int pending);
 
 void mbarrier_init(uint64_t* barrier, uint32_t count);
+void fence_mbarrier_init();
 void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes);
 bool mbarrier_try_wait_parity(uint64_t* barrier, uint32_t parity);
 

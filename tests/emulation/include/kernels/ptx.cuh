@@ -44,15 +44,15 @@ inline void named_barrier(int id, int threads, SPECEXTEND_SITE) {
   emulation::barrier("named barrier", file, line, id, threads, false, 0);
 }
 
-// Launches follow one another here, so that there is nothing to wait for.
-inline void wait_for_predecessors() {}
+// Launches follow one another here; who does not wait is told so.
+using emulation::wait_for_predecessors;
 inline void let_successors_begin() {}
 
 using emulation::mbarrier_arrive_expect_tx;
 using emulation::mbarrier_init;
 using emulation::mbarrier_try_wait_parity;
 inline void mbarrier_arrive(uint64_t* barrier) { mbarrier_arrive_expect_tx(barrier, 0); }
-inline void fence_mbarrier_init() {}
+using emulation::fence_mbarrier_init;
 
 using emulation::bulk_commit_group;
 using emulation::bulk_copy_to_global;

@@ -1,0 +1,533 @@
+#include "races.h"
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <string>
+
+#include "emulation/block.h"
+#include "host.h"
+#include "run.h"
+
+namespace specextend::emulation {
+namespace {
+
+constexpr size_t kLine = 16;  // bytes, a bit each
+constexpr uint32_t kUnpublished = 0xffffffffu;
+
+struct Access {
+  uint32_t time;  // of the thread, or phase of the mbarrier
+  uint16_t who;
+  uint16_t bytes;
+};
+
+// Which bytes of a line a block has accessed.
+struct BlockAccesses {
+  unsigned block;
+  uint16_t written, updated, read;
+};
+
+// What is to be known of some bytes; nothing of accesses that all later ones are in order with.
+struct Line {
+  uint64_t begin = 0;
+  uint64_t block = 0, era = 0;  // of the last access
+  std::vector<Access> writes, atomics, reads;
+  bool settled = false;  // all threads know of all of `writes`, and there are no atomics
+  uint64_t turn = 0;  // in which the thread that runs has found that it may read all of it,
+  uint16_t now = 0;   // and the bytes that it has read in it: not in `reads` yet
+  BlockAccesses own = {};             // of the block that runs
+  std::vector<BlockAccesses> others;  // that have written to it
+  uint16_t others_read = 0;
+};
+
+// Lines of tensors that a grid has touched, by their begin: open addressing.
+class Lines {
+ public:
+  void clear() { ++grid_, used_ = 0; }
+
+  bool is_full() const { return 2 * used_ >= slots_.size(); }
+
+  Line& at(uint64_t begin) {
+    for (size_t i = place(begin);; i = (i + 1) & (slots_.size() - 1)) {
+      Slot& s = slots_[i];
+      if (s.grid == grid_ && s.line.begin == begin) return s.line;
+      if (s.grid == grid_) continue;
+      s.grid = grid_, ++used_;
+      s.line.begin = begin, s.line.block = 0;
+      s.line.others.clear(), s.line.others_read = 0;
+      s.line.turn = 0;
+      return s.line;
+    }
+  }
+
+  // Lines are elsewhere then.
+  void grow() {
+    std::vector<Slot> old(std::max<size_t>(1 << 12, 2 * slots_.size()));
+    old.swap(slots_);
+    for (Slot& s : old) {
+      if (s.grid != grid_) continue;
+      size_t i = place(s.line.begin);
+      while (slots_[i].grid == grid_) i = (i + 1) & (slots_.size() - 1);
+      slots_[i] = std::move(s);
+    }
+  }
+
+ private:
+  struct Slot {
+    uint64_t grid = 0;
+    Line line;
+  };
+
+  size_t place(uint64_t begin) const {
+    return (begin / kLine * 0x9e3779b97f4a7c15 >> 32) & (slots_.size() - 1);
+  }
+
+  std::vector<Slot> slots_;
+  size_t used_ = 0;
+  uint64_t grid_ = 1;
+};
+
+struct State {
+  bool early = false;           // the launch
+  int threads = 0;              // of the block
+  int me = 0;                   // the thread that runs
+  unsigned number = 0;          // of the block, in its grid
+  uint64_t block = 0, era = 0;  // counted from the beginning; an era ends when all threads meet
+
+  uint32_t now[kMaxThreads];        // of each thread
+  uint32_t published[kMaxThreads];  // what it stored before is visible to tensor cores and copies
+  bool waited[kMaxThreads];         // for the kernels before this one
+  std::shared_ptr<Times> known[kMaxThreads];
+
+  // Fences and atomic operations between blocks: who has fenced all that it stored, which blocks
+  // have told at an address that they have, what of it was read, and fenced.
+  bool fenced[kMaxThreads];
+  std::map<const void*, std::vector<unsigned>> told;
+  std::vector<unsigned> heard, acquired;
+
+  Lines tensors;
+  std::vector<Line> shared;
+  uint64_t turn = 1;        // counted from the beginning: of a thread, between two that meet others
+  std::vector<Line*> read;  // in this turn
+};
+
+State* const the_state = new State;  // outlives static destructors
+State& state() { return *the_state; }
+
+bool is_shared(const void* p) { return offset_in_shared(p) < kAllSharedBytes; }
+
+bool knows(const State& s, const Access& a) {
+  if (a.time == kUnpublished) return false;
+  return a.who == s.me || (*s.known[s.me])[a.who] >= a.time;
+}
+
+bool has_heard_of(const State& s, unsigned block) {
+  return std::find(s.acquired.begin(), s.acquired.end(), block) != s.acquired.end();
+}
+
+Line& find(State& s, uint64_t begin, bool shared) {
+  if (shared) return s.shared[offset_in_shared(reinterpret_cast<const void*>(begin)) / kLine];
+  if (s.tensors.is_full()) {
+    end_turn();
+    s.tensors.grow();
+  }
+  return s.tensors.at(begin);
+}
+
+// The line, without what does not matter any more.
+Line& line_at(State& s, uint64_t begin, bool shared) {
+  Line& line = find(s, begin, shared);
+  if (line.block != s.block) {
+    if (!shared && line.block != 0) {
+      if ((line.own.written | line.own.updated) != 0) line.others.push_back(line.own);
+      line.others_read |= line.own.read;
+    }
+    line.begin = begin, line.block = s.block, line.own = {s.number, 0, 0, 0};
+    line.writes.clear(), line.atomics.clear(), line.reads.clear();
+    line.settled = true;
+  } else if (line.era != s.era) {
+    // Of writes it may be asked yet whether they were fenced.
+    line.atomics.clear(), line.reads.clear();
+    line.settled = std::all_of(line.writes.begin(), line.writes.end(), [&](const Access& a) {
+      return a.who < s.threads && a.time != kUnpublished;
+    });
+  }
+  line.era = s.era;
+  return line;
+}
+
+std::string describe(const void* p) {
+  return is_shared(p) ? "byte " + std::to_string(offset_in_block(p)) + " of shared memory"
+                      : describe_address(p);
+}
+
+std::string describe(const Line& line, uint16_t bytes) {
+  return describe(reinterpret_cast<const char*>(line.begin) + __builtin_ctz(bytes));
+}
+
+std::string describe(const State& s, const Access& a) {
+  if (a.who >= s.threads) return "a bulk copy";
+  return a.time == kUnpublished ? "a cp.async that " + name_of_thread(a.who) + " has not waited for"
+                                : name_of_thread(a.who);
+}
+
+[[noreturn]] void fail_race(const Line& line, uint16_t bytes, const char* does,
+                            const std::string& other, const char* did) {
+  fail(std::string(does) + " " + describe(line, bytes) + ", which " + other + " has " + did +
+       ", and nothing orders the two (" + last_place() + ")");
+}
+
+void check_order(const State& s, const Line& line, const std::vector<Access>& others,
+                 uint16_t bytes, const char* does, const char* did) {
+  for (const Access& a : others) {
+    const uint16_t both = a.bytes & bytes;
+    if (both != 0 && !knows(s, a)) fail_race(line, both, does, describe(s, a), did);
+  }
+}
+
+// Of one thread and the same bytes only the last access is of interest.
+void add(std::vector<Access>& all, const Access& a) {
+  if (!all.empty() && all.back().who == a.who && all.back().time == a.time) {
+    all.back().bytes |= a.bytes;
+    return;
+  }
+  all.push_back(a);
+  const size_t size = all.size();
+  if (size < 64 || (size & (size - 1)) != 0) return;
+  const auto key = [](const Access& x) { return uint32_t(x.who) << 16 | x.bytes; };
+  std::stable_sort(all.begin(), all.end(),
+                   [&](const Access& x, const Access& y) { return key(x) < key(y); });
+  const auto kept = std::unique(all.rbegin(), all.rend(), [&](const Access& x, const Access& y) {
+    return key(x) == key(y);
+  });
+  all.erase(all.begin(), kept.base());
+}
+
+void forget(std::vector<Access>& all, uint16_t bytes) {
+  for (Access& a : all) a.bytes &= uint16_t(~bytes);
+  all.erase(std::remove_if(all.begin(), all.end(), [](const Access& a) { return a.bytes == 0; }),
+            all.end());
+}
+
+// What the thread has read of the line in its turn is noted.
+void note_reads(State& s, Line& line) {
+  add(line.reads, {s.now[s.me], uint16_t(s.me), line.now});
+  line.own.read |= line.now;
+  line.turn = 0;
+}
+
+// Whether the thread may read all bytes of the line.
+bool may_read_all(const State& s, const Line& line) {
+  const auto known = [&](const Access& a) { return knows(s, a); };
+  return line.others.empty() &&
+         (line.settled || (std::all_of(line.writes.begin(), line.writes.end(), known) &&
+                           std::all_of(line.atomics.begin(), line.atomics.end(), known)));
+}
+
+enum class Verb { kRead, kWrite, kAtomic };
+
+Line& touch(State& s, Verb verb, uint64_t begin, bool shared, Access own) {
+  const uint16_t bytes = own.bytes;
+  Line& line = line_at(s, begin, shared);
+  if (line.turn == s.turn) note_reads(s, line);
+  const char* const does = verb == Verb::kRead    ? "reads"
+                           : verb == Verb::kWrite ? "writes"
+                                                  : "updates";
+  if (!line.settled) check_order(s, line, line.writes, bytes, does, "written");
+  if (verb != Verb::kAtomic) check_order(s, line, line.atomics, bytes, does, "updated");
+  if (verb != Verb::kRead) check_order(s, line, line.reads, bytes, does, "read");
+  if (!shared) {
+    if (s.early && !s.waited[s.me]) {
+      fail(std::string(does) + " " + describe(line, bytes) +
+           " before it has waited for the kernels before this one");
+    }
+    for (const BlockAccesses& other : line.others) {
+      const uint16_t changed = verb == Verb::kAtomic ? other.written : other.written | other.updated;
+      if ((changed & bytes) != 0 && !has_heard_of(s, other.block)) {
+        fail_race(line, changed & bytes, does, "another block", "changed");
+      }
+    }
+    if (verb != Verb::kRead && (line.others_read & bytes) != 0) {
+      fail_race(line, line.others_read & bytes, does, "another block", "read");
+    }
+  }
+  switch (verb) {
+    case Verb::kRead:
+      add(line.reads, own);
+      line.own.read |= bytes;
+      break;
+    case Verb::kWrite:
+      forget(line.writes, bytes), forget(line.atomics, bytes), forget(line.reads, bytes);
+      add(line.writes, own);
+      line.settled = false;
+      line.own.written |= bytes;
+      if (!shared) s.fenced[s.me] = false;
+      break;
+    case Verb::kAtomic:
+      add(line.atomics, own);
+      line.settled = false;
+      line.own.updated |= bytes;
+      break;
+  }
+  return line;
+}
+
+// Calls f(begin of the line, its bytes) for all lines.
+template <typename F>
+void for_each_line(const void* p, size_t bytes, const F& f) {
+  const uint64_t first = reinterpret_cast<uintptr_t>(p), end = first + bytes;
+  for (uint64_t begin = first / kLine * kLine; begin < end; begin += kLine) {
+    const unsigned low = unsigned(first > begin ? first - begin : 0);
+    const unsigned high = unsigned(std::min<uint64_t>(end - begin, kLine));
+    f(begin, uint16_t((1u << high) - (1u << low)));
+  }
+}
+
+void touch_all(Verb verb, const void* p, size_t bytes) {
+  const bool shared = is_shared(p);
+  if (!shared && !is_guarded(p)) return;
+  State& s = state();
+  for_each_line(p, bytes, [&](uint64_t begin, uint16_t mask) {
+    touch(s, verb, begin, shared, {s.now[s.me], uint16_t(s.me), mask});
+  });
+}
+
+// Most of what kernels do: what the thread knows to be readable is soon done with.
+void read_line(State& s, uint64_t begin, uint16_t bytes, bool shared) {
+  if (Line& line = find(s, begin, shared); line.turn == s.turn) {
+    line.now |= bytes;
+    return;
+  }
+  Line& line = touch(s, Verb::kRead, begin, shared, {s.now[s.me], uint16_t(s.me), bytes});
+  if (!may_read_all(s, line)) return;
+  line.turn = s.turn, line.now = 0;
+  s.read.push_back(&line);
+}
+
+// Stores that tensor cores or copies are to see, or to write behind, need a fence.
+void check_is_fenced(State& s, const void* p, size_t bytes, const char* does) {
+  for_each_line(p, bytes, [&](uint64_t begin, uint16_t mask) {
+    const Line& line = line_at(s, begin, true);
+    for (const Access& a : line.writes) {
+      const uint16_t both = a.bytes & mask;
+      if (both == 0 || a.who >= s.threads || a.time < s.published[a.who]) continue;
+      fail(std::string(does) + " " + describe(line, both) + ", which " + describe(s, a) +
+           " has stored without a fence for it (" + last_place() + ")");
+    }
+  });
+}
+
+}  // namespace
+
+void begin_grid_accesses(bool early) {
+  State& s = state();
+  s.early = early;
+  s.tensors.clear();
+  s.told.clear();
+}
+
+void begin_block_accesses(int threads, unsigned number) {
+  State& s = state();
+  s.threads = threads, s.number = number;
+  ++s.block, ++s.era;
+  s.shared.resize(kAllSharedBytes / kLine);
+  const auto nothing = std::make_shared<Times>(threads + kMaxMbarriers);
+  for (int i = 0; i < threads; ++i) {
+    s.now[i] = 1, s.published[i] = 0;
+    s.waited[i] = s.fenced[i] = false;
+    s.known[i] = nothing;
+  }
+  s.heard.clear(), s.acquired.clear();
+}
+
+void begin_turn(int thread) { state().me = thread; }
+
+void end_turn() {
+  State& s = state();
+  for (Line* line : s.read) {
+    if (line->turn == s.turn && line->now != 0) note_reads(s, *line);
+  }
+  s.read.clear();
+  ++s.turn;
+}
+
+void order_threads(const std::vector<int>& threads) {
+  end_turn();
+  State& s = state();
+  std::shared_ptr<Times> all = s.known[threads[0]];
+  const auto has_it = [&](int i) { return s.known[i] == all; };
+  const bool theirs_alone = std::all_of(threads.begin(), threads.end(), has_it) &&
+                            all.use_count() == long(threads.size()) + 1;
+  if (!theirs_alone) {
+    const Times* last = all.get();
+    all = std::make_shared<Times>(*all);
+    for (const int i : threads) {
+      if (s.known[i].get() == last) continue;
+      last = s.known[i].get();
+      for (size_t j = 0; j < all->size(); ++j) (*all)[j] = std::max((*all)[j], (*last)[j]);
+    }
+  }
+  for (const int i : threads) (*all)[size_t(i)] = s.now[i]++;
+  for (const int i : threads) s.known[i] = all;
+  if (int(threads.size()) == s.threads) ++s.era;
+}
+
+void order_lanes(unsigned mask) {
+  std::vector<int> lanes;
+  for (int i = 0; i < kWarp; ++i) {
+    if (mask >> i & 1) lanes.push_back(thread() / kWarp * kWarp + i);
+  }
+  order_threads(lanes);
+}
+
+void check_has_waited() {
+  const State& s = state();
+  if (s.early && !s.waited[s.me]) {
+    fail("ends without having waited for the kernels before this one");
+  }
+}
+
+void wait_for_predecessors() { state().waited[thread()] = true; }
+
+void note_read(const void* p, size_t bytes) {
+  const bool shared = is_shared(p);
+  if (!shared && !is_guarded(p)) return;
+  State& s = state();
+  for_each_line(p, bytes,
+                [&](uint64_t begin, uint16_t mask) { read_line(s, begin, mask, shared); });
+}
+// The same, for what is mostly shared memory that has been read in this turn already.
+template <size_t kBytes>
+void read(const void* p) {
+  State& s = state();
+  const size_t offset = offset_in_shared(p), within = offset % kLine;
+  if (offset < kAllSharedBytes && within + kBytes <= kLine) {
+    if (Line& line = s.shared[offset / kLine]; line.turn == s.turn) {
+      line.now |= uint16_t(((1u << kBytes) - 1) << within);
+      return;
+    }
+  }
+  note_read(p, kBytes);
+}
+
+void note_write(const void* p, size_t bytes) { touch_all(Verb::kWrite, p, bytes); }
+
+void note_atomic(const void* p, size_t bytes) {
+  touch_all(Verb::kAtomic, p, bytes);
+  if (is_shared(p)) return;
+  State& s = state();
+  std::vector<unsigned>& told = s.told[p];
+  s.heard.insert(s.heard.end(), told.begin(), told.end());
+  if (s.fenced[s.me]) told.push_back(s.number);
+}
+
+void thread_fence() {
+  State& s = state();
+  s.fenced[s.me] = true;
+  s.acquired.insert(s.acquired.end(), s.heard.begin(), s.heard.end());
+  s.heard.clear();
+}
+
+void release_into(Times& times) {
+  end_turn();
+  State& s = state();
+  const Times& own = *s.known[s.me];
+  times.resize(own.size());
+  for (size_t i = 0; i < own.size(); ++i) times[i] = std::max(times[i], own[i]);
+  times[size_t(s.me)] = s.now[s.me]++;
+}
+
+void acquire_from(const Times& times) {
+  State& s = state();
+  const Times& own = *s.known[s.me];
+  bool news = false;
+  for (size_t i = 0; i < times.size() && !news; ++i) news = times[i] > own[i];
+  if (!news) return;
+  auto all = std::make_shared<Times>(own);
+  for (size_t i = 0; i < times.size(); ++i) (*all)[i] = std::max((*all)[i], times[i]);
+  s.known[s.me] = all;
+}
+
+void begin_copy_write(const void* p, size_t bytes) {
+  State& s = state();
+  for_each_line(p, bytes, [&](uint64_t begin, uint16_t mask) {
+    touch(s, Verb::kWrite, begin, true, {kUnpublished, uint16_t(s.me), mask});
+  });
+}
+
+void end_copy_write(const void* p, size_t bytes) {
+  State& s = state();
+  for_each_line(p, bytes, [&](uint64_t begin, uint16_t mask) {
+    for (Access& a : line_at(s, begin, true).writes) {
+      const bool own = a.who == s.me && a.time == kUnpublished;
+      if (own && (a.bytes & mask) != 0) a.time = s.now[s.me];
+    }
+  });
+}
+
+void note_engine_read(const void* p, size_t bytes) {
+  if (is_shared(p)) check_is_fenced(state(), p, bytes, "lets tensor cores or a copy read");
+  note_read(p, bytes);
+}
+
+void note_bulk_copy(const void* to, const void* from, size_t bytes, int mbarrier, uint32_t phase) {
+  State& s = state();
+  const uint16_t who = uint16_t(s.threads + mbarrier);
+  check_is_fenced(s, to, bytes, "lets a copy write to");
+  for_each_line(to, bytes, [&](uint64_t begin, uint16_t mask) {
+    touch(s, Verb::kWrite, begin, true, {phase, who, mask});
+  });
+  if (!is_guarded(from)) return;
+  for_each_line(from, bytes, [&](uint64_t begin, uint16_t mask) {
+    touch(s, Verb::kRead, begin, false, {phase, who, mask});
+  });
+}
+
+void set_phase_over(Times& times, int mbarrier, uint32_t phase) {
+  const State& s = state();
+  times.resize(size_t(s.threads + kMaxMbarriers));
+  times[size_t(s.threads + mbarrier)] = phase;
+}
+
+void check_mbarrier_is_there(const void* p) {
+  State& s = state();
+  for_each_line(p, sizeof(uint64_t), [&](uint64_t begin, uint16_t mask) {
+    const Line& line = line_at(s, begin, true);
+    check_order(s, line, line.writes, mask, "uses", "written");
+  });
+}
+
+void publish_shared() {
+  end_turn();
+  State& s = state();
+  s.published[s.me] = ++s.now[s.me];
+}
+
+}  // namespace specextend::emulation
+
+// --- what kernels are compiled to call where they read and write memory (-fsanitize=thread) ---
+
+#define SPECEXTEND_HOOKS(bytes)                                                                  \
+  extern "C" void __tsan_read##bytes(void* p) { specextend::emulation::read<bytes>(p); }         \
+  extern "C" void __tsan_write##bytes(void* p) { specextend::emulation::note_write(p, bytes); }  \
+  extern "C" void __tsan_unaligned_read##bytes(void* p) {                                        \
+    specextend::emulation::note_read(p, bytes);                                                  \
+  }                                                                                              \
+  extern "C" void __tsan_unaligned_write##bytes(void* p) {                                       \
+    specextend::emulation::note_write(p, bytes);                                                 \
+  }
+SPECEXTEND_HOOKS(1)
+SPECEXTEND_HOOKS(2)
+SPECEXTEND_HOOKS(4)
+SPECEXTEND_HOOKS(8)
+SPECEXTEND_HOOKS(16)
+#undef SPECEXTEND_HOOKS
+extern "C" void __tsan_read_range(void* p, size_t bytes) {
+  specextend::emulation::note_read(p, bytes);
+}
+extern "C" void __tsan_write_range(void* p, size_t bytes) {
+  specextend::emulation::note_write(p, bytes);
+}
+extern "C" void __tsan_func_entry(void*) {}
+extern "C" void __tsan_func_exit() {}
+extern "C" void __tsan_init() {}
