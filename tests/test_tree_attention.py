@@ -17,6 +17,9 @@ from specextend.testing import ancestor_mask, assert_within_twice, in_layout, pa
 INF, NAN = torch.inf, torch.nan
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = ["bshd", "bhsd", "sliced"]
+# From the first key of a sequence to its last, and from one key to the next, at most. What kernels
+# let pass (kAttentionSlack) is 5.5.
+RISE, RISE_PER_KEY = 24.0, 0.25
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +42,27 @@ def random_tree(nodes: int, generator: torch.Generator, chain: float = 0.4) -> t
 
 def depths_of(parents: torch.Tensor) -> torch.Tensor:
     return ancestor_mask(parents).sum(-1).int() - 1
+
+
+def tilt(q: torch.Tensor, k: torch.Tensor, lengths: list[int], first: int) -> None:
+    """Adds to logits what rises along the keys in every third row, and falls in the next ones.
+
+    So the maximum that exponents are taken from grows tile by tile, and sums of parts are far
+    apart. The rows between are as they were. The largest logits stay near 0, where the error of
+    plain PyTorch, which results are compared with, is small.
+    """
+    rows, heads, dim = q.shape[1:]
+    half = dim // 2
+    direction = torch.tensor([1.0, -1.0]).repeat(half // 2)  # no common offset of keys has a part
+    slope = torch.arange(rows)[:, None] + torch.arange(heads) + first
+    for kind, part in ((1, slice(half)), (2, slice(half, None))):
+        along = q[..., part] @ direction / half
+        q[..., part] += ((slope % 3 == kind).float() - along)[..., None] * direction
+        for b, length in enumerate(lengths):
+            rise = min(RISE, RISE_PER_KEY * length)
+            ends = (-rise, 0.0) if kind == 1 else (0.0, -rise)
+            logits = torch.linspace(*ends, length)[:, None, None]
+            k[b, :length, :, part] += logits * dim**0.5 / half * direction
 
 
 class Case:
@@ -64,6 +88,7 @@ class Case:
         batch, capacity = len(self.prefixes), max(self.prefixes) + self.keys + spare
         q = torch.randn(batch, rows, heads[0], dim, generator=g) * scale
         k, v = (torch.randn(batch, capacity, heads[1], dim, generator=g) for _ in range(2))
+        tilt(q, k, [prefix + self.keys for prefix in self.prefixes], seed)
         for b, prefix in enumerate(self.prefixes):
             k[b, prefix + self.keys :] = NAN
             v[b, prefix + self.keys :] = NAN
