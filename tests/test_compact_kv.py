@@ -180,21 +180,6 @@ def test_thread_count_does_not_matter():
         assert same_bits(one.base, two.base)
 
 
-def test_offsets_beyond_32_bits(device):
-    try:
-        memory = torch.empty(
-            2**32 + 2**20, dtype=torch.uint8, device=device
-        )  # touched at both ends
-    except RuntimeError:
-        pytest.skip("not enough address space")
-    cache = memory.as_strided((2, 2**16, 1, 16), (2**32, 16, 16, 1))
-    cache[:, :20] = torch.randint(256, (2, 20, 1, 16), dtype=torch.uint8, device=device)
-    want = cache[:, :20].clone()
-    want[0, 6], want[1, 10] = want[0, 9].clone(), want[1, 12].clone()
-    ops.compact_kv([cache], *(int32(x, device) for x in ([5, 9], [[0, 4], [0, 3]], [1, 1])))
-    assert torch.equal(cache[:, :20], want)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_graph_replay_with_other_lengths(layout, device):
     if device == "cpu":
