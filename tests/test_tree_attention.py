@@ -198,6 +198,16 @@ def test_layouts(layout, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layouts", [("bshd", "bhsd"), ("bhsd", "bshd"), ("sliced", "bshd")])
+def test_keys_and_values_differ_in_layout(layouts, dtype, device):
+    for rows in (1, 20):
+        case = Case((150, 33), rows, heads=(6, 3), dtype=dtype)
+        expected = case.run(device, chunk_size=32)
+        case.k, case.v = map(in_layout, (case.k, case.v), layouts)
+        assert same_bits(case.run(device, chunk_size=32), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows, keys", [(1, 9), (4, 70), (16, 64), (9, 4), (3, 1), (5, 0), (1, 0)])
 def test_rows_and_keys_differ(rows, keys, dtype, device):
     """A draft's last level against all of its levels; the prefix alone."""
@@ -252,6 +262,22 @@ def test_sinks(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [0, 40])
+def test_options_together(window, dtype, device):
+    """A sink is one key more without a value, whatever is done to the logits of the others."""
+    for rows in (2, 17):
+        case = Case((130, 9), rows, dtype=dtype, seed=rows)
+        sinks = torch.linspace(-1.0, 3.0, 4)
+        for softcap in (0.0, 3.0):
+            options = {"softcap": softcap, "window": window}
+            out, lse, _ = case.check(device, sinks=sinks, **options)
+            plain, plain_lse, _ = case.run(device, **options)
+            assert torch.equal(lse, plain_lse)
+            share = torch.sigmoid(lse - sinks)[..., None]
+            assert_close([out], [(plain * share).to(dtype)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [1, 2, 7, 64, 129, 500, 100000])
 def test_window(window, dtype, device):
     for prefix in (0, 5, 333):
@@ -284,6 +310,32 @@ def test_chunk_lse(chunk_size, dtype, device, schedule):
                 *(t.to(device) for t in (case.q, case.k, case.v, case.prefix_lens)), num_tree_keys=0
             )[1].cpu()
             torch.testing.assert_close(got[2].logsumexp(-1), alone, rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk_size", [1, 7, 16, 24, 32, 48, 100, 256])
+def test_the_last_chunk_is_full(chunk_size, dtype, device):
+    """The prefix ends with a chunk, and the cache with the prefix: nothing is behind either."""
+    for chunks in (1, 2 if chunk_size > 64 else 5):
+        for rows in (1, 18):
+            case = Case((chunks * chunk_size,) * 2, rows, 0, dtype=dtype, spare=0, tree=False)
+            assert case.check(device, chunk_size=chunk_size)[2].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("prefix", [15, 31, 63, 127, 143])
+def test_one_key_from_a_whole_tile(prefix, dtype, device):
+    """The key that is missing does not count: there is none, or some rows do not see it."""
+    for rows in (1, 18):
+        for spare in (0, 1):
+            case = Case((prefix, prefix), rows, 0, dtype=dtype, spare=spare, tree=False)
+            case.check(device)
+            case.check(device, chunk_size=16)
+        case = Case((prefix, prefix), rows, 3, dtype=dtype)
+        visible = torch.rand(2, rows, 3, generator=case.generator) < 0.5
+        visible[0, :, 0], visible[1, 0, 0] = False, True
+        case.mask = pack_mask(visible)
+        case.check(device)
 
 
 def test_chunk_lse_of_chunks_without_weight(device):

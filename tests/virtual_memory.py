@@ -10,22 +10,23 @@ from torch import Tensor
 MAP_NORESERVE = 0x4000  # Linux; the module `mmap` has it from Python 3.13 on
 
 
-def spread(t: Tensor, dim: int, device: str = "cpu") -> Tensor:
-    """A copy of ``t`` with a stride beyond 2^32 elements in one dimension.
+def spread(t: Tensor, dim: int, device: str = "cpu", far: int = 2**32) -> Tensor:
+    """A copy of ``t`` with a stride beyond ``far`` elements in one dimension.
 
     The low 32 bits of any offset in it are those of another place in its memory, which reads as 0:
     what computes with 32 bits is wrong there and does not crash.
 
-    On a GPU all of the memory is real. There the stride is such that the last element alone is
-    beyond 2^32, and the test is skipped where memory does not suffice.
+    On a GPU all of the memory is real. There only the last element is beyond ``far``, and the test
+    is skipped where memory does not suffice.
     """
     sizes = [*t.shape]
     sizes[dim] = 1
     strides = [math.prod(sizes[i + 1 :]) for i in range(t.dim())]
     inner, steps = math.prod(sizes), t.shape[dim] - 1
     assert steps > 0, "the dimension has one element"
-    far = 2**32 if device == "cpu" else 2**32 // steps
-    strides[dim] = (far + inner + 127) // 64 * 64  # what is aligned stays so
+    strides[dim] = (
+        (far // (1 if device == "cpu" else steps) + inner + 127) // 64 * 64
+    )  # what is aligned stays so
     memory = _reserve(steps * strides[dim] + inner, t.dtype, device)
     return memory.as_strided(t.shape, strides).copy_(t)
 
