@@ -24,9 +24,8 @@ def spread(t: Tensor, dim: int, device: str = "cpu", far: int = 2**32) -> Tensor
     strides = [math.prod(sizes[i + 1 :]) for i in range(t.dim())]
     inner, steps = math.prod(sizes), t.shape[dim] - 1
     assert steps > 0, "the dimension has one element"
-    strides[dim] = (
-        (far // (1 if device == "cpu" else steps) + inner + 127) // 64 * 64
-    )  # what is aligned stays so
+    far //= 1 if device == "cpu" else steps
+    strides[dim] = (far + inner + 127) // 64 * 64  # what is aligned stays so
     memory = _reserve(steps * strides[dim] + inner, t.dtype, device)
     return memory.as_strided(t.shape, strides).copy_(t)
 
