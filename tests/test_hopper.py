@@ -6,6 +6,7 @@ Which calls it takes is seen by what fails: the library here has no portable ker
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import importlib.util
 import shutil
@@ -17,7 +18,7 @@ import emulation
 import pytest
 import torch
 from emulation import HERE, KINDS, ROOT, RUNTIME, Schedule
-from test_tree_attention import Case, same_bits
+from test_tree_attention import Case, assert_close, same_bits
 from virtual_memory import spread
 
 from specextend import _C
@@ -266,6 +267,56 @@ def test_memory_that_tensor_copies_do_not_take(name, library):
             setattr(case, name, other)
             with pytest.raises(RuntimeError, match=LEFT):
                 case.run()
+
+
+# --- maps of tensors, which the emulated driver takes under the real one's conditions -------------
+
+
+def maps_made(library) -> list[list[int]]:
+    """Since the last call: address, columns, rows, heads, batch, strides in bytes, rows of a box."""
+    most = 64
+    made = torch.zeros(most, 9, dtype=torch.int64)
+    count = library.handle.specextend_emulation_maps(ctypes.c_void_p(made.data_ptr()), most)
+    return made[:count].tolist()
+
+
+LAYOUTS = {
+    "bshd": lambda t: t,
+    "bhsd": lambda t: in_layout(t, "bhsd"),
+    "keys beside values": lambda t: torch.stack([t, t], 2)[:, :, 0],
+    "some heads of more": lambda t: torch.cat([t, t, t], 2)[:, :, : t.shape[2]],
+    "some rows of more": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
+    "some columns of more": lambda t: torch.cat([t, t], 3)[..., : t.shape[3]],
+    "padded heads": lambda t: torch.nn.functional.pad(t, (0, 8))[..., : t.shape[3]],
+    "head first": lambda t: t.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("batch", "rows", "heads", "dim"),
+    [(2, 40, (4, 2), 64), (1, 100, (4, 1), 128), (2, 66, (2, 2), 200), (1, 65, (1, 1), 8)],
+)
+def test_maps(layout, batch, rows, heads, dim, library):
+    """One of the keys, one of the values, with their own strides; of what is not stepped over any."""
+    case = Case((20,) * batch, rows, heads=heads, dim=dim, dtype=FP16)
+    expected = case.check()
+    case.k = LAYOUTS[layout](case.k)
+    others = [LAYOUTS[other](case.v) for other in ("bshd", layout)]
+    for case.v in others:
+        maps_made(library)
+        with emulated(library, Schedule(capability=90)):
+            assert_close(case.run(), expected)
+        boxes = (128 if dim <= 128 else 64) // (2 if rows * heads[0] // heads[1] > 128 else 1)
+        for t, (address, *sizes_and_strides, box) in zip(
+            (case.k, case.v), maps_made(library), strict=True
+        ):
+            sizes, strides = sizes_and_strides[:4], sizes_and_strides[4:]
+            assert address == t.data_ptr() and box == boxes
+            assert sizes == [dim, t.shape[1], t.shape[2], t.shape[0]]
+            for dimension, stride in zip((1, 2, 0), strides, strict=True):
+                if t.shape[dimension] > 1:
+                    assert stride == 2 * t.stride(dimension)
 
 
 # --- what the emulation has to take on trust: layouts of products and boxes -----------------------
