@@ -4,6 +4,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <unordered_map>
 
 #include "emulation/block.h"
 #include "host.h"
@@ -40,51 +41,43 @@ struct Line {
   uint16_t others_read = 0;
 };
 
-// Lines of tensors that a grid has touched, by their begin: open addressing.
+// Lines of tensors that a grid has touched, by pages.
 class Lines {
  public:
-  void clear() { ++grid_, used_ = 0; }
-
-  bool is_full() const { return 2 * used_ >= slots_.size(); }
-
   Line& at(uint64_t begin) {
-    for (size_t i = place(begin);; i = (i + 1) & (slots_.size() - 1)) {
-      Slot& s = slots_[i];
-      if (s.grid == grid_ && s.line.begin == begin) return s.line;
-      if (s.grid == grid_) continue;
-      s.grid = grid_, ++used_;
-      s.line.begin = begin, s.line.block = 0;
-      s.line.others.clear(), s.line.others_read = 0;
-      s.line.turn = 0;
-      return s.line;
-    }
+    const uint64_t page = begin / kPageBytes;
+    Recent& recent = recent_[page % kRecent];
+    if (recent.page != page) recent = {page, find(page)};
+    return recent.lines[begin % kPageBytes / kLine];
   }
 
-  // Lines are elsewhere then.
-  void grow() {
-    std::vector<Slot> old(std::max<size_t>(1 << 12, 2 * slots_.size()));
-    old.swap(slots_);
-    for (Slot& s : old) {
-      if (s.grid != grid_) continue;
-      size_t i = place(s.line.begin);
-      while (slots_[i].grid == grid_) i = (i + 1) & (slots_.size() - 1);
-      slots_[i] = std::move(s);
-    }
+  // The pages, with what was noted there, are for other tensors.
+  void clear() {
+    for (const auto& [page, lines] : pages_) free_.push_back(lines);
+    pages_.clear();
+    std::fill(std::begin(recent_), std::end(recent_), Recent{});
   }
 
  private:
-  struct Slot {
-    uint64_t grid = 0;
-    Line line;
+  static constexpr size_t kPageBytes = 4096, kRecent = 64;
+  struct Recent {
+    uint64_t page = ~uint64_t(0);
+    Line* lines = nullptr;
   };
 
-  size_t place(uint64_t begin) const {
-    return (begin / kLine * 0x9e3779b97f4a7c15 >> 32) & (slots_.size() - 1);
+  Line* find(uint64_t page) {
+    const auto [it, is_new] = pages_.try_emplace(page, nullptr);
+    if (is_new && free_.empty()) free_.push_back(new Line[kPageBytes / kLine]);
+    if (is_new) {
+      it->second = free_.back();
+      free_.pop_back();
+    }
+    return it->second;
   }
 
-  std::vector<Slot> slots_;
-  size_t used_ = 0;
-  uint64_t grid_ = 1;
+  std::unordered_map<uint64_t, Line*> pages_;
+  std::vector<Line*> free_;
+  Recent recent_[kRecent];
 };
 
 struct State {
@@ -93,6 +86,7 @@ struct State {
   int me = 0;                   // the thread that runs
   unsigned number = 0;          // of the block, in its grid
   uint64_t block = 0, era = 0;  // counted from the beginning; an era ends when all threads meet
+  uint64_t last_grid = 0;       // the last block before this grid
 
   uint32_t now[kMaxThreads];        // of each thread
   uint32_t published[kMaxThreads];  // what it stored before is visible to tensor cores and copies
@@ -127,10 +121,6 @@ bool has_heard_of(const State& s, unsigned block) {
 
 Line& find(State& s, uint64_t begin, bool shared) {
   if (shared) return s.shared[offset_in_shared(reinterpret_cast<const void*>(begin)) / kLine];
-  if (s.tensors.is_full()) {
-    end_turn();
-    s.tensors.grow();
-  }
   return s.tensors.at(begin);
 }
 
@@ -138,7 +128,10 @@ Line& find(State& s, uint64_t begin, bool shared) {
 Line& line_at(State& s, uint64_t begin, bool shared) {
   Line& line = find(s, begin, shared);
   if (line.block != s.block) {
-    if (!shared && line.block != 0) {
+    if (shared || line.block <= s.last_grid) {
+      line.others.clear();
+      line.others_read = 0;
+    } else {
       if ((line.own.written | line.own.updated) != 0) line.others.push_back(line.own);
       line.others_read |= line.own.read;
     }
@@ -193,7 +186,7 @@ void add(std::vector<Access>& all, const Access& a) {
   }
   all.push_back(a);
   const size_t size = all.size();
-  if (size < 64 || (size & (size - 1)) != 0) return;
+  if (size < 2 * kMaxThreads || (size & (size - 1)) != 0) return;
   const auto key = [](const Access& x) { return uint32_t(x.who) << 16 | x.bytes; };
   std::stable_sort(all.begin(), all.end(),
                    [&](const Access& x, const Access& y) { return key(x) < key(y); });
@@ -226,7 +219,7 @@ bool may_read_all(const State& s, const Line& line) {
 
 enum class Verb { kRead, kWrite, kAtomic };
 
-Line& touch(State& s, Verb verb, uint64_t begin, bool shared, Access own) {
+void touch(State& s, Verb verb, uint64_t begin, bool shared, Access own) {
   const uint16_t bytes = own.bytes;
   Line& line = line_at(s, begin, shared);
   if (line.turn == s.turn) note_reads(s, line);
@@ -269,7 +262,6 @@ Line& touch(State& s, Verb verb, uint64_t begin, bool shared, Access own) {
       line.own.updated |= bytes;
       break;
   }
-  return line;
 }
 
 // Calls f(begin of the line, its bytes) for all lines.
@@ -294,13 +286,16 @@ void touch_all(Verb verb, const void* p, size_t bytes) {
 
 // Most of what kernels do: what the thread knows to be readable is soon done with.
 void read_line(State& s, uint64_t begin, uint16_t bytes, bool shared) {
-  if (Line& line = find(s, begin, shared); line.turn == s.turn) {
+  Line& line = find(s, begin, shared);
+  if (line.turn == s.turn) {
     line.now |= bytes;
     return;
   }
-  Line& line = touch(s, Verb::kRead, begin, shared, {s.now[s.me], uint16_t(s.me), bytes});
-  if (!may_read_all(s, line)) return;
-  line.turn = s.turn, line.now = 0;
+  if (line.era != s.era || !line.settled || !line.others.empty() || s.early) {
+    touch(s, Verb::kRead, begin, shared, {s.now[s.me], uint16_t(s.me), bytes});
+    if (!may_read_all(s, line)) return;
+  }
+  line.turn = s.turn, line.now = bytes;
   s.read.push_back(&line);
 }
 
@@ -322,6 +317,7 @@ void check_is_fenced(State& s, const void* p, size_t bytes, const char* does) {
 void begin_grid_accesses(bool early) {
   State& s = state();
   s.early = early;
+  s.last_grid = s.block;
   s.tensors.clear();
   s.told.clear();
 }
