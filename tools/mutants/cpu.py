@@ -1,0 +1,3 @@
+"""x"""
+MUTANTS = []
+PARTITION = []

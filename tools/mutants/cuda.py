@@ -1,0 +1,2 @@
+"""Faults in the CUDA side."""
+MUTANTS = []
