@@ -187,7 +187,7 @@ def crashed_in(output: str) -> str:
 def union(mutants: list[Mutant]) -> list[str]:
     """All tests that they name, none twice."""
     tests = dict.fromkeys(test for mutant in mutants for test in mutant.tests)
-    return [test for test in tests if test == test.split("::")[0] or test.split("::")[0] not in tests]
+    return [test for test in tests if "::" not in test or test.split("::")[0] not in tests]
 
 
 class Workers:

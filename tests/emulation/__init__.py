@@ -5,8 +5,8 @@ library built so registers ``torch.ops.<namespace>.<op>`` with the schemas of th
 tensors: checks, allocation, launch and kernel are those of a GPU. The threads of a block are fibers
 (``block.cpp``), and a schedule draws their order.
 
-``build_avx512`` does the same for the CPU branch by AVX-512 on a processor without it, ``build_cpu``
-with the CPU's own kernels.
+``build_avx512`` does the same for the CPU branch by AVX-512 on a processor without it,
+``build_cpu`` with this processor's own kernels.
 
 ``tools/mutate.py`` plants faults in these libraries: SPECEXTEND_MUTANT names a folder with changed
 files (``overlay/csrc/...``) and a list of what has to be compiled with them (``sources``).

@@ -321,7 +321,11 @@ MUTANTS = [
         f"{CPU}/finalize_tree.cpp",
         "rank.depth = ranks[parent].depth + 1;",
         "rank.depth = 1;",
-        tests("finalize_tree", "random_pools", "a_child_of_probability_one_does_not_replace_its_parent"),
+        tests(
+            "finalize_tree",
+            "random_pools",
+            "a_child_of_probability_one_does_not_replace_its_parent",
+        ),
         op("finalize_tree"),
     ),
     Mutant(

@@ -495,16 +495,16 @@ MUTANTS = [
     Mutant(
         "finalize_tree: masks of parents that are not there yet",
         FINALIZE,
-        "    depths[slot] = node >= 0 ? int32_t(uint32_t(ranks[node])) : 0;\n  }\n  __syncthreads();",
-        "    depths[slot] = node >= 0 ? int32_t(uint32_t(ranks[node])) : 0;\n  }",
+        "depths[slot] = node >= 0 ? int32_t(uint32_t(ranks[node])) : 0;\n  }\n  __syncthreads();",
+        "depths[slot] = node >= 0 ? int32_t(uint32_t(ranks[node])) : 0;\n  }",
         tests("finalize_tree", "any_schedule", "random_pools"),
         cuda("finalize_tree"),
     ),
     Mutant(
         "finalize_tree: slots of nodes that are not there yet",
         FINALIZE,
-        "        slots[i] = int32_t(slot);  // the root is slot 0\n      }\n    }\n    __syncthreads();",
-        "        slots[i] = int32_t(slot);  // the root is slot 0\n      }\n    }",
+        "slots[i] = int32_t(slot);  // the root is slot 0\n      }\n    }\n    __syncthreads();",
+        "slots[i] = int32_t(slot);  // the root is slot 0\n      }\n    }",
         tests("finalize_tree", "any_schedule", "random_pools"),
         cuda("finalize_tree"),
     ),
@@ -587,7 +587,6 @@ MUTANTS = [
         "weights == rests ? rests : rests;",
         tests("verify_tree_rejection", "random_trees"),
         cuda("verify_tree"),
-        why_it_survives="",
     ),
     Mutant(
         "verify_tree.rejection: sequences share what is left",
@@ -716,8 +715,8 @@ MUTANTS = [
     Mutant(
         "tree_attention: a row's maximum is that of a thread",
         TREE,
-        "        most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));\n        const float before",
-        "        const float before",
+        "most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));\n        const float before",
+        "const float before",
         tests(*FIRST),
         BF16,
     ),
@@ -806,7 +805,9 @@ MUTANTS = [
         WORK,
         "if (begin < part_key && part > 0) sum = add",
         "if (begin < part_key && part > 1) sum = add",
-        tests("tree_attention", "chunk_lse[emulated-1000-dtype2]", "chunk_lse[emulated-100-dtype2]"),
+        tests(
+            "tree_attention", "chunk_lse[emulated-1000-dtype2]", "chunk_lse[emulated-100-dtype2]"
+        ),
         BF16_CHUNKS,
     ),
     Mutant(
@@ -860,8 +861,8 @@ MUTANTS = [
     Mutant(
         "attention_work: masks of the first sequence",
         WORK,
-        "p.mask ? p.mask + (int64_t(b) * p.num_rows + row) * mask_words(p.num_tree_keys) : nullptr;",
-        "p.mask ? p.mask + int64_t(row) * mask_words(p.num_tree_keys) : nullptr;",
+        "p.mask + (int64_t(b) * p.num_rows + row) * mask_words(p.num_tree_keys) : nullptr;",
+        "p.mask + int64_t(row) * mask_words(p.num_tree_keys) : nullptr;",
         tests("tree_attention", "batch[emulated-dtype2]"),
         BF16,
     ),
@@ -960,7 +961,9 @@ MUTANTS = [
         COMBINE,
         "block < r.blocks.end; block += 32) {\n    total = add",
         "block < min(r.blocks.end, r.blocks.begin + 32); block += 32) {\n    total = add",
-        tests("tree_attention", "multiprocessors[emulated-dtype2]", "prefixes[emulated-4097-dtype2]"),
+        tests(
+            "tree_attention", "multiprocessors[emulated-dtype2]", "prefixes[emulated-4097-dtype2]"
+        ),
         cuda("attention_combine"),
     ),
     Mutant(
@@ -1184,8 +1187,8 @@ MUTANTS += [
     Mutant(
         "hopper: queries are multiplied before all threads have written theirs",
         HOPPER,
-        "    hopper::publish_shared();\n    ptx::named_barrier(kOwnRowsBarrier + warpgroup, 128);\n",
-        "    hopper::publish_shared();\n",
+        "hopper::publish_shared();\n    ptx::named_barrier(kOwnRowsBarrier + warpgroup, 128);\n",
+        "hopper::publish_shared();\n",
         (*ONE, *ALL),
         D64,
     ),
@@ -1248,8 +1251,8 @@ MUTANTS += [
     Mutant(
         "hopper: a place is given back before all lanes have read it",
         HOPPER,
-        "__device__ __forceinline__ void release(uint64_t* empty, int cluster) {\n  __syncwarp();\n",
-        "__device__ __forceinline__ void release(uint64_t* empty, int cluster) {\n",
+        "void release(uint64_t* empty, int cluster) {\n  __syncwarp();\n",
+        "void release(uint64_t* empty, int cluster) {\n",
         (*ONE, *ALL),
         D64,
     ),

@@ -53,7 +53,7 @@ MUTANTS = [
         DECODE,
         "k_depths=None if mask is None else depths,",
         "k_depths=None,",
-        ("tests/test_decode.py::TestGreedyEqualsGenerate::test_families",),
+        ("tests/test_decode.py::TestGreedyEqualsGenerate::test_windows_inside_the_tree",),
     ),
     Mutant(
         "noise is keyed by the slot in the tree instead of the position",
@@ -245,7 +245,10 @@ MUTANTS = [
         SAMPLING,
         "paths.append((paths[parent] if parent >= 0 else []) + [node])",
         "paths.append((paths[parent] if parent >= 0 else []) + [max(parent, 0)])",
-        ("tests/test_sampling.py", "tests/test_decode.py::TestSampling::test_greedy_with_processors"),
+        (
+            "tests/test_sampling.py",
+            "tests/test_decode.py::TestSampling::test_greedy_with_processors",
+        ),
     ),
     Mutant(
         "a processor that wants the tokens before is taken for one that looks at rows",
@@ -325,7 +328,7 @@ MUTANTS = [
         ATTENTION,
         "if self.cache.layers[index] is not layer:",
         "if False:",
-        ("tests/test_guard.py::test_families_pass", *GREEDY),
+        CACHES,
     ),
     Mutant(
         "working cache: a draft's window is the target's whole prefill",
@@ -339,7 +342,7 @@ MUTANTS = [
         WORKING,
         "return [self.work] if self.work is self.full else [self.work, self.full]",
         "return [self.work]",
-        CACHES,
+        (*CACHES, *FULL_DEPTH),
     ),
     Mutant(
         "working cache: a level of the tree is written over the one before",
@@ -410,14 +413,14 @@ MUTANTS = [
         ATTENTION,
         "dtype=torch.bool, device=device).tril(keys - rows)",
         "dtype=torch.bool, device=device).tril(keys - rows - 1)",
-        ("tests/test_decode.py::TestGreedyEqualsGenerate::test_options",),
+        ("tests/test_decode.py::TestGreedyEqualsGenerate::test_dense_masks",),
     ),
     Mutant(
         "dense masks: windows are one short",
         ATTENTION,
         "seen = seen & (at[:, None, :] > q[:, :, None] - window)",
         "seen = seen & (at[:, None, :] > q[:, :, None] - window + 1)",
-        ("tests/test_decode.py::TestGreedyEqualsGenerate::test_options",),
+        ("tests/test_decode.py::TestGreedyEqualsGenerate::test_dense_masks",),
     ),
     Mutant(
         "features are the output of the layer, not its input",
@@ -572,7 +575,7 @@ MUTANTS = [
         "n-gram: tokens of the last generation are found",
         NGRAM,
         "        self._length = 0\n",
-        "        self._length = getattr(self, '_length', 0) and 1\n",
+        "        self._length = getattr(self, '_length', 0)\n",
         ("tests/test_ngram.py",),
     ),
     Mutant(
@@ -587,8 +590,10 @@ MUTANTS = [
         LONGSPEC,
         "torch.cat([self._pending, tokens], 1)[:, -self.window :]",
         "torch.cat([self._pending, tokens], 1)[:, 1 - self.window :]",
-        ("tests/test_longspec.py::TestTreeEqualsTrainingForm",
-         "tests/test_longspec.py::TestConstantSize"),
+        (
+            "tests/test_longspec.py::TestTreeEqualsTrainingForm",
+            "tests/test_longspec.py::TestConstantSize",
+        ),
     ),  # fmt: skip
     Mutant(
         "LongSpec: the window of the ring is one short",
@@ -623,7 +628,10 @@ MUTANTS = [
         EAGLE,
         "self._features = features[:, count:].clone()",
         "self._features = features[:, max(count - 1, 0):][:, :1].clone()",
-        ("tests/test_eagle.py::TestFullDepth",),
+        (
+            "tests/test_eagle.py::test_keys_from_guessed_features_are_overwritten",
+            "tests/test_eagle.py",
+        ),
     ),
     Mutant(
         "EAGLE: a node takes the hidden state of its slot, not of its parent",
