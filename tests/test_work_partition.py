@@ -167,6 +167,8 @@ def test_grid_is_no_larger_than_the_work(lib):
     one = WorkCut(1, 1, 1, 16, 64, 0, 2)
     assert lib.grid_of(one, 0, 264) == 1
     assert lib.grid_of(one, 8, 264) == (8 + lib.overhead()) // 2
+    several = WorkCut(3, 2, 5, 16, 64, 0, 2)  # sequences, KV heads, row blocks
+    assert lib.grid_of(several, 8, 264) == 3 * 2 * 5 * (8 + lib.overhead()) // 2
     assert lib.grid_of(WorkCut(4, 8, 2, 16, 64, 0, 2), 1024, 264) == 264
 
 

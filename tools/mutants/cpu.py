@@ -520,13 +520,6 @@ PARTITION = [
         WALK,
     ),
     Mutant(
-        "partition: a block that is behind a unit closes it",
-        "csrc/work_partition.h",
-        "begin < end && end == num_tiles}",
-        "end == num_tiles}",
-        WALK,
-    ),
-    Mutant(
         "partition: the combine looks for a part too many",
         "csrc/work_partition.h",
         "(first + num_tiles - 1) / run + 1};",
