@@ -19,6 +19,7 @@ not compile, or its tests cannot be run.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -226,7 +227,8 @@ class Workers:
                 tree = ROOT
             ran = run_tests(list(mutant.tests), area.keyword, tree, variables, SECONDS)
             result = Result(*judge(*ran), round(time.monotonic() - start, 1))
-            kept.put(key, result)
+            if result.outcome != "broken":
+                kept.put(key, result)
             return result
         finally:
             self._folders.put(folder)
@@ -281,6 +283,11 @@ def main() -> int:
         return 0
 
     FOLDER.mkdir(parents=True, exist_ok=True)
+    lock = open(FOLDER / "lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # for as long as this process lives
+    except OSError:
+        sys.exit("mutate: another run is under way; --jobs says how many faults run at a time")
     kept, workers = Kept(options.again), Workers(options.jobs)
     start, results = time.monotonic(), []
     keys = {(a.name, m.name): digest(a, m) for a in chosen for m in a.mutants}

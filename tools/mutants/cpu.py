@@ -458,11 +458,11 @@ MUTANTS = [
         KERNELS,
     ),
     Mutant(
-        "select_chunks: sinks take the place of recent chunks",
+        "select_chunks: the newest chunks are those at the cache's end",
         f"{CPU}/select_chunks.cpp",
-        "const int sinks = std::min(p.num_sinks, count - recent);",
-        "const int sinks = std::min(p.num_sinks, count);",
-        tests("select_chunks", "recent_chunks_overlap_sinks_in_a_short_sequence", "random"),
+        "ids[sinks + free + i] = valid - recent + i;",
+        "ids[sinks + free + i] = p.num_chunks - recent + i;",
+        tests("select_chunks", "random"),
         op("select_chunks"),
     ),
     Mutant(
