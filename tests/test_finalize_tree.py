@@ -64,12 +64,15 @@ def test_random_pools(seed, device):
 @pytest.mark.parametrize(("size", "num_nodes"), [(2500, 2048), (4096, 60), (4097, 700)])
 @pytest.mark.parametrize("shape", ["levels", "chain", "ties"])
 def test_large_pools(size, num_nodes, shape, device):
-    """More candidates than threads, than fit into shared memory, and deep ones."""
+    """More candidates than threads, than fit into shared memory, and deep ones.
+
+    Of those in global memory several sequences, which must not share it.
+    """
     generator = torch.Generator().manual_seed(size)
-    reach = 60 if shape == "chain" else 1500
-    back = torch.randint(1, reach, (1, size), generator=generator)
+    reach, batch = 60 if shape == "chain" else 1500, 3 if size > 4096 else 1
+    back = torch.randint(1, reach, (batch, size), generator=generator)
     parents = (torch.arange(size) - back).clamp(min=-1).int()
-    logp = -torch.rand(1, size, generator=generator)
+    logp = -torch.rand(batch, size, generator=generator)
     if shape == "ties":
         logp = logp.mul(4).round()
     got = ops.finalize_tree(logp.to(device), parents.to(device), num_nodes=num_nodes)

@@ -18,9 +18,10 @@ import pytest
 import torch
 from emulation import HERE, KINDS, ROOT, RUNTIME, Schedule
 from test_tree_attention import Case, same_bits
+from virtual_memory import spread
 
 from specextend import _C
-from specextend.testing import pack_mask
+from specextend.testing import in_layout, pack_mask
 
 FP16, BF16 = torch.float16, torch.bfloat16
 
@@ -78,7 +79,7 @@ def test_clusters(rows, heads, on_hopper):
     for i, prefixes in enumerate([(200,), (3, 600)]):
         with on_hopper(i, 2 + 4 * i):
             Case(prefixes, rows, heads=heads, dtype=(FP16, BF16)[i % 2], seed=i).check(
-                chunk_size=32 * i
+                chunk_size=32 * i, window=150 * i
             )
 
 
@@ -97,6 +98,14 @@ def test_windows(window, on_hopper):
         case.check(window=window, chunk_size=32)
         case.check(window=window, **case.depths())
         Case((400,), 35, heads=(4, 1), dtype=FP16, tree=False).check(window=window)
+
+
+def test_sinks(on_hopper):
+    for i, (prefixes, rows, heads) in enumerate([((150, 0), 40, (4, 2)), ((700,), 40, (4, 1))]):
+        with on_hopper(i, 1 + 3 * i):
+            case = Case(prefixes, rows, heads=heads, dtype=(FP16, BF16)[i])
+            case.check(sinks=torch.linspace(-1.0, 4.0, 4))
+            case.check(sinks=torch.tensor([-torch.inf, 0.0, 1.0, 8.0]), chunk_size=32)
 
 
 def test_options(on_hopper):
@@ -118,6 +127,38 @@ def test_masked_values_may_be_anything(on_hopper):
         case.mask = pack_mask(case.visible)
         for key in (0, 5, 63, 64, 89):
             case.k[:, 100 + key] = case.v[:, 100 + key] = torch.nan
+        case.check()
+
+
+def test_keys_and_values_differ_in_layout(on_hopper):
+    case = Case((150, 40), 35, heads=(4, 2), dtype=FP16)
+    with on_hopper():
+        expected = case.run()
+        for layouts in (("bshd", "bhsd"), ("bhsd", "bshd")):
+            case.k, case.v = map(in_layout, (case.k, case.v), layouts)
+            assert same_bits(case.run(), expected)
+
+
+@pytest.mark.parametrize("prefix", [32, 96, 128, 160, 256])
+def test_the_last_chunk_is_full(prefix, on_hopper):
+    """The prefix ends with a chunk, and the cache with the prefix: nothing is behind either."""
+    with on_hopper():
+        case = Case((prefix,) * 2, 65, 0, heads=(1, 1), dtype=FP16, spare=0, tree=False)
+        assert case.check(chunk_size=32)[2].isfinite().all()
+
+
+@pytest.mark.parametrize("prefix", [127, 255])
+def test_one_key_from_a_whole_tile(prefix, on_hopper):
+    """The key that is missing does not count: there is none, or some rows do not see it."""
+    with on_hopper():
+        for spare in (0, 1):
+            case = Case((prefix,), 65, 0, heads=(1, 1), dtype=FP16, spare=spare, tree=False)
+            case.check()
+            case.check(chunk_size=32)
+        case = Case((prefix,), 65, 3, heads=(1, 1), dtype=FP16)
+        case.visible = torch.rand(1, 65, 3, generator=case.generator) < 0.5
+        case.visible[:, 0] = False
+        case.mask = pack_mask(case.visible)
         case.check()
 
 
@@ -167,6 +208,9 @@ def test_same_bits(library):
     assert all(same_bits(results[0], other) for other in results[1:])
 
 
+LEFT = "no kernel image is available"  # what the portable family says here
+
+
 @pytest.mark.parametrize(
     ("case", "options"),
     [
@@ -181,15 +225,47 @@ def test_same_bits(library):
 )
 def test_what_is_left_to_the_portable_family(case, options, library):
     case = Case((50,), **{"rows": 65, "heads": (1, 1), "dtype": FP16, **case})
-    with emulated(library, Schedule(capability=90)), pytest.raises(RuntimeError):
+    with emulated(library, Schedule(capability=90)), pytest.raises(RuntimeError, match=LEFT):
         case.run(**options)
 
 
 def test_only_on_hopper(library):
     case = Case((50,), 65, heads=(1, 1), dtype=FP16)
     for capability in (80, 100, 120):
-        with emulated(library, Schedule(capability=capability)), pytest.raises(RuntimeError):
-            case.run()
+        with emulated(library, Schedule(capability=capability)):
+            with pytest.raises(RuntimeError, match=LEFT):
+                case.run()
+
+
+def placed(t: torch.Tensor, begin: int = 0, odd: int | None = None) -> torch.Tensor:
+    """A copy that begins so many elements behind a multiple of 16 bytes. All strides but the last
+    are multiples of 8 elements, but that of dimension ``odd``, which is 4 more.
+    """
+    strides, stride = [0, 0, 0, 1], t.shape[-1]
+    for dim in (2, 1, 0):
+        strides[dim] = stride + 4 * (dim == odd)
+        stride = (strides[dim] * t.shape[dim] + 7) // 8 * 8
+    memory = t.new_empty(begin + stride)
+    return memory[begin:].as_strided(t.shape, strides).copy_(t)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_memory_that_tensor_copies_do_not_take(name, library):
+    """Each stride and the begin alone, of 8 bytes and not of 16; what is far too far apart."""
+    case = Case((50, 20), 65, heads=(4, 2), dtype=FP16)
+    with emulated(library, Schedule(capability=90)):
+        expected, t = case.run(), getattr(case, name)
+        taken = [placed(t), placed(t, begin=8), *(spread(t, dim) for dim in range(3))]
+        others = [placed(t, begin=4), *(placed(t, odd=dim) for dim in range(3))]
+        if name != "q":  # which is not copied as a tensor
+            others += [spread(t, 0, far=2**39), t[:1].expand(2, -1, -1, -1)]
+        for other in taken:
+            setattr(case, name, other)
+            assert same_bits(case.run(), expected)
+        for other in others:
+            setattr(case, name, other)
+            with pytest.raises(RuntimeError, match=LEFT):
+                case.run()
 
 
 # --- what the emulation has to take on trust: layouts of products and boxes -----------------------

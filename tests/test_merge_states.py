@@ -136,14 +136,21 @@ def test_rows_do_not_depend_on_each_other(device):
         assert same_bits(alone[0], o[row]) and same_bits(alone_lse[0], lse[row])
 
 
+def moved(t, elements):
+    """The same, contiguous, that many elements behind memory that is aligned."""
+    memory = torch.empty(t.numel() + elements, dtype=t.dtype, device=t.device)
+    return memory[elements:].view(t.shape).copy_(t)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unaligned_memory(dtype, device):
-    """Contiguous, but not where a wide load may begin."""
+    """Every offset below 16 bytes of each input: where a wide load may begin, and where not."""
     states = random_states((50, 64), dtype, device)
-    moved = [torch.empty(t.numel() + 1, dtype=t.dtype, device=device)[1:] for t in states]
-    moved = [m.view(t.shape).copy_(t) for m, t in zip(moved, states, strict=True)]
-    for one, two in zip(ops.merge_states(*states), ops.merge_states(*moved), strict=True):
-        assert same_bits(one, two)
+    expected = ops.merge_states(*states)
+    for offset in range(16 // dtype.itemsize):
+        for places in ([offset, 1, 0, 0], [0, 0, offset, 1], [offset, 0, offset, 0]):
+            got = ops.merge_states(*map(moved, states, places))
+            assert all(map(same_bits, got, expected)), places
 
 
 def test_graph_replay(device):

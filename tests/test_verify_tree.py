@@ -100,6 +100,25 @@ def test_the_first_of_repeated_siblings_is_taken(device):
     assert got == [[0, 1, -1, -1, -1], 1, [1, 8, -1, -1, -1], 8]
 
 
+def test_many_repeated_siblings(device, schedule):
+    """All of them would follow their parent; many threads find out at a time."""
+    nodes, half = 900, 450
+    parents = torch.zeros(2, nodes, dtype=torch.int32)
+    tokens = torch.full((2, nodes), 5)
+    target = torch.full((2, nodes), 9)
+    target[:, 0] = 8
+    for b, first in enumerate((4, 7)):
+        tokens[b, first:half] = 8
+        target[b, first] = 5
+        parents[b, half:] = first
+    want = reference.verify_tree(tokens, parents, target)
+    assert want[0][:, :4].tolist() == [[0, 4, half, -1], [0, 7, half, -1]]
+    for kind in KINDS:
+        with schedule(kind=kind):
+            got = ops.verify_tree(*(t.to(device) for t in (tokens, parents, target)))
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want, strict=True))
+
+
 def test_no_choice_matches_no_padding(device):
     # A row of NaN makes the choice -1, which is also what an unused node carries.
     assert run([9, -1], [-1, 0], [-1, -1], device) == [[0, -1], 0, [-1, -1], -1]

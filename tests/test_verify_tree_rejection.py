@@ -298,6 +298,31 @@ def test_any_schedule(device, schedule):
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("token", [700, 1500])
+def test_a_rejection_behind_an_accepted_child(token, device, schedule):
+    """What is left of the law of one node takes the place of what was left of the node before, by
+    which its child was accepted: nobody may still read that.
+    """
+    vocab = 2048  # of which several warps have parts
+    generator = torch.Generator().manual_seed(token)
+    target, draft = torch.rand(2, 1, 4, vocab, generator=generator) + 0.5
+    draft[0, 0, 11], target[0, 0, token] = 100.0, 100.0
+    draft[0, 2, [13, token]] = 100.0  # nothing is left of the token there
+    target, draft = (t / t.sum(-1, keepdim=True) for t in (target, draft))
+    tokens, parents = torch.tensor([[0, 11, token, 13]]), torch.tensor([[-1, 0, 0, 2]]).int()
+    uniforms = torch.tensor([[0.0, 0.9, 0.5, 0.9]], dtype=torch.float64)
+    case = tokens, parents, target, draft, uniforms, torch.full_like(uniforms, 0.4321)
+    want = reference.verify_tree_rejection(
+        *(t.double() if t.is_floating_point() else t for t in case)
+    )
+    assert want[0].tolist() == [[0, 2, -1, -1]]
+    for kind in KINDS:
+        for seed in range(5 if schedule.emulated else 1):
+            with schedule(kind=kind, seed=seed):
+                got = verify(*case, device=device)
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_graph_replay(device):
     if device == "cpu":
         pytest.skip("needs a GPU")
