@@ -103,6 +103,10 @@ def plant_in_cpp(mutant: Mutant, folder: Path) -> dict[str, str]:
     changed = folder / "overlay" / mutant.file
     changed.parent.mkdir(parents=True)
     changed.write_text(mutant.planted(), encoding="utf-8")
+    # A header finds those beside it before all others: they come along.
+    for header in (ROOT / mutant.file).parent.glob("*.h"):
+        if header.name != changed.name:
+            (changed.parent / header.name).symlink_to(header)
     (folder / "sources").write_text("\n".join(mutant.sources))
     return {"SPECEXTEND_MUTANT": str(folder)}
 

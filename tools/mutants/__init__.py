@@ -69,5 +69,5 @@ def areas() -> list[Area]:
         Area("python", python.MUTANTS, on_the_cpu),
         Area("partition", cpu.PARTITION, "emulated or partition"),
         Area("cpu", cpu.MUTANTS, on_the_cpu, {"SPECEXTEND_EMULATED_ISA": "own"}),
-        Area("cuda", cuda.MUTANTS, "emulated or hopper or bulk_copies"),
+        Area("cuda", cuda.MUTANTS, "emulat or hopper or bulk_copies"),
     ]

@@ -46,6 +46,11 @@ CHUNKED = (
 WINDOWS = ("tree_attention", "window[emulated-7-dtype2]", "window[emulated-64-dtype2]")
 CUTS = ("tree_attention", "multiprocessors[emulated-dtype2]", "batch[emulated-dtype2]")
 
+# More sequences than the largest grid takes, which then come one after the other in a block.
+SEQUENCES = ("tests/test_emulation.py::test_one_block_for_all_sequences",)
+# All strides that an op takes, beyond 32 bits.
+OFFSETS = ("tests/test_offsets.py::test_strides_beyond_32_bits",)
+
 MUTANTS = [
     # ---- merge_states ----
     Mutant(
@@ -86,7 +91,7 @@ MUTANTS = [
         "csrc/kv_rows.h",
         "b * t.stride_b + row * t.stride_s + head * t.stride_h",
         "b * t.stride_b + int32_t(row * t.stride_s) + head * t.stride_h",
-        tests("append_kv", "offsets_beyond_32_bits") + tests("gather_chunks"),
+        OFFSETS,
         cuda("append_kv", "gather_chunks_float", "gather_chunks_half", "gather_chunks_bf16"),
     ),
     Mutant(
@@ -94,7 +99,7 @@ MUTANTS = [
         "csrc/kv_rows.h",
         "b * t.stride_b + row * t.stride_s + head * t.stride_h",
         "int32_t(b * t.stride_b) + row * t.stride_s + head * t.stride_h",
-        tests("append_kv", "offsets_beyond_32_bits"),
+        OFFSETS,
         cuda("append_kv"),
     ),
     Mutant(
@@ -102,7 +107,7 @@ MUTANTS = [
         COMPACT,
         "rows + (prefix + first + i) * p.stride_s",
         "rows + int32_t((prefix + first + i) * p.stride_s)",
-        tests("compact_kv", "offsets_beyond_32_bits"),
+        OFFSETS,
         cuda("compact_kv"),
     ),
     Mutant(
@@ -110,7 +115,7 @@ MUTANTS = [
         COMPACT,
         "rows + source * p.stride_s",
         "rows + int32_t(source * p.stride_s)",
-        tests("compact_kv", "offsets_beyond_32_bits"),
+        OFFSETS,
         cuda("compact_kv"),
     ),
     Mutant(
@@ -170,14 +175,6 @@ MUTANTS = [
         ("csrc/ops/compact_kv.cpp", *cuda("compact_kv_sm90")),
     ),
     Mutant(
-        "compact_kv_sm90: copies begin before their bytes are announced",
-        SM90,
-        "      __syncwarp();\n      if (source >= 0) {",
-        "      if (source >= 0) {",
-        tests("compact_kv", "bulk_copies"),
-        ("csrc/ops/compact_kv.cpp", *cuda("compact_kv_sm90")),
-    ),
-    Mutant(
         "compact_kv_sm90: the parity stays",
         SM90,
         "      parity ^= 1;\n",
@@ -223,7 +220,7 @@ MUTANTS = [
         GATHER,
         "      __syncthreads();  // the table of an earlier slot is no longer read\n",
         "",
-        tests("gather_chunks", "chunks_of_many_blocks"),
+        SEQUENCES,
         cuda("gather_chunks_float", "gather_chunks_half", "gather_chunks_bf16"),
     ),
     Mutant(
@@ -243,7 +240,7 @@ MUTANTS = [
         cuda("gather_chunks_float"),
     ),
     Mutant(
-        "gather_chunks: every launch writes lengths of its first layer's launch",
+        "gather_chunks: every launch moves the first layers",
         GATHER,
         "std::copy(p.layers + begin, p.layers + end, g.layers);",
         "std::copy(p.layers, p.layers + (end - begin), g.layers);",
@@ -273,10 +270,8 @@ MUTANTS = [
         "p.scores[int64_t(b) * p.num_chunks + chunk] = float(total * scale);\n    }\n"
         "    __syncthreads();",
         "p.scores[int64_t(b) * p.num_chunks + chunk] = float(total * scale);\n    }",
-        tests("chunk_scores"),
+        SEQUENCES,
         cuda("chunk_scores"),
-        why_it_survives="only sequences beyond the largest grid, of 65,535, come one after the "
-        "other in a block",
     ),
     Mutant(
         "chunk_scores: the tree's masses are added before all warps have theirs",
@@ -382,7 +377,7 @@ MUTANTS = [
         SAMPLE,
         "b * p.stride_b + node * p.stride_n;",
         "int(b * p.stride_b + node * p.stride_n);",
-        tests("sample_nodes", "strides"),
+        OFFSETS,
         cuda("sample_nodes_float"),
     ),
     Mutant(
@@ -442,14 +437,6 @@ MUTANTS = [
         "",
         tests("sample_nodes", "extreme_uniforms"),
         cuda("sample_nodes_float"),
-    ),
-    Mutant(
-        "expand_tree: a lane behind the row's end has a key",
-        EXPAND,
-        "vocab_lane() < size ? rank_key(best, uint32_t(index)) : ~uint64_t(0)",
-        "rank_key(best, uint32_t(index))",
-        tests("expand_tree", "nan_and_infinite_logits", "random"),
-        cuda("expand_tree_float", "expand_tree_half", "expand_tree_bf16"),
     ),
     Mutant(
         "expand_tree: a number is added to the sums before they are whole",
@@ -620,7 +607,7 @@ MUTANTS = [
         TREE,
         "s_.kv_head * (of_values ? p_.v_stride_h : p_.k_stride_h) + key * stride;",
         "s_.kv_head * (of_values ? p_.v_stride_h : p_.k_stride_h) + int32_t(key * stride);",
-        tests("tree_attention"),
+        OFFSETS,
         BF16,
     ),
     Mutant(
@@ -628,7 +615,7 @@ MUTANTS = [
         TREE,
         "q + at.row * p_.q_stride_m + at.head * p_.q_stride_h + vector * 8",
         "q + int32_t(at.row * p_.q_stride_m) + at.head * p_.q_stride_h + vector * 8",
-        tests("tree_attention"),
+        OFFSETS,
         BF16,
     ),
     Mutant(
@@ -677,14 +664,6 @@ MUTANTS = [
         "        for (int j = 0; j < 4; ++j) q_[i][d][j] ^= sign;\n      }\n    }\n"
         "    __syncthreads();",
         "        for (int j = 0; j < 4; ++j) q_[i][d][j] ^= sign;\n      }\n    }",
-        tests(*TILED),
-        BF16,
-    ),
-    Mutant(
-        "tree_attention: the wait for queries covers a copy too few",
-        TREE,
-        "ptx::cp_async_wait<kAt.ahead>();",
-        "ptx::cp_async_wait<kAt.ahead + 1>();",
         tests(*TILED),
         BF16,
     ),
@@ -1039,16 +1018,6 @@ MUTANTS = [
         BF16,
     ),
     Mutant(
-        "attention_plan: blocks of 16 rows for more of them",
-        "csrc/attention_layout.h",
-        "constexpr int attention_rows(int packed) { return packed <= 16 ?",
-        "constexpr int attention_rows(int packed) { return packed <= 17 ?",
-        tests("tree_attention", "trees")
-        + ("tests/test_hopper.py::test_what_is_left_to_the_portable_family",),
-        (*BOTH, *cuda("tree_attention")),
-        why_it_survives="17 rows in two blocks of 16: the same results, in more time",
-    ),
-    Mutant(
         "attention_layout: the ring is a slot longer than its memory",
         "csrc/attention_layout.h",
         "at.logits = at.ring + at.slots * at.half;",
@@ -1092,7 +1061,9 @@ MUTANTS = [
 
 # ---- tree_attention on Hopper: in a library without portable kernels --------------------------
 
-D64 = cuda("tree_attention_d64_sm90")
+# Of d64 a ring has six places, of d256 two.
+D64, D256 = cuda("tree_attention_d64_sm90"), cuda("tree_attention_d256_sm90")
+LARGE = ("tests/test_hopper.py::test_head_dims",)
 LAUNCH90 = cuda("tree_attention_sm90")
 ONE, PAIR, WINDOWED, OPTIONS, ALL = (
     ("tests/test_hopper.py" + name,)
@@ -1107,16 +1078,16 @@ MUTANTS += [
         HOPPER,
         "        wait_for(&barriers.empty_k[ring.stage], ring.parity ^ 1);\n",
         "",
-        (*ONE, *ALL),
-        D64,
+        (*LARGE, *ALL),
+        D256,
     ),
     Mutant(
         "hopper: a place is filled before its values have been multiplied",
         HOPPER,
         "        wait_for(&barriers.empty_v[ring.stage], ring.parity ^ 1);\n",
         "",
-        (*ONE, *ALL),
-        D64,
+        (*LARGE, *ALL),
+        D256,
     ),
     Mutant(
         "hopper: keys are multiplied before they are there",
@@ -1229,8 +1200,8 @@ MUTANTS += [
         HOPPER,
         "(kHopperReaders + 1) * blocks",
         "kHopperReaders * blocks",
-        (*ONE, *ALL),
-        D64,
+        (*LARGE, *ALL),
+        D256,
     ),
     Mutant(
         "hopper: logits are used before their product has ended",
@@ -1253,8 +1224,8 @@ MUTANTS += [
         HOPPER,
         "void release(uint64_t* empty, int cluster) {\n  __syncwarp();\n",
         "void release(uint64_t* empty, int cluster) {\n",
-        (*ONE, *ALL),
-        D64,
+        (*LARGE, *ALL),
+        D256,
     ),
     Mutant(
         "hopper: the second block copies the first one's half",
