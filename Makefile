@@ -27,7 +27,7 @@ export SPECEXTEND_BUILD_DIR := $(CURDIR)/build/$(cuda)
 export CCACHE_BASEDIR ?= $(CURDIR)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo picture test test-long test-newest test-oldest bench build env lint format clean distclean FORCE
+.PHONY: help demo picture test test-long test-newest test-oldest mutants bench build env lint format clean distclean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -35,13 +35,14 @@ help:
 	@echo 'make test       the tests; make test-long: the sweeps of many minutes'
 	@echo 'make test-newest, make test-oldest    a look at both ends of what pip may install, each in'
 	@echo '                an environment of its own (build/smoke)'
+	@echo 'make mutants    faults planted one at a time, and which of them the tests notice (half an hour)'
 	@echo 'make picture    docs/images/web.png, the page of demo --web in chromium'
 	@echo 'make bench      the ops against torch and against what this machine can do'
 	@echo 'make build      the environment (.venv) and the extension alone'
 	@echo 'make lint       ruff and clang-format, checking; make format: changing'
 	@echo 'make clean      what was built; make distclean: the environment too'
 	@echo
-	@echo 'ARGS="..."           more arguments for demo, test or bench'
+	@echo 'ARGS="..."           more arguments for demo, test, mutants or bench'
 	@echo 'PYTHON=python3       the Python to make .venv from; its torch >= 2.10, if any, is kept'
 	@echo 'SPECEXTEND_CUDA=     AUTO, ON or OFF; default: AUTO where there is a GPU, else OFF'
 	@echo 'TORCH_INDEX=URL      an index to take torch from (now: $(TORCH_INDEX))'
@@ -72,6 +73,9 @@ test-long: $(built)
 
 test-newest test-oldest: test-%:
 	@$(PYTHON) tools/smoke.py $* --torch-index='$(TORCH_INDEX)'
+
+mutants: $(built)
+	@$(python) tools/mutate.py $(ARGS)
 
 bench: $(built)
 	@$(python) bench/bench_ops.py $(ARGS)

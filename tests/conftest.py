@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 from backends import BACKENDS, Scheduler, build_or_skip, draw_schedule, emulated
-from emulation import Library, Schedule, build_avx512
+from emulation import Library, Schedule, build_avx512, build_cpu
 
 
 class DeprecationsAreErrors(logging.Handler):
@@ -34,13 +34,17 @@ def avx512_library() -> Library:
 
 @pytest.fixture(scope="session", autouse=True)
 def emulated_isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    """SPECEXTEND_EMULATED_ISA=avx512|avx512_bf16: on the CPU, all tests by those kernels."""
+    """SPECEXTEND_EMULATED_ISA=avx512|avx512_bf16: on the CPU, all tests by those kernels; =own: by
+    this processor's, in which tools/mutate.py plants faults."""
     name = os.environ.get("SPECEXTEND_EMULATED_ISA")
     if not name:
         yield
         return
-    library = request.getfixturevalue("avx512_library")
-    library.use_isa(name)
+    if name == "own":
+        library = build_or_skip("specextend_cpu", build=build_cpu)
+    else:
+        library = request.getfixturevalue("avx512_library")
+        library.use_isa(name)
     with emulated(library, Schedule()):
         yield
 

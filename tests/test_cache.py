@@ -11,6 +11,7 @@ from specextend import SpecConfig, SpecExtend
 from specextend.attention import Pass, PatchedModel
 from specextend.cache import KVCache
 from specextend.draft.working_cache import WorkingCache
+from specextend.rotary import Rotary
 
 CONFIG = SpecConfig(
     draft_cache="full", gate="off", tree_nodes=9, tree_depth=4, prefill_chunk=32, seed=0,
@@ -93,6 +94,58 @@ def test_working_cache_holds_the_selected_chunks(monkeypatch):
     monkeypatch.setattr(WorkingCache, "refill", checking)
     spec.generate(prompt(150), max_new_tokens=40, do_sample=False)
     assert len(checked) > 5 and all(c[0] == 0 and len(c) == 4 for c in checked)
+
+
+@pytest.mark.parametrize("own", [None, 8, 24])
+def test_prefill_of_a_draft_stays_in_its_window(own):
+    """As if its model had sliding windows, or shorter ones than its own."""
+    target, draft = tiny_model("llama"), tiny_model("mistral", seed=1, sliding_window=own)
+    ids, kept = prompt(100), []
+    spec = SpecExtend(target, draft, CONFIG.replace(draft_cache="window"))
+    spec.draft.end = lambda: kept.append(spec.draft._caches.full)
+    spec.generate(ids, max_new_tokens=1, do_sample=False)
+    window = min(own or 16, CONFIG.draft_prefill_window)
+    sliding = tiny_model("mistral", seed=1, sliding_window=window)
+    assert kept[0].length == 99
+    assert_same(kept[0], fresh_cache(sliding, ids), 99)
+
+
+def working_cache(config: SpecConfig, length: int) -> WorkingCache:
+    """Of a full cache of random rows."""
+    full = KVCache(2, length + 5, 1, torch.device("cpu"))
+    for layer in full.layers:
+        layer.lazy_initialization(torch.zeros(1, 2, 1, 8))
+        layer.keys.normal_(), layer.values.normal_()
+    full.advance(length)
+    return WorkingCache(full, config, Rotary(torch.ones(2, 4), False))
+
+
+def test_the_newest_chunk_is_selected_whatever_its_score():
+    """On it positions rest, and what the host knows of the length."""
+    for length in (61, 64, 65):
+        cache = working_cache(CONFIG.replace(draft_cache="retrieval", recent_chunks=0), length)
+        newest = (length - 1) // 8
+        ids = cache.refill(-torch.arange(9.0)[None])
+        assert ids.tolist() == [[0, 1, 2, newest]]
+        assert cache.work.length == int(cache.work.lens) == 24 + length - 8 * newest
+
+
+def test_a_working_cache_keeps_room_for_a_tree():
+    cache = working_cache(CONFIG.replace(draft_cache="window"), 100)
+    cache.refill()
+    room = cache.work.capacity - cache.work.length - CONFIG.tree_keys
+    assert room > 0 and cache.fits(room) and not cache.fits(room + 1)
+
+
+def test_layers_may_be_asked_in_any_order():
+    cache = KVCache(3, 4, 1, torch.device("cpu"))
+    state = Pass(cache, [(cache, cache.lens)], 2)
+    for index in (2, 0, 1):
+        rows = torch.full((1, 2, 2, 8), 1.0 + index)
+        state.write(cache.layers[index], rows, -rows)
+    for index, layer in enumerate(cache.layers):
+        assert (layer.keys[:, :, :2] == 1 + index).all()
+        assert (layer.values[:, :, :2] == -1 - index).all()
 
 
 def test_overflow_is_an_error():

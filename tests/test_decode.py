@@ -10,6 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import specextend
 from specextend import SpecConfig, SpecExtend
+from specextend.attention import PatchedModel
 
 # Small enough that prompts of a hundred tokens do not fit the draft's working cache.
 SMALL = SpecConfig(
@@ -82,6 +83,23 @@ class TestGreedyEqualsGenerate:
         assert torch.equal(
             spec.generate(ids, max_new_tokens=45, do_sample=False), greedy(target, ids, 45)
         )
+
+    @pytest.mark.parametrize("window", [2, 3])
+    def test_windows_inside_the_tree(self, window):
+        """Keys of the tree are hidden by their depth, not by their place among the nodes."""
+        model = tiny_model("mistral", sliding_window=window)
+        config = SMALL.replace(draft_cache="full", tree_shape="top_k", tree_depth=6, tree_nodes=20)
+        spec, ids = SpecExtend(model, model, config), prompt(40)
+        out = spec.generate(ids, max_new_tokens=40, do_sample=False)
+        assert torch.equal(out, greedy(model, ids)) and spec.stats.mean_acceptance_length > 3
+
+    def test_dense_masks(self):
+        """SDPA for a root alone and for trees, with sliding windows."""
+        model, ids = tiny_model("mistral"), prompt(60)
+        for kind in (None, model):
+            spec = SpecExtend(model, kind, SMALL, draft_cache="full", tree_attention=False)
+            out = spec.generate(ids, max_new_tokens=40, do_sample=False)
+            assert torch.equal(out, greedy(model, ids))
 
     def test_adversarial_draft(self, target):
         """A draft that finds least likely what the target finds most likely: nothing accepted."""
@@ -247,6 +265,21 @@ class TestEnds:
         ids = prompt(30)
         out = SpecExtend(target, target, SMALL).generate(ids, max_new_tokens=n, do_sample=False)
         assert torch.equal(out, greedy(target, ids, n)) and out.shape[1] == 30 + n
+
+    def test_nothing_is_run_behind_the_last_token(self, target, monkeypatch):
+        """Where a model has no more positions, for one."""
+        forward, furthest = PatchedModel.forward, []
+
+        def noting(self, tokens, positions, *args, **kwargs):
+            furthest.append(int(positions.max()))
+            return forward(self, tokens, positions, *args, **kwargs)
+
+        monkeypatch.setattr(PatchedModel, "forward", noting)
+        for n in range(2, 12):
+            spec = SpecExtend(target, target, SMALL, draft_cache="full")
+            furthest.clear()
+            spec.generate(prompt(40), max_new_tokens=n, do_sample=False)
+            assert max(furthest) == 40 + n - 2  # of the last but one
 
     @pytest.mark.parametrize("at", range(6))
     def test_nothing_after_end_of_sequence(self, target, at):
@@ -434,6 +467,27 @@ class TestRetrieval:
         for ids in stats.retrieved_chunks:
             assert len(ids) == 4 and ids == sorted(set(ids)) and ids[0] == 0  # sink
 
+    @pytest.mark.parametrize("layers", [(0,), (-1,)])
+    def test_scores_are_of_the_last_accepted_node(self, layers, monkeypatch):
+        target = tiny_model("llama", attn_implementation="eager")
+        config = SMALL.replace(score_layers=layers, retrieve_every=1)
+        spec, text, given, accepted = SpecExtend(target, target, config), prompt(150), [], 0
+        retrieve = spec.draft.retrieve
+        monkeypatch.setattr(
+            spec.draft, "retrieve", lambda scores: given.append(scores) or retrieve(scores)
+        )
+        for step in spec.stream(text, max_new_tokens=40, do_sample=False):
+            text, before = torch.cat([text, torch.tensor([step.tokens])], 1), text.shape[1] - 1
+            accepted += step.num_accepted
+            if not given:
+                continue
+            # The root stands behind all that was seen by then.
+            seen = target(text[:, :-1], output_attentions=True).attentions[layers[0]][0, :, -1]
+            whole = before // 8  # chunks; the next one has the tree's share
+            mass = seen[:, : 8 * whole].unflatten(-1, (whole, 8)).sum(-1).mean(0)
+            torch.testing.assert_close(given.pop()[0, :whole], mass, rtol=1e-4, atol=1e-6)
+        assert accepted > 3 and spec.stats.num_retrievals > 5
+
     def test_short_inputs_are_not_scored(self, target, draft):
         spec = SpecExtend(target, draft, SMALL, budget=256)
         spec.generate(prompt(40), max_new_tokens=30, do_sample=False)
@@ -479,9 +533,9 @@ class TestErrors:
     def test_context_overflow(self, target, draft):
         spec = SpecExtend(target, draft, SMALL)
         with pytest.raises(
-            ValueError, match="has 512 positions, but the prompt's 500 tokens and 20"
+            ValueError, match="has 512 positions, but the prompt's 500 tokens and 13"
         ):
-            spec.generate(prompt(500), max_new_tokens=20)
+            spec.generate(prompt(500), max_new_tokens=13)
         assert spec.generate(prompt(500), max_new_tokens=12, do_sample=False).shape == (1, 512)
 
     @pytest.mark.parametrize(

@@ -62,6 +62,8 @@ ELSEWHERE = {
     "make test-long": ("Makefile", "pytest $(workers) -m long"),
     "make test-newest": (".ci/run", "make test-newest"),
     "make test-oldest": ("tests/test_versions.py", "smoke.OLDEST"),
+    "make mutants": ("tests/test_mutate.py", "def test_faults_are_found("),
+    "python tools/mutate.py": ("tests/test_mutate.py", "def test_faults_are_found("),
     "make lint": ("Makefile", "ruff check . &&"),
     "make bench": ("bench/gpu/c_record.py", '"bench/bench_ops.py"'),
     "pip install": ("Makefile", "pip install -q --no-build-isolation --no-deps -e ."),

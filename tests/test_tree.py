@@ -127,6 +127,10 @@ def test_more_than_64_keys():
     tree, _ = grow(config, 3)
     assert tree.mask.shape == (1, 101, 2)
     check_mask(tree)
+    # Many more while it grows, of which the draft looks at every bit.
+    tree, draft = grow(config, 5)
+    assert draft.calls[-1] == (3, 5 + 25 + 100 + 100)
+    check_mask(tree)
 
 
 def test_root_only():

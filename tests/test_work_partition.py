@@ -5,13 +5,11 @@ import itertools
 import random
 import subprocess
 from collections import Counter
-from pathlib import Path
 
+import emulation
 import pytest
 
 from specextend import _C
-
-CSRC = Path(__file__).parent.parent / "csrc"
 
 PROGRAM = r"""
 #include "work_partition.h"
@@ -77,7 +75,7 @@ def lib(tmp_path_factory):
     source, library = folder / "walk.cpp", folder / "walk.so"
     source.write_text(PROGRAM)
     command = ["c++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    subprocess.run([*command, f"-I{CSRC}", source, "-o", library], check=True)
+    subprocess.run([*command, *emulation.headers(), source, "-o", library], check=True)
     lib = ctypes.CDLL(str(library))
     lib.walk.restype = lib.partial.restype = ctypes.c_int64
     lib.partial.argtypes = [ctypes.c_int64, ctypes.c_bool]
@@ -169,6 +167,8 @@ def test_grid_is_no_larger_than_the_work(lib):
     one = WorkCut(1, 1, 1, 16, 64, 0, 2)
     assert lib.grid_of(one, 0, 264) == 1
     assert lib.grid_of(one, 8, 264) == (8 + lib.overhead()) // 2
+    several = WorkCut(3, 2, 5, 16, 64, 0, 2)  # sequences, KV heads, row blocks
+    assert lib.grid_of(several, 8, 264) == 3 * 2 * 5 * (8 + lib.overhead()) // 2
     assert lib.grid_of(WorkCut(4, 8, 2, 16, 64, 0, 2), 1024, 264) == 264
 
 

@@ -5,7 +5,11 @@ library built so registers ``torch.ops.<namespace>.<op>`` with the schemas of th
 tensors: checks, allocation, launch and kernel are those of a GPU. The threads of a block are fibers
 (``block.cpp``), and a schedule draws their order.
 
-``build_avx512`` does the same for the CPU branch by AVX-512 on a processor without it.
+``build_avx512`` does the same for the CPU branch by AVX-512 on a processor without it,
+``build_cpu`` with this processor's own kernels.
+
+``tools/mutate.py`` plants faults in these libraries: SPECEXTEND_MUTANT names a folder with changed
+files (``overlay/csrc/...``) and a list of what has to be compiled with them (``sources``).
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]  # also from a tree of links to it
 HERE = ROOT / "tests/emulation"
 BUILD = ROOT / "build/emulation"
 PER_INSTRUCTION_SET = [  # ops, on the CPU
@@ -132,9 +136,7 @@ def build(
     if not (ninja and compiler):
         raise ToolMissing(f"emulation: no {'ninja' if compiler else 'C++ compiler'} on PATH")
     torch_folder = Path(torch.__file__).parent
-    target = BUILD / f"{name}.so"
-    lines = [
-        f"builddir = {BUILD}",
+    rules = [
         f"cxx = {_tool('ccache', 'sccache') or ''} {compiler}",
         "rule compile",
         "  command = $cxx -std=c++17 -O2 -fPIC -w -fno-gnu-unique -ffp-contract=off "
@@ -149,7 +151,7 @@ def build(
         f"-L{torch_folder}/lib -ltorch_cpu -lc10 -ldl -lpthread",
         "  description = $out",
     ]
-    objects = []
+    units = []
     for sources, folder, chosen in ((own, name, options), (shared, "shared", ())):
         for source in sources:
             more = [*chosen]
@@ -160,21 +162,67 @@ def build(
             if source.name == "guarded_memory.cpp":  # it alone needs torch's unstable headers
                 more.append("-std=c++20")
             source = source.relative_to(ROOT)
-            objects.append(f"{BUILD}/{folder}/{source.parent.name}/{source.stem}.o")
-            lines += [f"build {objects[-1]}: compile {source}", f"  options = {' '.join(more)}"]
-    lines += [f"build {target}: link {' '.join(objects)}", f"default {target}", ""]
+            built = BUILD / folder / source.parent.name / f"{source.stem}.o"
+            units.append(Unit(str(source), built, more))
 
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        (BUILD / f"{name}.ninja").write_text("\n".join(lines))
-        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        command = [ninja, "-f", str(BUILD / f"{name}.ninja"), *jobs]
-        # In the root: errors of kernels name files as the compiler is called with them.
-        ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if ran.returncode != 0:
-        raise RuntimeError(f"emulation: {name} does not compile\n{ran.stdout}{ran.stderr}")
+    def run(folder: Path, units: list[Unit], kept: Sequence[Path] = ()) -> Path:
+        target = folder / f"{name}.so"
+        lines = [f"builddir = {folder}", *rules]
+        for unit in units:
+            lines += [f"build {unit.built}: compile {unit.source}"]
+            lines += [f"  options = {' '.join(unit.options)}"]
+        objects = " ".join(map(str, [*(unit.built for unit in units), *kept]))
+        lines += [f"build {target}: link {objects}", f"default {target}", ""]
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (folder / f"{name}.ninja").write_text("\n".join(lines))
+            jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+            command = [ninja, "-f", str(folder / f"{name}.ninja"), *jobs]
+            # In the root: errors of kernels name files as the compiler is called with them.
+            ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        if ran.returncode != 0:
+            raise RuntimeError(f"emulation: {name} does not compile\n{ran.stdout}{ran.stderr}")
+        return target
+
+    target = run(BUILD, units)
+    if planted := mutant():
+        sources = (planted / "sources").read_text().split()
+        changed = [unit.planted(planted) for unit in units if unit.source in sources]
+        if changed:
+            kept = [unit.built for unit in units if unit.source not in sources]
+            return run(planted / "build", changed, kept)
     return target
+
+
+def mutant() -> Path | None:
+    """The folder of the fault that is planted, if one is."""
+    folder = os.environ.get("SPECEXTEND_MUTANT")
+    return Path(folder) if folder else None
+
+
+def headers() -> list[str]:
+    """Options by which a compiler finds the headers of ``csrc/``, those with a fault first."""
+    planted = mutant()
+    return [*([f"-I{planted}/overlay/csrc"] if planted else []), f"-I{ROOT}/csrc"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A source below the root, what is built of it, and the compiler's options for it."""
+
+    source: str
+    built: Path
+    options: list[str]
+
+    def planted(self, folder: Path) -> Unit:
+        """The same with the files that a fault has changed."""
+        own = folder / "overlay" / self.source
+        return Unit(
+            str(own) if own.exists() else self.source,
+            folder / "build" / self.built.relative_to(BUILD),
+            [f"-I{folder}/overlay/csrc", *self.options],
+        )
 
 
 def ops_sources() -> list[Path]:
@@ -225,6 +273,28 @@ def build_avx512(namespace: str, options: Sequence[str] = ()) -> Library:
         [
             *options,
             f"-I{folder} -mavx2 -mfma -mf16c -O0 -Wno-psabi -USPECEXTEND_HAS_CUDA",
+            f'-DSPECEXTEND_EMULATION_NAMESPACE=\\"{namespace}\\"',
+        ],
+    )
+    return Library(path, namespace)
+
+
+def build_cpu(namespace: str) -> Library:
+    """The CPU branch of all ops, by AVX2 where the processor has it, else by its least.
+
+    Little optimised: for faults planted in it.
+    """
+    csrc = ROOT / "csrc"
+    sources = [path for branch in ("ops", "cpu") for path in sorted((csrc / branch).glob("*.cpp"))]
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    path = build(
+        namespace,
+        RUNTIME,
+        # The one that is always there, whatever it is compiled for.
+        [*sources, csrc / "cpu/isa/baseline.cpp", HERE / "namespace.cpp"],
+        [
+            f"-O1 -Wno-psabi -USPECEXTEND_HAS_CUDA {'-mavx2 -mfma -mf16c' if wide else ''}",
+            "-DSPECEXTEND_ISA=baseline",
             f'-DSPECEXTEND_EMULATION_NAMESPACE=\\"{namespace}\\"',
         ],
     )
