@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -67,11 +68,19 @@ def files_of(tests: tuple[str, ...]) -> list[str]:
     return sorted({test.split("::")[0] for test in tests})
 
 
+@functools.cache
+def emulation() -> list[str]:
+    """What kernels run on."""
+    folder = ROOT / "tests" / "emulation"
+    files = [path for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h", ".cuh")]
+    return sorted(str(path.relative_to(ROOT)) for path in files)
+
+
 def digest(area: Area, mutant: Mutant) -> str:
     """Of all that a result is kept for."""
     said = {**asdict(mutant), "why_it_survives": ""}
     parts = [json.dumps([said, area.keyword, area.environment], sort_keys=True)]
-    for file in (mutant.file, *files_of(mutant.tests), *SURE):
+    for file in (mutant.file, *files_of(mutant.tests), *SURE, *emulation()):
         parts.append((ROOT / file).read_text(encoding="utf-8"))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
