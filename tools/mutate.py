@@ -190,7 +190,7 @@ def crashed_in(output: str) -> str:
 
 
 def stages(mutant: Mutant) -> list[list[str]]:
-    """The tests that it names one by one, then whole files: pytest would run a file in its order."""
+    """The tests that it names one by one, then whole files: pytest has an order of its own."""
     single = [test for test in mutant.tests if "::" in test]
     return [tests for tests in (single, [t for t in mutant.tests if t not in single]) if tests]
 
