@@ -85,6 +85,8 @@ def test_tests_are_named_once():
 
     named = [naming("a.py::b"), naming("c.py::d", "a.py::b"), naming("c.py")]
     assert mutate.union(named) == ["a.py::b", "c.py"]
+    assert mutate.stages(named[1]) == [["c.py::d", "a.py::b"]]
+    assert mutate.stages(naming("c.py", "a.py::b")) == [["a.py::b"], ["c.py"]]
 
 
 @pytest.fixture

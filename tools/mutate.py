@@ -198,6 +198,12 @@ def crashed_in(output: str) -> str:
     return ":".join(frames[0]) if frames else "a test"
 
 
+def stages(mutant: Mutant) -> list[list[str]]:
+    """The tests that it names one by one, then whole files: pytest has an order of its own."""
+    single = [test for test in mutant.tests if "::" in test]
+    return [tests for tests in (single, [t for t in mutant.tests if t not in single]) if tests]
+
+
 def union(mutants: list[Mutant]) -> list[str]:
     """All tests that they name, none twice."""
     tests = dict.fromkeys(test for mutant in mutants for test in mutant.tests)
@@ -238,8 +244,11 @@ class Workers:
             else:
                 variables |= plant_in_cpp(mutant, folder)
                 tree = ROOT
-            ran = run_tests(list(mutant.tests), area.keyword, tree, variables, SECONDS)
-            result = Result(*judge(*ran), round(time.monotonic() - start, 1))
+            for tests in stages(mutant):
+                ran = judge(*run_tests(tests, area.keyword, tree, variables, SECONDS))
+                if ran[0] != "survived":
+                    break
+            result = Result(*ran, round(time.monotonic() - start, 1))
             if result.outcome != "broken":
                 kept.put(key, result)
             return result

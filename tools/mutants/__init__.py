@@ -17,8 +17,8 @@ class Mutant:
         name: what is wrong.
         file: below the root.
         old, new: ``old``, which is in the file once, becomes ``new``.
-        tests: files of tests or ids of tests in them, as pytest takes them; run in this order until
-            one fails.
+        tests: files of tests or ids of tests in them, as pytest takes them; run until one fails,
+            the files last.
         sources: below the root, what has to be compiled again for it; of a fault in C++.
         why_it_survives: why no test can notice. It counts as not found all the same.
     """

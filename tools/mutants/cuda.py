@@ -623,7 +623,7 @@ MUTANTS = [
         TREE,
         "if (key < s_.all_see_from || key + 16 > s_.prefix || p_.softcap > 0)",
         "if (key < s_.all_see_from || key + 15 > s_.prefix || p_.softcap > 0)",
-        tests("tree_attention", "prefixes[emulated-15-dtype2]"),
+        tests("tree_attention", "one_key_from_a_whole_tile[emulated-15-dtype2]"),
         BF16,
     ),
     Mutant(
@@ -776,7 +776,7 @@ MUTANTS = [
         WORK,
         "int(uint32_t(min(part_end, prefix) - 1) / uint32_t(c.chunk_size))",
         "int(uint32_t(min(part_end, prefix)) / uint32_t(c.chunk_size))",
-        tests("tree_attention", "chunk_lse[emulated-16-dtype2]"),
+        tests("tree_attention", "the_last_chunk_is_full[emulated-16-dtype2]"),
         BF16_CHUNKS,
     ),
     Mutant(
@@ -784,9 +784,7 @@ MUTANTS = [
         WORK,
         "if (begin < part_key && part > 0) sum = add",
         "if (begin < part_key && part > 1) sum = add",
-        tests(
-            "tree_attention", "chunk_lse[emulated-1000-dtype2]", "chunk_lse[emulated-100-dtype2]"
-        ),
+        tests("tree_attention", "window[emulated-64-dtype2]", "chunk_lse[emulated-1000-dtype2]"),
         BF16_CHUNKS,
     ),
     Mutant(
@@ -794,7 +792,7 @@ MUTANTS = [
         WORK,
         "(partial * 2 + !cut_before) * rows + row",
         "(partial * 2 + cut_before) * rows + row",
-        tests(*CUTS),
+        tests("tree_attention", "multiprocessors[emulated-dtype2]", "window[emulated-129-dtype2]"),
         BF16_CHUNKS,
     ),
     Mutant(
@@ -958,7 +956,7 @@ MUTANTS = [
         COMBINE,
         "max == -INFINITY ? 0.f : exp2f(max - total.max);",
         "exp2f(max - total.max);",
-        tests("tree_attention", "window[emulated-1-dtype2]", "multiprocessors[emulated-dtype2]"),
+        tests("tree_attention", "masked_keys_may_hold_anything"),
         cuda("attention_combine"),
     ),
     Mutant(
@@ -966,7 +964,9 @@ MUTANTS = [
         COMBINE,
         "      if (end_of(next) >= chunk_end) break;\n",
         "      break;\n",
-        tests(*CUTS),
+        tests(
+            "tree_attention", "multiprocessors[emulated-dtype2]", "chunk_lse[emulated-256-dtype0]"
+        ),
         cuda("attention_combine"),
     ),
     Mutant(
@@ -1030,7 +1030,7 @@ MUTANTS = [
         "csrc/ops/tree_attention.cpp",
         "p.v_stride_b = a.v.stride(0), p.v_stride_s = a.v.stride(1)",
         "p.v_stride_b = a.k.stride(0), p.v_stride_s = a.k.stride(1)",
-        tests("tree_attention"),
+        tests("tree_attention", "keys_and_values_differ_in_layout"),
         ("csrc/ops/tree_attention.cpp",),
     ),
     Mutant(
