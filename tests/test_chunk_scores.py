@@ -327,6 +327,18 @@ def test_keys_that_do_not_exist(device):
     assert torch.equal(poisoned.cpu(), clean)
 
 
+@pytest.mark.parametrize(("row", "read"), [(-(2**31), 0), (-1, 0), (3, 2), (2**31 - 1, 2)])
+def test_keys_seen_by_rows_that_do_not_exist(row, read, device):
+    """The nearest one that does."""
+    q, k, rows, lens = random_keys(12)
+    q, k, lens = (t.to(device) for t in (q, k, lens))
+    got, want = (
+        ops.chunk_scores_keys(q, k, torch.full_like(rows, r).to(device), lens, chunk_size=16)
+        for r in (row, read)
+    )
+    assert torch.equal(got, want)
+
+
 def test_keys_agree_with_the_by_product(device):
     """After compaction the keys are those that the accepted row saw in the tree."""
     q, k, _, _ = random_keys(11, batch=1, capacity=200)

@@ -63,7 +63,8 @@ class Case:
         """(work_lens, K and V of the working caches in fp64, both in the op's dtype)."""
         results = []
         for dtype in (torch.float64, self.work[0][0].t.dtype):
-            work = [[c.t.to(dtype) for c in layers] for layers in self.work]
+            # Copies also of what has this dtype: the op has to fill the caches, not the reference.
+            work = [[c.t.to(dtype, copy=True) for c in layers] for layers in self.work]
             full = [[c.t.to(dtype) for c in layers] for layers in self.full]
             lens = reference.gather_chunks(
                 *full, *work, self.ids, self.counts, self.lens, self.inv_freq, **self.options

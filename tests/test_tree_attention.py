@@ -246,8 +246,9 @@ def test_softcap(softcap, dtype, device):
 
 @pytest.mark.parametrize("scale", [0.0, 0.3, -0.2])
 def test_scale(scale, device):
-    Case((100,), 9).check(device, scale=scale)
-    Case((100,), 9).check(device, scale=scale, softcap=2.0)
+    for dtype in DTYPES:
+        Case((100,), 9, dtype=dtype).check(device, scale=scale)
+        Case((100,), 9, dtype=dtype).check(device, scale=scale, softcap=2.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -444,6 +445,13 @@ def test_multiprocessors(dtype, device, schedule):
                 case.check(device, chunk_size=100, sinks=torch.linspace(-2.0, 2.0, heads[0]))
             if not schedule.emulated:
                 break
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_parts_than_lanes(dtype, device, schedule):
+    """A unit in more blocks than a warp of the combine has lanes."""
+    with schedule(multiprocessors=40):
+        Case((3000,), 3, heads=(1, 1), dtype=dtype).check(device, chunk_size=100)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

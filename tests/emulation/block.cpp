@@ -297,7 +297,7 @@ class Handlers {
     stack.ss_sp = memory;
     stack.ss_size = 64 * 1024;
     sigaltstack(&stack, &stack_);
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_sigaction = on_signal;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
     for (size_t i = 0; i < std::size(kSignals); ++i) sigaction(kSignals[i], &action, &before_[i]);

@@ -51,8 +51,8 @@ constexpr size_t kAddresses = size_t(1) << 40;
 unsigned char* take_addresses(size_t bytes) {
   static unsigned char* next = nullptr;
   if (guarded_begin == nullptr) {
-    void* all = mmap(nullptr, kAddresses, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                     -1, 0);
+    void* all =
+        mmap(nullptr, kAddresses, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (all == MAP_FAILED) throw std::bad_alloc();
     guarded_begin = next = static_cast<unsigned char*>(all);
     guarded_bytes = kAddresses;

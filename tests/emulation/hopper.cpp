@@ -2,8 +2,6 @@
 // their operands, and write their results, at a time that the schedule draws between the call and
 // the end of the wait for them.
 
-#include "hopper_tiles.h"
-
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -15,6 +13,7 @@
 #include <vector>
 
 #include "emulation/block.h"
+#include "hopper_tiles.h"
 #include "races.h"
 #include "run.h"
 
@@ -181,12 +180,11 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
                                 const cuuint32_t* box, const cuuint32_t* element_strides,
                                 CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
-  bool fits = type == CU_TENSOR_MAP_DATA_TYPE_UINT16 && rank == 4 &&
-              interleave == CU_TENSOR_MAP_INTERLEAVE_NONE &&
-              swizzle == CU_TENSOR_MAP_SWIZZLE_128B && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE &&
-              reinterpret_cast<uintptr_t>(map) % 64 == 0 &&
-              reinterpret_cast<uintptr_t>(data) % 16 == 0 && box[0] == 64 && box[2] == 1 &&
-              box[3] == 1;
+  bool fits =
+      type == CU_TENSOR_MAP_DATA_TYPE_UINT16 && rank == 4 &&
+      interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && swizzle == CU_TENSOR_MAP_SWIZZLE_128B &&
+      fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE && reinterpret_cast<uintptr_t>(map) % 64 == 0 &&
+      reinterpret_cast<uintptr_t>(data) % 16 == 0 && box[0] == 64 && box[2] == 1 && box[3] == 1;
   for (int i = 0; i < 4; ++i) {
     fits &= sizes[i] > 0 && sizes[i] <= uint64_t(1) << 32 && box[i] > 0 && box[i] <= 256 &&
             element_strides[i] == 1;

@@ -346,10 +346,9 @@ extern "C" __attribute__((visibility("default"))) const char* specextend_probe(
   using namespace specextend;
   for (const Named& k : kKernels) {
     if (strcmp(k.name, name) != 0) continue;
-    const cudaError_t error =
-        launch_early(k.kernel == early, k.kernel, dim3(grid[0], grid[1], grid[2]),
-                     dim3(block[0], block[1], block[2]), shared_bytes, nullptr,
-                     Probe{out, in, count, fault});
+    const cudaError_t error = launch_early(
+        k.kernel == early, k.kernel, dim3(grid[0], grid[1], grid[2]),
+        dim3(block[0], block[1], block[2]), shared_bytes, nullptr, Probe{out, in, count, fault});
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
   }
   return "no such probe";

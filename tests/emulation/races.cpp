@@ -33,10 +33,10 @@ struct Line {
   uint64_t begin = 0;
   uint64_t block = 0, era = 0;  // of the last access
   std::vector<Access> writes, atomics, reads;
-  bool settled = false;  // all threads know of all of `writes`, and there are no atomics
-  uint64_t turn = 0;  // in which the thread that runs has found that it may read all of it,
-  uint16_t now = 0;   // and the bytes that it has read in it: not in `reads` yet
-  BlockAccesses own = {};             // of the block that runs
+  bool settled = false;    // all threads know of all of `writes`, and there are no atomics
+  uint64_t turn = 0;       // in which the thread that runs has found that it may read all of it,
+  uint16_t now = 0;        // and the bytes that it has read in it: not in `reads` yet
+  BlockAccesses own = {};  // of the block that runs
   std::vector<BlockAccesses> others;  // that have written to it
   uint16_t others_read = 0;
 };
@@ -190,9 +190,8 @@ void add(std::vector<Access>& all, const Access& a) {
   const auto key = [](const Access& x) { return uint32_t(x.who) << 16 | x.bytes; };
   std::stable_sort(all.begin(), all.end(),
                    [&](const Access& x, const Access& y) { return key(x) < key(y); });
-  const auto kept = std::unique(all.rbegin(), all.rend(), [&](const Access& x, const Access& y) {
-    return key(x) == key(y);
-  });
+  const auto kept = std::unique(all.rbegin(), all.rend(),
+                                [&](const Access& x, const Access& y) { return key(x) == key(y); });
   all.erase(all.begin(), kept.base());
 }
 
@@ -235,7 +234,8 @@ void touch(State& s, Verb verb, uint64_t begin, bool shared, Access own) {
            " before it has waited for the kernels before this one");
     }
     for (const BlockAccesses& other : line.others) {
-      const uint16_t changed = verb == Verb::kAtomic ? other.written : other.written | other.updated;
+      const uint16_t changed =
+          verb == Verb::kAtomic ? other.written : other.written | other.updated;
       if ((changed & bytes) != 0 && !has_heard_of(s, other.block)) {
         fail_race(line, changed & bytes, does, "another block", "changed");
       }
@@ -334,6 +334,7 @@ void begin_block_accesses(int threads, unsigned number) {
     s.known[i] = nothing;
   }
   s.heard.clear(), s.acquired.clear();
+  s.read.clear(), ++s.turn;  // of a launch that failed
 }
 
 void begin_turn(int thread) { state().me = thread; }
@@ -503,14 +504,14 @@ void publish_shared() {
 
 // --- what kernels are compiled to call where they read and write memory (-fsanitize=thread) ---
 
-#define SPECEXTEND_HOOKS(bytes)                                                                  \
-  extern "C" void __tsan_read##bytes(void* p) { specextend::emulation::read<bytes>(p); }         \
-  extern "C" void __tsan_write##bytes(void* p) { specextend::emulation::note_write(p, bytes); }  \
-  extern "C" void __tsan_unaligned_read##bytes(void* p) {                                        \
-    specextend::emulation::note_read(p, bytes);                                                  \
-  }                                                                                              \
-  extern "C" void __tsan_unaligned_write##bytes(void* p) {                                       \
-    specextend::emulation::note_write(p, bytes);                                                 \
+#define SPECEXTEND_HOOKS(bytes)                                                                 \
+  extern "C" void __tsan_read##bytes(void* p) { specextend::emulation::read<bytes>(p); }        \
+  extern "C" void __tsan_write##bytes(void* p) { specextend::emulation::note_write(p, bytes); } \
+  extern "C" void __tsan_unaligned_read##bytes(void* p) {                                       \
+    specextend::emulation::note_read(p, bytes);                                                 \
+  }                                                                                             \
+  extern "C" void __tsan_unaligned_write##bytes(void* p) {                                      \
+    specextend::emulation::note_write(p, bytes);                                                \
   }
 SPECEXTEND_HOOKS(1)
 SPECEXTEND_HOOKS(2)

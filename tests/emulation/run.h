@@ -9,7 +9,8 @@
 
 namespace specextend::emulation {
 
-// All shared memory that there may be, for the blocks of a cluster; what lies behind p's begin there.
+// All shared memory that there may be, for the blocks of a cluster; what lies behind p's begin
+// there.
 constexpr size_t kAllSharedBytes = kMaxCluster * ((kMaxSharedBytes + 1023) / 1024 * 1024);
 extern const unsigned char* all_shared;
 inline size_t offset_in_shared(const void* p) {

@@ -363,6 +363,8 @@ MUTANTS = [
         "x = op(x, shared[warp]);\n",
         tests("sample_nodes", "any_schedule") + tests("expand_tree", "any_schedule"),
         cuda("sample_nodes_float", "expand_tree_float"),
+        why_it_survives="those who call it have barriers of their own before they use the memory "
+        "again; it is there for who has none",
     ),
     Mutant(
         "block: a reduction reads warps that have not written",
