@@ -189,7 +189,7 @@ class TestWhatThreadsDo:
 
 
 class TestRaces:
-    """What nothing orders is an error on every schedule; with a barrier more all is right (above)."""
+    """What nothing orders is an error on every schedule; with a barrier more all is right."""
 
     @pytest.mark.parametrize(
         ("name", "fault", "block", "message"),

@@ -273,7 +273,7 @@ def test_memory_that_tensor_copies_do_not_take(name, library):
 
 
 def maps_made(library) -> list[list[int]]:
-    """Since the last call: address, columns, rows, heads, batch, strides in bytes, rows of a box."""
+    """Since the last call: address; columns, rows, heads, batch; strides in bytes; a box's rows."""
     most = 64
     made = torch.zeros(most, 9, dtype=torch.int64)
     count = library.handle.specextend_emulation_maps(ctypes.c_void_p(made.data_ptr()), most)
@@ -298,7 +298,7 @@ LAYOUTS = {
     [(2, 40, (4, 2), 64), (1, 100, (4, 1), 128), (2, 66, (2, 2), 200), (1, 65, (1, 1), 8)],
 )
 def test_maps(layout, batch, rows, heads, dim, library):
-    """One of the keys, one of the values, with their own strides; of what is not stepped over any."""
+    """One of the keys, one of the values, each with its own strides."""
     case = Case((20,) * batch, rows, heads=heads, dim=dim, dtype=FP16)
     expected = case.check()
     case.k = LAYOUTS[layout](case.k)

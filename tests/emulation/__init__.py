@@ -156,7 +156,9 @@ def build(
         for source in sources:
             more = [*chosen]
             if source.suffix == ".cu":  # the kernels are seen, so that errors name them
-                more.append("-fsanitize=alignment,bounds,shift-exponent,thread -fno-sanitize-recover=all")
+                more.append(
+                    "-fsanitize=alignment,bounds,shift-exponent,thread -fno-sanitize-recover=all"
+                )
             else:
                 more.append("-fvisibility=hidden")
             if source.name == "guarded_memory.cpp":  # it alone needs torch's unstable headers

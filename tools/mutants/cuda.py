@@ -940,9 +940,7 @@ MUTANTS = [
         COMBINE,
         "block < r.blocks.end; block += 32) {\n    total = add",
         "block < min(r.blocks.end, r.blocks.begin + 32); block += 32) {\n    total = add",
-        tests(
-            "tree_attention", "multiprocessors[emulated-dtype2]", "prefixes[emulated-4097-dtype2]"
-        ),
+        tests("tree_attention", "more_parts_than_lanes[emulated-dtype2]"),
         cuda("attention_combine"),
     ),
     Mutant(
