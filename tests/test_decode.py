@@ -115,11 +115,14 @@ class TestGreedyEqualsGenerate:
 
 
 class TestIdenticalDraft:
-    def test_accepts_to_full_depth(self, target):
-        """The target as its own draft agrees with itself (O11): positions and masks are right."""
+    @pytest.mark.parametrize("draft_cache", ["full", "window", "retrieval"])
+    def test_accepts_to_full_depth(self, target, draft_cache):
+        """The target as its own draft agrees with itself (O11): positions and masks are right.
+        Working caches have room for everything."""
         config = SMALL.replace(
-            draft_cache="full", tree_shape="top_k", tree_nodes=4, tree_width=1, tree_top_k=1
-        )
+            draft_cache=draft_cache, budget=160, draft_prefill_window=None,
+            tree_shape="top_k", tree_nodes=4, tree_width=1, tree_top_k=1,
+        )  # fmt: skip
         spec = SpecExtend(target, target, config)
         spec.generate(prompt(60), max_new_tokens=41, do_sample=False)
         # the first token is not a round; 40 tokens in rounds of 5

@@ -31,6 +31,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -88,13 +89,16 @@ def digest(area: Area, mutant: Mutant) -> str:
 class Kept:
     """Results by digest, in a file that is whole at any time."""
 
-    def __init__(self, forget: bool):
-        there = RESULTS.exists() and not forget
-        self.results = json.loads(RESULTS.read_text()) if there else {}
+    def __init__(self):
+        self.results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         self._lock = threading.Lock()
 
     def get(self, key: str) -> Result | None:
         return Result(**self.results[key]) if key in self.results else None
+
+    def forget(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self.results.pop(key, None)
 
     def put(self, key: str, result: Result) -> None:
         with self._lock:
@@ -284,7 +288,9 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="SUBSTRING",
                         help="the faults with this in their area, file or name")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="name the faults and run none")
-    parser.add_argument("--again", action="store_true", help="forget earlier results")
+    parser.add_argument(
+        "--again", action="store_true", help="forget earlier results of these faults"
+    )
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1),
                         help="faults at a time (%(default)s)")  # fmt: skip
     options = parser.parse_args()
@@ -310,9 +316,11 @@ def main() -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # for as long as this process lives
     except OSError:
         sys.exit("mutate: another run is under way; --jobs says how many faults run at a time")
-    kept, workers = Kept(options.again), Workers(options.jobs)
+    kept, workers = Kept(), Workers(options.jobs)
     start, results = time.monotonic(), []
     keys = {(a.name, m.name): digest(a, m) for a in chosen for m in a.mutants}
+    if options.again:
+        kept.forget(keys.values())
     new = [
         (area, mutants)
         for area in chosen
@@ -337,7 +345,7 @@ def main() -> int:
         workers.pool.shutdown(cancel_futures=True)
         raise
     part = summary(results)
-    say(f"{time.monotonic() - start:.0f} s; results are in {RESULTS.relative_to(ROOT)}")
+    say(f"{time.monotonic() - start:.0f} s; results are in {RESULTS}")
     broken = any(result.outcome == "broken" for _, _, result in results)
     return 1 if broken or part < WANTED else 0
 

@@ -826,7 +826,7 @@ MUTANTS = [
         WORK,
         "prefix + (depths ? depths[slot] : slot) >= first",
         "prefix + slot >= first",
-        tests(*WINDOWS),
+        tests("tree_attention", "window[emulated-1-dtype2]"),
         BF16,
     ),
     Mutant(
