@@ -9,8 +9,8 @@ in C++ lies in a folder that tests/emulation compiles what it changes from; one 
 of links to this one.
 
 Results are kept in build/mutants/results.json as they come: what was begun can be gone on with, and
-only faults are run again whose file, tests or own text have changed (--again: all). Before that the
-tests have to pass without a fault.
+only faults are run again whose file, tests or own text, or the emulation, have changed (--again:
+all). Before that the tests have to pass without a fault.
 
 The exit status is 1 where less than 95 % of the faults are found, or one of them is none: it does
 not compile, or its tests cannot be run.
@@ -43,7 +43,7 @@ FOLDER = ROOT / "build" / "mutants"
 RESULTS = FOLDER / "results.json"
 WANTED = 0.95
 SECONDS = 300  # that a fault's tests may take; they are over in much less, or hang
-SURE = ("tests/conftest.py", "tests/backends.py")  # what all tests stand on, besides their own file
+COMMON = ("tests/conftest.py", "tests/backends.py")  # to all tests, besides their own file
 
 
 @dataclass
@@ -81,7 +81,7 @@ def digest(area: Area, mutant: Mutant) -> str:
     """Of all that a result is kept for."""
     said = {**asdict(mutant), "why_it_survives": ""}
     parts = [json.dumps([said, area.keyword, area.environment], sort_keys=True)]
-    for file in (mutant.file, *files_of(mutant.tests), *SURE, *emulation()):
+    for file in (mutant.file, *files_of(mutant.tests), *COMMON, *emulation()):
         parts.append((ROOT / file).read_text(encoding="utf-8"))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 

@@ -217,7 +217,7 @@ struct SegmentState {
   // `block`: of the cut.
   __device__ __forceinline__ void begin(const AttentionCall& c, int block) {
     const int lane = int(threadIdx.x % 32);
-    // The first block notes for the combine where sequences begin.
+    // One block, of a cluster too, notes for the combine where sequences begin.
     const int64_t total = for_each_sequence(c, [&](int b, int64_t begin, int64_t length) {
       if (blockIdx.x > 0) return;
       c.workspace.lines[b] = begin;

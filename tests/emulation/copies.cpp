@@ -108,10 +108,7 @@ void store(uint64_t* p, Mbarrier b) {
     b.pending = b.count;
     b.bytes_and_phase ^= 1;
     MbarrierNotes& notes = notes_of(p);
-    notes.arrived.resize(notes.arriving.size());
-    for (size_t i = 0; i < notes.arriving.size(); ++i) {
-      notes.arrived[i] = std::max(notes.arrived[i], notes.arriving[i]);
-    }
+    add_times(notes.arrived, notes.arriving);
     set_phase_over(notes.arrived, notes.number, notes.phase++);
     notes.arriving.clear();
     note_progress();

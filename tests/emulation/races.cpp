@@ -13,11 +13,13 @@
 namespace specextend::emulation {
 namespace {
 
-constexpr size_t kLine = 16;  // bytes, a bit each
-constexpr uint32_t kUnpublished = 0xffffffffu;
+constexpr size_t kLine = 16;                    // bytes, a bit of a mask each
+constexpr uint32_t kUnpublished = 0xffffffffu;  // the time of a cp.async that is not waited for
 
+// Who has accessed which bytes of a line last, and when: a thread in its own time, or, behind the
+// threads in number, a copy for an mbarrier in one of its phases.
 struct Access {
-  uint32_t time;  // of the thread, or phase of the mbarrier
+  uint32_t time;
   uint16_t who;
   uint16_t bytes;
 };
@@ -314,6 +316,11 @@ void check_is_fenced(State& s, const void* p, size_t bytes, const char* does) {
 
 }  // namespace
 
+void add_times(Times& times, const Times& more) {
+  times.resize(std::max(times.size(), more.size()));
+  for (size_t i = 0; i < more.size(); ++i) times[i] = std::max(times[i], more[i]);
+}
+
 void begin_grid_accesses(bool early) {
   State& s = state();
   s.early = early;
@@ -358,10 +365,10 @@ void order_threads(const std::vector<int>& threads) {
   if (!theirs_alone) {
     const Times* last = all.get();
     all = std::make_shared<Times>(*all);
-    for (const int i : threads) {
+    for (const int i : threads) {  // neighbours mostly know the same
       if (s.known[i].get() == last) continue;
       last = s.known[i].get();
-      for (size_t j = 0; j < all->size(); ++j) (*all)[j] = std::max((*all)[j], (*last)[j]);
+      add_times(*all, *last);
     }
   }
   for (const int i : threads) (*all)[size_t(i)] = s.now[i]++;
@@ -393,6 +400,7 @@ void note_read(const void* p, size_t bytes) {
   for_each_line(p, bytes,
                 [&](uint64_t begin, uint16_t mask) { read_line(s, begin, mask, shared); });
 }
+
 // The same, for what is mostly shared memory that has been read in this turn already.
 template <size_t kBytes>
 void read(const void* p) {
@@ -428,9 +436,7 @@ void thread_fence() {
 void release_into(Times& times) {
   end_turn();
   State& s = state();
-  const Times& own = *s.known[s.me];
-  times.resize(own.size());
-  for (size_t i = 0; i < own.size(); ++i) times[i] = std::max(times[i], own[i]);
+  add_times(times, *s.known[s.me]);
   times[size_t(s.me)] = s.now[s.me]++;
 }
 
@@ -440,9 +446,8 @@ void acquire_from(const Times& times) {
   bool news = false;
   for (size_t i = 0; i < times.size() && !news; ++i) news = times[i] > own[i];
   if (!news) return;
-  auto all = std::make_shared<Times>(own);
-  for (size_t i = 0; i < times.size(); ++i) (*all)[i] = std::max((*all)[i], times[i]);
-  s.known[s.me] = all;
+  s.known[s.me] = std::make_shared<Times>(own);  // others may share the old ones
+  add_times(*s.known[s.me], times);
 }
 
 void begin_copy_write(const void* p, size_t bytes) {

@@ -14,6 +14,9 @@ namespace specextend::emulation {
 // which copies write.
 using Times = std::vector<uint32_t>;
 
+// Of what either knows of: into `times`, which may be empty.
+void add_times(Times& times, const Times& more);
+
 constexpr int kMaxMbarriers = 128;  // of a cluster
 
 // --- the scheduler tells ---

@@ -9,14 +9,13 @@
 
 namespace specextend::emulation {
 
-// All shared memory that there may be, for the blocks of a cluster; what lies behind p's begin
-// there.
+// All shared memory that there may be, for the blocks of a cluster, and where a place is in it.
 constexpr size_t kAllSharedBytes = kMaxCluster * ((kMaxSharedBytes + 1023) / 1024 * 1024);
 extern const unsigned char* all_shared;
 inline size_t offset_in_shared(const void* p) {
   return size_t(static_cast<const unsigned char*>(p) - all_shared);
 }
-// Of a place in shared memory, in that of its block.
+// Where a place in shared memory is in that of its block.
 size_t offset_in_block(const void* p);
 
 // For errors: "thread (3, 0, 0)", and where the thread that runs has met others last.

@@ -14,7 +14,7 @@ def op(*names: str) -> tuple[str, ...]:
 
 
 def tests(name: str, *functions: str) -> tuple[str, ...]:
-    """Of an op: first these, then all."""
+    """Of an op these."""
     file = f"tests/test_{name}.py"
     return tuple(f"{file}::test_{function}" for function in functions)
 
