@@ -35,7 +35,7 @@ help:
 	@echo 'make test       the tests; make test-long: the sweeps of many minutes'
 	@echo 'make test-newest, make test-oldest    a look at both ends of what pip may install, each in'
 	@echo '                an environment of its own (build/smoke)'
-	@echo 'make mutants    faults planted one at a time, and which of them the tests notice (half an hour)'
+	@echo 'make mutants    faults planted one at a time, and which of them the tests notice (15 minutes)'
 	@echo 'make picture    docs/images/web.png, the page of demo --web in chromium'
 	@echo 'make bench      the ops against torch and against what this machine can do'
 	@echo 'make build      the environment (.venv) and the extension alone'
