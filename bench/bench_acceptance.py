@@ -20,8 +20,8 @@ import torch
 from form import Report, embedded_pair, numbers, parse, parser
 
 from specextend import SpecConfig, assets
-from specextend.attention import PatchedModel
 from specextend.draft import load_draft
+from specextend.target import Target
 from specextend.testing import Spread
 from specextend.train.validation import Continuation, count_rounds
 
@@ -53,7 +53,7 @@ def main() -> None:
     count = arguments.documents or (2 if quick else 4)
     new = arguments.new or (24 if quick else 96)
     tokenizer, model, _ = embedded_pair(arguments.device)
-    target = PatchedModel(model)
+    target = Target(model)
 
     drafts = {}
     for given in arguments.drafts:

@@ -25,16 +25,17 @@ from __future__ import annotations
 import argparse
 import time
 from collections import Counter
-from unittest import mock
+from dataclasses import replace
 
 import torch
 from form import Bound, Rates, Report, digits, embedded_pair, name_of, numbers, parse, parser
 from transformers import PreTrainedModel
 
-from specextend import SpecConfig, SpecExtend, assets, decode
+from specextend import SpecConfig, SpecExtend, assets
 from specextend.cache import KVCache
 from specextend.eval.synthetic import SHAPES, random_model
 from specextend.gate import break_even
+from specextend.generation import Generation
 from specextend.stats import PHASES
 from specextend.testing import Spread
 
@@ -75,18 +76,19 @@ def bound(
 # ---- rounds in turns -----------------------------------------------------------------------------
 
 
-class Stretched(decode._Generation):
-    """A generation that takes in a part of its prompt and repeats its rows for the rest."""
+class Stretched(Generation):
+    """Takes in a part of its prompt, and repeats its rows of the caches for the rest."""
 
     def prefill(self) -> None:
-        whole, self.prompt = self.prompt, self.prompt[:, : PART + 1]
+        whole = self.request
+        self.request = replace(whole, prompt=whole.prompt[:, : PART + 1])
         super().prefill()
-        self.prompt = whole
+        self.request = whole
         caches = [self.cache]
-        if self.spec.draft is not None:
-            caches.append(self.spec.draft._caches.full)
+        if self.draft is not None:
+            caches.append(self.draft.caches.full)
         for cache in caches:
-            stretch(cache, whole.shape[1] - 1)
+            stretch(cache, whole.prompt.shape[1] - 1)
 
 
 def stretch(cache: KVCache, length: int) -> None:
@@ -211,11 +213,10 @@ def bench_shape(arguments: argparse.Namespace, results: Report) -> None:
                 continue
             config = base.replace(tree_nodes=nodes, tree_depth=depth)
             specs = {
-                "plain": SpecExtend(target, None, config),
-                "tree": SpecExtend(target, draft, config),
+                "plain": SpecExtend(target, None, config, generation=Stretched),
+                "tree": SpecExtend(target, draft, config, generation=Stretched),
             }
-            with mock.patch.object(decode, "_Generation", Stretched):
-                ran = in_turns(specs, prompt, arguments.turns, arguments.warmup)
+            ran = in_turns(specs, prompt, arguments.turns, arguments.warmup)
             least = bound(rates, target, context, config, draft, depth)
             gpu, goal = results.record["header"]["machine"]["gpu"] or "", None
             if "H200" in gpu and case == "shape llama-3.1-8b context=16384 tree=31x5":
@@ -244,7 +245,7 @@ def bench_pair(arguments: argparse.Namespace, results: Report) -> None:
         drafts["model"] = model
     ways = []
     for name, draft in drafts.items():
-        kinds = SpecExtend(target, draft, base).draft.caches
+        kinds = SpecExtend(target, draft, base).draft.cache_kinds
         kinds = [kind for kind in ("full", "window", "retrieval") if kind in kinds] or kinds
         ways += [(name, kind, base.tree_nodes) for kind in kinds]
         sizes = [nodes for nodes in arguments.pair_trees if nodes != base.tree_nodes]

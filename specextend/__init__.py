@@ -36,7 +36,7 @@ from . import ops  # noqa: E402
 _LAZY = {
     "SpecConfig": "config",
     "SpecExtend": "decode",
-    "Step": "decode",
+    "Step": "generation",
     "SpecStats": "stats",
     "UnsupportedModelError": "guard",
 }

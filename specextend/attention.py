@@ -2,16 +2,12 @@
 
 The model calls the attention function registered here under the name ``"specextend"``. What it
 needs to know beyond its arguments (which cache, which tree, where the new rows go, which layers are
-scored) is the current :class:`Pass`, a context variable: extra keyword arguments do not reach the
-attention function in every model family.
+scored) is the current :class:`specextend.cache.Pass`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import contextvars
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,107 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, PreTrainedModel
 
 from . import ops
+from .cache import ATTENTION, Pass, current_pass, running
 from .compat import CACHE
-
-if TYPE_CHECKING:
-    from .cache import KVCache, KVLayer
-
-NAME = "specextend"
-
-
-@dataclass
-class Pass:
-    """One forward of one model over ``num_rows`` tokens: a chain, or a tree.
-
-    Attributes:
-        cache: what is attended to: its committed rows, and the tree's keys behind them.
-        writes: (cache, lens [B] int32) pairs: new keys and values go to rows ``lens`` on.
-        num_tree_keys: tree keys behind the committed rows, those written now included.
-        mask: [B, num_rows, words] int64, packed; None: a chain.
-        q_depths, k_depths: [B, rows] int32, distance of a row from the first tree position; read by
-            layers with a sliding window; None: a chain's.
-        window: a window for every layer, besides the layer's own; 0: none.
-        score_layers: layers that record what chunk scores need.
-        chunk_size: of the recorded log-sum-exps.
-        fused: tree attention by our kernel. False: SDPA with a dense mask.
-        feature_layers: hidden states to hand out, counted as `transformers` does: i is the input of
-            layer i, and the number of layers is what the head reads.
-        recorded: per scored layer (chunk_lse, lse) when fused, else (queries, scale).
-        calls: layers that asked for attention, in order.
-        hidden: [B, num_rows, H] per index of ``feature_layers``.
-    """
-
-    cache: KVCache
-    writes: list[tuple[KVCache, Tensor]]
-    num_tree_keys: int
-    mask: Tensor | None = None
-    q_depths: Tensor | None = None
-    k_depths: Tensor | None = None
-    window: int = 0
-    score_layers: frozenset[int] = frozenset()
-    chunk_size: int = 0
-    fused: bool = True
-    feature_layers: tuple[int, ...] = ()
-    recorded: dict[int, tuple] = field(default_factory=dict)
-    calls: list[int] = field(default_factory=list)
-    hidden: dict[int, Tensor] = field(default_factory=dict)
-    _index: int = 0
-
-    @property
-    def features(self) -> Tensor | None:
-        """[B, num_rows, F]: the hidden states of ``feature_layers`` side by side; None without."""
-        if not self.feature_layers:
-            return None
-        return torch.cat([self.hidden[i] for i in self.feature_layers], -1)
-
-    def write(self, layer: KVLayer, keys: Tensor, values: Tensor) -> None:
-        """Store [B, Hkv, M, D] keys and values of ``layer`` in every cache of ``writes``."""
-        if not layer.is_initialized:
-            layer.lazy_initialization(keys, values)
-        index = self._index % len(self.cache.layers)
-        if self.cache.layers[index] is not layer:  # a model may not ask in order
-            index = self.cache.layers.index(layer)
-        self._index = index + 1
-        k, v = keys.transpose(1, 2), values.transpose(1, 2)
-        for cache, lens in self.writes:
-            target = cache.layers[index]
-            if not target.is_initialized:
-                target.like(layer)
-            ops.append_kv(target.k, target.v, k, v, lens)
-
-    def dense_mask(self, rows: int, length: int, window: int, device: torch.device) -> Tensor:
-        """[B, 1, rows, P + N] bool, for SDPA; ``length`` is P. Batch 1."""
-        keys = self.num_tree_keys
-        if self.mask is None:
-            tree = torch.ones(1, rows, keys, dtype=torch.bool, device=device).tril(keys - rows)
-        else:
-            bits = torch.arange(64, device=device)
-            tree = (self.mask.unsqueeze(-1) >> bits) & 1
-            tree = tree.flatten(-2)[..., :keys].bool()
-        seen = torch.cat([tree.new_ones(1, rows, length), tree], -1)
-        if window:
-            chain = torch.arange(keys, device=device, dtype=torch.int32)[None]
-            q = chain[:, keys - rows :] if self.q_depths is None else self.q_depths
-            k = chain if self.k_depths is None else self.k_depths
-            at = torch.cat(
-                [torch.arange(-length, 0, device=device, dtype=torch.int32)[None], k], -1
-            )
-            seen = seen & (at[:, None, :] > q[:, :, None] - window)
-        return seen.unsqueeze(1)
-
-
-_pass: contextvars.ContextVar[Pass | None] = contextvars.ContextVar("specextend_pass", default=None)
-
-
-def current_pass() -> Pass:
-    """The pass under way in this thread."""
-    state = _pass.get()
-    if state is None:
-        raise RuntimeError(
-            f"the attention implementation {NAME!r} works inside specextend.SpecExtend only; "
-            "choose another one with model.set_attn_implementation(...)"
-        )
-    return state
 
 
 def _attention(
@@ -196,7 +93,7 @@ def _dense_attention(
     return out.transpose(1, 2).contiguous()
 
 
-AttentionInterface.register(NAME, _attention)
+AttentionInterface.register(ATTENTION, _attention)
 # Not registered as a mask: `transformers` then builds none, which is what we want.
 
 
@@ -219,33 +116,38 @@ class PatchedModel:
     Only the name of the attention implementation in the model's configurations is changed, and
     hooks collect the features that a pass asks for, both only during a forward, also when that
     forward raises.
+
+    Attributes:
+        num_layers: layers that attend.
+        vocab_size: entries of its vocabulary; its head may be padded.
     """
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
+        config = model.config.get_text_config()
+        self.num_layers: int = config.num_hidden_layers
+        self.vocab_size: int = config.vocab_size
         configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
         self._configs = [c for c in configs.values() if hasattr(c, "_attn_implementation_internal")]
 
     @contextlib.contextmanager
     def _installed(self, state: Pass):
         before = [c._attn_implementation_internal for c in self._configs]
-        token = _pass.set(state)
         hooks = self._collect(state) if state.feature_layers else []
         try:
             for config in self._configs:
-                config._attn_implementation_internal = NAME
-            with evaluating(self.model):
+                config._attn_implementation_internal = ATTENTION
+            with running(state), evaluating(self.model):
                 yield
         finally:
             for config, name in zip(self._configs, before, strict=True):
                 config._attn_implementation_internal = name
             for hook in hooks:
                 hook.remove()
-            _pass.reset(token)
 
     def _collect(self, state: Pass) -> list[RemovableHandle]:
         """Hooks that put the hidden states of ``state.feature_layers`` into ``state.hidden``."""
-        count = self.model.config.get_text_config().num_hidden_layers
+        count = self.num_layers
         decoder = self.model.get_decoder()
         layers = next(
             m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count

@@ -2,18 +2,25 @@
 
 A :class:`KVCache` never grows, copies or crops: new keys and values go to rows behind the committed
 ones (``append_kv``), attention reads them where they lie, and accepted rows move to the front
-(``compact_kv``). Lengths live on the device.
+(``compact_kv``). Lengths live on the device. Which cache a forward of a model attends to, and which
+ones it writes to, is said by its :class:`Pass`.
 """
 
 from __future__ import annotations
+
+import contextlib
+import contextvars
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from . import ops
-from .attention import current_pass
 from .compat import CacheLayer
+
+#: the name that our attention has in `transformers`
+ATTENTION = "specextend"
 
 
 class KVLayer(CacheLayer):
@@ -121,3 +128,112 @@ class KVCache(Cache):
             if layer.is_initialized
             for t in (layer.keys, layer.values)
         )
+
+
+@dataclass
+class Pass:
+    """One forward of one model over ``num_rows`` tokens: a chain, or a tree.
+
+    Attributes:
+        cache: what is attended to: its committed rows, and the tree's keys behind them.
+        writes: (cache, lens [B] int32) pairs: new keys and values go to rows ``lens`` on.
+        num_tree_keys: tree keys behind the committed rows, those written now included.
+        mask: [B, num_rows, words] int64, packed; None: a chain.
+        q_depths, k_depths: [B, rows] int32, distance of a row from the first tree position; read by
+            layers with a sliding window; None: a chain's.
+        window: a window for every layer, besides the layer's own; 0: none.
+        score_layers: layers that record what chunk scores need.
+        chunk_size: of the recorded log-sum-exps.
+        fused: tree attention by our kernel. False: SDPA with a dense mask.
+        feature_layers: hidden states to hand out, counted as `transformers` does: i is the input of
+            layer i, and the number of layers is what the head reads.
+        recorded: per scored layer (chunk_lse, lse) when fused, else (queries, scale).
+        calls: layers that asked for attention, in order.
+        hidden: [B, num_rows, H] per index of ``feature_layers``.
+    """
+
+    cache: KVCache
+    writes: list[tuple[KVCache, Tensor]]
+    num_tree_keys: int
+    mask: Tensor | None = None
+    q_depths: Tensor | None = None
+    k_depths: Tensor | None = None
+    window: int = 0
+    score_layers: frozenset[int] = frozenset()
+    chunk_size: int = 0
+    fused: bool = True
+    feature_layers: tuple[int, ...] = ()
+    recorded: dict[int, tuple] = field(default_factory=dict)
+    calls: list[int] = field(default_factory=list)
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    _index: int = 0
+
+    @property
+    def features(self) -> Tensor | None:
+        """[B, num_rows, F]: the hidden states of ``feature_layers`` side by side; None without."""
+        if not self.feature_layers:
+            return None
+        return torch.cat([self.hidden[i] for i in self.feature_layers], -1)
+
+    def write(self, layer: KVLayer, keys: Tensor, values: Tensor) -> None:
+        """Store [B, Hkv, M, D] keys and values of ``layer`` in every cache of ``writes``."""
+        if not layer.is_initialized:
+            layer.lazy_initialization(keys, values)
+        index = self._index % len(self.cache.layers)
+        if self.cache.layers[index] is not layer:  # a model may not ask in order
+            index = self.cache.layers.index(layer)
+        self._index = index + 1
+        k, v = keys.transpose(1, 2), values.transpose(1, 2)
+        for cache, lens in self.writes:
+            target = cache.layers[index]
+            if not target.is_initialized:
+                target.like(layer)
+            ops.append_kv(target.k, target.v, k, v, lens)
+
+    def dense_mask(self, rows: int, length: int, window: int, device: torch.device) -> Tensor:
+        """[B, 1, rows, P + N] bool, for SDPA; ``length`` is P. Batch 1."""
+        keys = self.num_tree_keys
+        if self.mask is None:
+            tree = torch.ones(1, rows, keys, dtype=torch.bool, device=device).tril(keys - rows)
+        else:
+            bits = torch.arange(64, device=device)
+            tree = (self.mask.unsqueeze(-1) >> bits) & 1
+            tree = tree.flatten(-2)[..., :keys].bool()
+        seen = torch.cat([tree.new_ones(1, rows, length), tree], -1)
+        if window:
+            chain = torch.arange(keys, device=device, dtype=torch.int32)[None]
+            q = chain[:, keys - rows :] if self.q_depths is None else self.q_depths
+            k = chain if self.k_depths is None else self.k_depths
+            at = torch.cat(
+                [torch.arange(-length, 0, device=device, dtype=torch.int32)[None], k], -1
+            )
+            seen = seen & (at[:, None, :] > q[:, :, None] - window)
+        return seen.unsqueeze(1)
+
+
+_pass: contextvars.ContextVar[Pass | None] = contextvars.ContextVar("specextend_pass", default=None)
+
+
+@contextlib.contextmanager
+def running(state: Pass):
+    """Make ``state`` the current pass of this thread for a ``with`` block."""
+    token = _pass.set(state)
+    try:
+        yield
+    finally:
+        _pass.reset(token)
+
+
+def current_pass() -> Pass:
+    """Return the pass under way in this thread.
+
+    It is a context variable, as extra keyword arguments do not reach the attention function in
+    every model family.
+    """
+    state = _pass.get()
+    if state is None:
+        raise RuntimeError(
+            f"the attention implementation {ATTENTION!r} works inside specextend.SpecExtend only; "
+            "choose another one with model.set_attn_implementation(...)"
+        )
+    return state

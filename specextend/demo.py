@@ -15,7 +15,8 @@ from torch import Tensor
 from . import _C, __version__, assets
 from .cli import UsageError, config_from, difference, load_pair
 from .config import SpecConfig
-from .decode import SpecExtend, Step
+from .decode import SpecExtend
+from .generation import Step
 from .machine import device_text
 from .stats import PHASES
 from .terminal import LiveText, Meter, Output, standard_error, standard_output
@@ -107,9 +108,9 @@ def run_demo(args: argparse.Namespace) -> int:
         raise UsageError("the demonstration needs a draft")
     # Tried once for its size and the ways to use it, and for errors to come early.
     draft = SpecExtend(pair[0], pair[1], config, tokenizer=pair[2], draft_tokenizer=pair[3]).draft
-    ways = {title: kind for title, kind in TREES.items() if kind in draft.caches}
+    ways = {title: kind for title, kind in TREES.items() if kind in draft.cache_kinds}
     if len(ways) == 1:
-        ways = dict.fromkeys([TREE], *draft.caches)
+        ways = dict.fromkeys([TREE], *draft.cache_kinds)
     best, title = list(ways)[-1], "SpecExtend: tree speculation"
     if best == RETRIEVAL:
         title += ", cross-model retrieval"

@@ -141,6 +141,42 @@ class Graphs:
         self._recordings.clear()
 
 
+class Capture:
+    """Graphs for the parts of a round, and one warning for each part that has to run without.
+
+    Args:
+        recorder: makes what records on a device; None: a :class:`CudaRecorder` on a GPU, and
+            nothing is recorded elsewhere.
+        enabled: False: nothing is recorded anywhere.
+    """
+
+    def __init__(
+        self, recorder: Callable[[torch.device], CudaRecorder] | None = None, enabled: bool = True
+    ):
+        self._recorder = recorder
+        self._enabled = enabled
+        self._told: set[str] = set()
+
+    def graphs(self, device: torch.device, name: str, obstacle: str | None) -> Graphs:
+        """Return graphs for the work that ``name`` does.
+
+        Args:
+            device: that it works on.
+            obstacle: why it cannot be captured; None if it can.
+        """
+        recorder = self._recorder
+        if recorder is None and device.type == "cuda":
+            recorder = CudaRecorder
+        if recorder is None or not self._enabled:
+            return Graphs()
+        if obstacle is None:
+            return Graphs(recorder(device), name)
+        if name not in self._told:
+            self._told.add(name)
+            warn_uncaptured(name, obstacle)
+        return Graphs()
+
+
 def bucket(nodes: int, max_nodes: int, group: int) -> int:
     """The size to pad a tree of ``nodes`` proposed nodes to, so that few sizes are captured, and
     these cost no more than they have to.

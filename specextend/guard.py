@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import ops  # noqa: F401  registers what a pass calls
-from .attention import Pass, PatchedModel, evaluating
-from .cache import KVCache
+from .attention import PatchedModel, evaluating
+from .cache import KVCache, Pass
 from .tree import Tree
 
 _PREFIX = 5

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .attention import Pass, PatchedModel
-from .cache import KVCache
+from .attention import PatchedModel
+from .cache import KVCache, Pass
 
 _SHIFT = 64  # positions; far enough that a wrong frequency shows
 _TOKENS = 6

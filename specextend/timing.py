@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from .decode import Progress, SpecExtend, Step
+from .decode import SpecExtend
+from .generation import Progress, Step
 from .stats import SpecStats
 
 

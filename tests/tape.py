@@ -102,3 +102,11 @@ class TapeRecorder:
 
     def finish(self) -> None:
         pass
+
+
+class Tapes(list):
+    """Makes the recorders of a ``SpecExtend(..., recorder=tapes)``, and keeps them in order."""
+
+    def __call__(self, device: torch.device) -> TapeRecorder:
+        self.append(TapeRecorder())
+        return self[-1]

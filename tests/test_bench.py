@@ -17,7 +17,7 @@ import pytest
 import torch
 from models import prompt, tiny_model
 
-from specextend import SpecConfig, SpecExtend, __version__, decode, machine
+from specextend import SpecConfig, SpecExtend, __version__, machine
 from specextend.gate import Gate, break_even
 from specextend.testing import Spread, time_calls
 
@@ -191,7 +191,10 @@ def test_rounds_in_turns_behind_a_stretched_prompt(pair, monkeypatch):
         gate="off", tree_shape="top_k", tree_nodes=4, tree_depth=2, chunk_size=16, budget=128,
         seed=0,
     )  # fmt: skip
-    specs = {"plain": SpecExtend(pair[0], None, config), "tree": SpecExtend(*pair, config)}
+    specs = {
+        name: SpecExtend(pair[0], draft, config, generation=bench_decode.Stretched)
+        for name, draft in (("plain", None), ("tree", pair[1]))
+    }
     lengths = []
     stretch = bench_decode.stretch
 
@@ -202,8 +205,7 @@ def test_rounds_in_turns_behind_a_stretched_prompt(pair, monkeypatch):
         lengths.append(cache.length)
 
     monkeypatch.setattr(bench_decode, "stretch", watched)
-    with mock.patch.object(decode, "_Generation", bench_decode.Stretched):
-        ran = bench_decode.in_turns(specs, prompt(300), turns=2, warmup=2)
+    ran = bench_decode.in_turns(specs, prompt(300), turns=2, warmup=2)
     assert lengths == [299] * 3  # the target's cache twice, and the draft's
     for rounds in ran.values():
         assert len(rounds.seconds) >= 2 and min(rounds.seconds) > 0 and not rounds.ended

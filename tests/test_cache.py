@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from generations import Kept
 from models import prompt, tiny_model
 
-import specextend.decode
 from specextend import SpecConfig, SpecExtend
-from specextend.attention import Pass, PatchedModel
-from specextend.cache import KVCache
+from specextend.attention import PatchedModel
+from specextend.cache import KVCache, Pass
 from specextend.draft.working_cache import WorkingCache
 from specextend.rotary import Rotary
 
@@ -17,20 +17,6 @@ CONFIG = SpecConfig(
     draft_cache="full", gate="off", tree_nodes=9, tree_depth=4, prefill_chunk=32, seed=0,
     chunk_size=8, budget=32, recent_chunks=1, retrieve_every=2, draft_prefill_window=16,
 )  # fmt: skip
-
-
-@pytest.fixture
-def generations(monkeypatch):
-    """The states of the generations that a test runs."""
-    kept = []
-    original = specextend.decode._Generation.__init__
-
-    def keep(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        kept.append(self)
-
-    monkeypatch.setattr(specextend.decode._Generation, "__init__", keep)
-    return kept
 
 
 def fresh_cache(model, ids: torch.Tensor) -> KVCache:
@@ -52,13 +38,13 @@ def assert_same(cache: KVCache, expected: KVCache, length: int) -> None:
 
 
 @pytest.mark.parametrize("options", [dict(do_sample=False), dict(do_sample=True, top_k=0)], ids=str)
-def test_rounds_keep_the_caches_right(generations, options):
+def test_rounds_keep_the_caches_right(options):
     """After a thousand tokens of trees: the keys of one forward over the text (O15)."""
     size = dict(max_position_embeddings=2048)
     target, draft = tiny_model("llama", **size), tiny_model("llama", seed=1, **size)
-    drafts = []
-    spec = SpecExtend(target, draft, CONFIG)
-    spec.draft.end = lambda: drafts.append(spec.draft._caches.full)
+    drafts, generations = [], Kept()
+    spec = SpecExtend(target, draft, CONFIG, generation=generations)
+    spec.draft.end = lambda: drafts.append(spec.draft.caches.full)
     out = spec.generate(prompt(60), max_new_tokens=1000, **options)
     cache = generations[0].cache
     # All but the last token, which is decided but was not run, and what was cut.
@@ -68,7 +54,7 @@ def test_rounds_keep_the_caches_right(generations, options):
     seen = min(drafts[0].length, length)
     assert seen > length - 20
     assert_same(drafts[0], fresh_cache(draft, out[:, :seen]), seen)
-    assert torch.equal(generations[0].ids[:, : length + 1], out)
+    assert torch.equal(generations[0].decisions.ids[:, : length + 1], out)
 
 
 def test_working_cache_holds_the_selected_chunks(monkeypatch):
@@ -102,7 +88,7 @@ def test_prefill_of_a_draft_stays_in_its_window(own):
     target, draft = tiny_model("llama"), tiny_model("mistral", seed=1, sliding_window=own)
     ids, kept = prompt(100), []
     spec = SpecExtend(target, draft, CONFIG.replace(draft_cache="window"))
-    spec.draft.end = lambda: kept.append(spec.draft._caches.full)
+    spec.draft.end = lambda: kept.append(spec.draft.caches.full)
     spec.generate(ids, max_new_tokens=1, do_sample=False)
     window = min(own or 16, CONFIG.draft_prefill_window)
     sliding = tiny_model("mistral", seed=1, sliding_window=window)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from models import FAMILIES, VOCAB, prompt, tiny_model
@@ -11,6 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 import specextend
 from specextend import SpecConfig, SpecExtend
 from specextend.attention import PatchedModel
+from specextend.gate import Gate
+from specextend.generation import Generation
 
 # Small enough that prompts of a hundred tokens do not fit the draft's working cache.
 SMALL = SpecConfig(
@@ -498,17 +502,15 @@ class TestRetrieval:
 
 
 class TestGate:
-    def test_rests_when_speculation_loses(self, target, draft, monkeypatch):
+    def test_rests_when_speculation_loses(self, target, draft):
         """With rounds of a tree a hundred times as slow, most tokens come from plain rounds."""
-        from specextend.gate import Gate
 
-        count = Gate.count
+        class Slow(Gate):
+            def count(self, depth, emitted, seconds):
+                super().count(depth, emitted, 100.0 if depth else 1.0)
 
-        def slow(self, depth, emitted, seconds):
-            count(self, depth, emitted, 100.0 if depth else 1.0)
-
-        monkeypatch.setattr(Gate, "count", slow)
-        spec = SpecExtend(target, draft, SMALL, gate="auto")
+        gate = Slow(SMALL.max_depth, enabled=True)
+        spec = SpecExtend(target, draft, SMALL, generation=partial(Generation, gate=gate))
         ids = prompt(40)
         out = spec.generate(ids, max_new_tokens=200, do_sample=False)
         assert torch.equal(out, greedy(target, ids, 200))

@@ -5,19 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 from eagle_heads import DIALECTS, LAYERS, make, reference
+from generations import Kept, scripted
 from host_reads import reads_per_round
 from models import FAMILIES, VOCAB, prompt, tiny_model
-from tape import TapeRecorder
+from tape import Tapes
+from torch.nn import functional as F
 
 from specextend import SpecConfig, SpecExtend
-from specextend.attention import Pass, PatchedModel
-from specextend.cache import KVCache
-from specextend.draft import load_draft
+from specextend.attention import PatchedModel
+from specextend.cache import KVCache, Pass
+from specextend.draft import Decided, load_draft
 from specextend.draft.checkpoint import Checkpoint
 from specextend.draft.eagle import EagleDraft, attend
 from specextend.draft.eagle_head import EagleHead, HeadConfig
 from specextend.draft.working_cache import WorkingCache
 from specextend.graphs import Graphs
+from specextend.target import Target
 
 SMALL = SpecConfig(
     chunk_size=8, budget=32, sink_chunks=1, recent_chunks=1, retrieve_every=2, prefill_chunk=40,
@@ -75,17 +78,18 @@ class TestDialects:
         """Every node, on our kernels and caches, as a row of its own chain (full cache)."""
         made, ids = make(dialect), prompt(12)
         config = SMALL.replace(draft_cache="full", tree_shape="top_k")
-        draft = load_draft(made.write(tmp_path), PatchedModel(target), config)
+        draft = load_draft(made.write(tmp_path), Target(target), config)
         head, seen = draft.head, []
         logits_of = head.logits
         head.logits = lambda out: seen.append(logits_of(out)) or seen[-1]
         features = features_of(target, ids, made.features)
+        decided = Decided(ids, F.pad(features, (0, 0, 1, -1)))
         with torch.inference_mode():
-            draft.begin(ids[:, :10], 40, None)
-            draft.prefill(ids[:, :6], features[:, :6])
-            draft.prefill(ids[:, 6:9], features[:, 6:9])
+            draft.begin(ids[:, :10], 40, None, Graphs())
+            draft.prefill(decided[:6])
+            draft.prefill(decided[6:9])
             levels: list[list[list[int]]] = [[[]]]  # tokens below the root, by level and node
-            step = draft._step
+            step = draft.step
 
             def stepping(tokens, level, mask, num_keys, parents):
                 before = levels[-1]
@@ -97,8 +101,8 @@ class TestDialects:
                 )
                 return step(tokens, level, mask, num_keys, parents)
 
-            draft._step = stepping
-            tree = draft.propose(ids[:, 9:12], 4, features[:, 9:11])
+            draft.step = stepping
+            tree = draft.propose(decided[9:], 4)
             assert tree.depth == 4 and len(levels) == len(seen) == 4
             head.logits = logits_of
             for level, (logits, paths) in enumerate(zip(seen, levels, strict=True)):
@@ -114,13 +118,14 @@ class TestDialects:
     def test_tokens_are_the_targets(self, target, tmp_path):
         """A reduced vocabulary: proposed ids are among those that d2t leads to."""
         made, ids = make("eagle3"), prompt(12)
-        draft = load_draft(made.write(tmp_path), PatchedModel(target), SMALL)
+        draft = load_draft(made.write(tmp_path), Target(target), SMALL)
         known = set((made.tensors["d2t"] + torch.arange(40)).tolist())
         features = features_of(target, ids, made.features)
+        decided = Decided(ids, F.pad(features, (0, 0, 1, -1)))
         with torch.inference_mode():
-            draft.begin(ids, 40, None)
-            draft.prefill(ids[:, :9], features[:, :9])
-            tree = draft.propose(ids[:, 9:], 3, features[:, 9:11])
+            draft.begin(ids, 40, None, Graphs())
+            draft.prefill(decided[:9])
+            tree = draft.propose(decided[9:], 3)
         assert set(tree.tokens[0, 1:].tolist()) <= known and max(known) > 40
 
     def test_rope_kinds_and_sizes(self):
@@ -246,12 +251,10 @@ class TestLossless:
         plain = SpecExtend(target, None, SMALL).generate(ids, **options)
         assert torch.equal(SpecExtend(target, path, SMALL).generate(ids, **options), plain)
 
-    def test_rests_of_the_gate(self, target, tmp_path, monkeypatch):
-        from specextend.gate import Gate
-
-        depths = iter([2] * 3 + [0] * 70 + [2] * 3 + [0] * 3 + [2] * 500)
-        monkeypatch.setattr(Gate, "next_depth", lambda self: next(depths))
-        spec, ids = SpecExtend(target, make("eagle3").write(tmp_path), SMALL), prompt(60)
+    def test_rests_of_the_gate(self, target, tmp_path):
+        gate = scripted([2] * 3 + [0] * 70 + [2] * 3 + [0] * 3 + [2] * 500)
+        path, ids = make("eagle3").write(tmp_path), prompt(60)
+        spec = SpecExtend(target, path, SMALL, generation=gate)
         out = spec.generate(ids, max_new_tokens=120, do_sample=False)
         assert torch.equal(out, greedy(target, ids, 120))
         assert spec.stats.num_plain_rounds > 70
@@ -278,7 +281,7 @@ def test_keys_from_guessed_features_are_overwritten(target, dialect, tmp_path):
     )  # fmt: skip
     ids, kept = prompt(60), []
     end = spec.draft.end
-    spec.draft.end = lambda: kept.append(spec.draft._caches.full) or end()
+    spec.draft.end = lambda: kept.append(spec.draft.caches.full) or end()
     out = spec.generate(ids, max_new_tokens=60, do_sample=False)
     assert spec.stats.num_accepted_tokens > 10  # the tree is wide, or nothing would be shown
     cache, expected = kept[0], teacher_forced(spec.draft, target, out)
@@ -371,7 +374,7 @@ class TestWorkingCache:
 
         def checking(self, scores=None):
             ids, full, work = refill(self, scores), self.full, self.work
-            assert full is spec.draft._caches.full and len(full.layers) == 1
+            assert full is spec.draft.caches.full and len(full.layers) == 1
             chosen = [i for i in ids[0].tolist() if i >= 0]
             rows = torch.cat([torch.arange(8 * i, min(8 * i + 8, full.length)) for i in chosen])
             assert len(rows) == work.length == int(work.lens) <= 32
@@ -444,15 +447,16 @@ class TestFeatures:
 
     def test_the_prompts_features_are_not_kept(self, target, tmp_path):
         """Behind each part of the prompt one row waits, and nothing it is a part of."""
-        spec = SpecExtend(target, make("eagle3").write(tmp_path), SMALL, prefill_chunk=64)
-        prefill, waiting = spec.draft.prefill, []
+        generations, waiting = Kept(), []
 
-        def watching(tokens, features):
-            prefill(tokens, features)
-            kept = spec.draft._features
+        def watching(*progress):
+            (kept,) = generations[0].backlog.features
             waiting.append((kept.shape[1], kept.untyped_storage().nbytes() // 4))
 
-        spec.draft.prefill = watching
+        spec = SpecExtend(
+            target, make("eagle3").write(tmp_path), SMALL, prefill_chunk=64, progress=watching,
+            generation=generations,
+        )  # fmt: skip
         spec.generate(prompt(200), max_new_tokens=3, do_sample=False)
         assert waiting == [(1, 3 * 32)] * 4
 
@@ -466,24 +470,14 @@ class TestFeatures:
 class TestCaptured:
     """The draft's work recorded once and replayed, with counts that only the device knows."""
 
-    @pytest.fixture
-    def taped(self, monkeypatch):
-        recorders = []
-
-        def make_graphs(self, name, reason):
-            recorders.append(TapeRecorder())
-            return Graphs(recorders[-1] if reason is None else None, name)
-
-        monkeypatch.setattr(SpecExtend, "_graphs", make_graphs)
-        return recorders
-
-    def test_the_host_follows(self, target, taped, monkeypatch, tmp_path):
+    def test_the_host_follows(self, target, tmp_path):
         """Its lengths are those of the device; also where the gate rests."""
-        gaps = iter([2, 0, 0, 0, 3, 0, 2, 2] * 20)
-        monkeypatch.setattr("specextend.gate.Gate.next_depth", lambda self: next(gaps))
-        spec, ids, out = SpecExtend(target, make("eagle3").write(tmp_path), SMALL), prompt(40), []
+        tapes, path, ids, out = Tapes(), make("eagle3").write(tmp_path), prompt(40), []
+        gate = scripted([2, 0, 0, 0, 3, 0, 2, 2] * 20)
+        spec = SpecExtend(target, path, SMALL, recorder=tapes, generation=gate)
         for step in spec.stream(ids, max_new_tokens=50, do_sample=False):
             out += step.tokens
-            caches = (spec.draft._caches.full, spec.draft._caches.work)
+            caches = (spec.draft.caches.full, spec.draft.caches.work)
             assert all(cache.length == int(cache.lens) for cache in caches)
         assert out == greedy(target, ids, 50)[0, 40:].tolist()
+        assert len(tapes) == 2 and all(recorder.replays for recorder in tapes)

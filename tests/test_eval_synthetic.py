@@ -62,7 +62,7 @@ def test_work_is_that_of_a_normal_run(pair, options, monkeypatch):
 
     def work(spec):
         rows = []
-        for owner in (spec._target, spec.draft.model):
+        for owner in (spec.target, spec.draft.patched):
             own, forward = [], owner.forward
 
             def counted(tokens, *args, own=own, forward=forward, **kwargs):

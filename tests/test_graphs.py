@@ -6,18 +6,23 @@ import contextlib
 import gc
 import threading
 import warnings
+import weakref
 from collections import defaultdict
+from functools import partial
+from itertools import repeat
 
 import pytest
 import torch
 from eagle_heads import LAYERS, make
+from generations import Kept, ScriptedGate
 from models import VOCAB, prompt, tiny_model
-from tape import HostRead, TapeRecorder
+from tape import HostRead, TapeRecorder, Tapes
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 from specextend import _C, SpecConfig, SpecExtend, graphs
-from specextend.graphs import Graphs, Mailbox, Stopwatch, bucket, obstacle
+from specextend.generation import Generation
+from specextend.graphs import Capture, Graphs, Mailbox, Stopwatch, bucket, obstacle
 from specextend.sampling import TokenChooser
 
 CONFIG = SpecConfig(
@@ -33,21 +38,14 @@ def models():
 
 
 @pytest.fixture
-def taped(monkeypatch):
-    """Rounds on the CPU run from tapes; gives the recorders, which count."""
-    recorders = []
-
-    def make(self, name, reason):
-        recorders.append(TapeRecorder())
-        return Graphs(recorders[-1] if reason is None else None, name)
-
-    monkeypatch.setattr(SpecExtend, "_graphs", make)
+def tapes():
+    """Recorders, which count, for rounds on the CPU."""
     warnings.simplefilter("error", RuntimeWarning)  # what cannot be recorded is said so
-    return recorders
+    return Tapes()
 
 
-def run(models, config, ids, **options) -> tuple[list[list[int]], SpecExtend]:
-    spec = SpecExtend(*models, config)
+def run(models, config, ids, recorder=None, **options) -> tuple[list[list[int]], SpecExtend]:
+    spec = SpecExtend(*models, config, recorder=recorder)
     return [step.tokens for step in spec.stream(ids, **options)], spec
 
 
@@ -63,11 +61,10 @@ class TestTapedRound:
 
     @pytest.mark.parametrize("draft_cache", ["full", "window", "retrieval"])
     @pytest.mark.parametrize("shape", ["opt", "top_k", "fixed"])
-    def test_greedy(self, models, taped, monkeypatch, draft_cache, shape):
+    def test_greedy(self, models, tapes, draft_cache, shape):
         config = CONFIG.replace(draft_cache=draft_cache, tree_shape=shape, tree_widths=(3, 4, 2))
         ids = prompt(70)
-        got, spec = run(models, config, ids, max_new_tokens=60, **GREEDY)
-        monkeypatch.undo()
+        got, spec = run(models, config, ids, tapes, max_new_tokens=60, **GREEDY)
         expected, eager = run(models, config, ids, max_new_tokens=60, **GREEDY)
         assert flat(got) == flat(expected)
         # The depth follows the gain one round later when rounds overlap, and a window moves on
@@ -75,7 +72,7 @@ class TestTapedRound:
         if shape != "opt" and draft_cache != "window":
             assert got == expected
             assert spec.stats.retrieved_chunks == eager.stats.retrieved_chunks
-        target, draft = taped
+        target, draft = tapes
         assert target.replays > 5 and draft.replays > 5
         assert draft.records <= 4 + 2  # a depth each, and the refill
 
@@ -89,83 +86,75 @@ class TestTapedRound:
         ],
         ids=str,
     )
-    def test_sampling(self, models, taped, monkeypatch, options):
+    def test_sampling(self, models, tapes, options):
         ids, options = prompt(70), dict(do_sample=True, max_new_tokens=40, **options)
-        got, _ = run(models, CONFIG, ids, **options)
-        assert all(recorder.replays > 4 for recorder in taped)
-        monkeypatch.undo()
+        got, _ = run(models, CONFIG, ids, tapes, **options)
+        assert all(recorder.replays > 4 for recorder in tapes)
         assert flat(got) == flat(run(models, CONFIG, ids, **options)[0])
 
-    def test_an_identical_draft_is_accepted(self, models, taped):
+    def test_an_identical_draft_is_accepted(self, models, tapes):
         """Padding of the tokens that a draft takes in changes nothing of its proposals."""
         config = CONFIG.replace(
             draft_cache="full", tree_shape="top_k", tree_nodes=4, tree_width=1, tree_top_k=1
         )
-        _, spec = run((models[0], models[0]), config, prompt(60), max_new_tokens=41, **GREEDY)
+        _, spec = run(
+            (models[0], models[0]), config, prompt(60), tapes, max_new_tokens=41, **GREEDY
+        )
         assert spec.stats.acceptance_histogram == {4: 8}
 
-    def test_the_host_follows(self, models, taped, monkeypatch):
+    def test_the_host_follows(self, models, tapes):
         """Its lengths are those of the device after every round; also where the gate rests."""
         config = CONFIG.replace(gate="auto")
-        spec = SpecExtend(*models, config)
-        gaps = iter([2, 0, 0, 0, 3, 0, 2, 2] * 20)
-        monkeypatch.setattr("specextend.gate.Gate.next_depth", lambda self: next(gaps))
-        kept = []
-        original = spec.draft.begin
-
-        def begin(*args):
-            original(*args)
-            kept.append(args[-1])
-
-        spec.draft.begin = begin
+        kept, gaps = Kept(), iter([2, 0, 0, 0, 3, 0, 2, 2] * 20)
+        spec = SpecExtend(
+            *models, config, recorder=tapes, generation=partial(kept, gate=ScriptedGate(gaps))
+        )
         out = []
         for step in spec.stream(prompt(40), max_new_tokens=80, **GREEDY):
             out += step.tokens
-            caches = (kept[0], spec.draft._caches.full, spec.draft._caches.work)
+            caches = (kept[0].cache, spec.draft.caches.full, spec.draft.caches.work)
             assert all(cache.length == int(cache.lens) for cache in caches)
         plain = SpecExtend(models[0], None, config).generate(
             prompt(40), max_new_tokens=80, **GREEDY
         )
         assert out == plain[0, 40:].tolist()
 
-    def test_trees_of_any_size_share_few_graphs(self, models, taped, monkeypatch):
+    def test_trees_of_any_size_share_few_graphs(self, models, tapes):
         """N-gram look-up makes trees on the host; the target's passes are captured all the same."""
         config = CONFIG.replace(tree_nodes=13, tree_width=2)
         ids = prompt(20).repeat(1, 4)
-        got, spec = run((models[0], "ngram"), config, ids, max_new_tokens=120, **GREEDY)
+        got, spec = run((models[0], "ngram"), config, ids, tapes, max_new_tokens=120, **GREEDY)
         assert spec.stats.num_accepted_tokens > 0
-        assert taped[0].records <= 5 and taped[0].replays > 20  # a root alone, 13, 7, 4, 2 nodes
-        monkeypatch.undo()
+        assert tapes[0].records <= 5 and tapes[0].replays > 20  # a root alone, 13, 7, 4, 2 nodes
         expected, _ = run((models[0], "ngram"), config, ids, max_new_tokens=120, **GREEDY)
         assert got == expected
 
     @pytest.mark.parametrize("dialect", ["eagle1", "eagle3"])
     @pytest.mark.parametrize("draft_cache", ["full", "window", "retrieval"])
-    def test_eagle_heads(self, taped, monkeypatch, dialect, draft_cache, tmp_path):
+    def test_eagle_heads(self, tapes, dialect, draft_cache, tmp_path):
         """Their features come from the captured verify pass."""
         config = CONFIG.replace(draft_cache=draft_cache, tree_shape="top_k")
         pair = tiny_model("llama", num_hidden_layers=LAYERS), make(dialect).write(tmp_path)
-        got, _ = run(pair, config, prompt(70), max_new_tokens=50, **GREEDY)
-        assert all(recorder.replays > 5 for recorder in taped)
-        monkeypatch.undo()
+        got, _ = run(pair, config, prompt(70), tapes, max_new_tokens=50, **GREEDY)
+        assert all(recorder.replays > 5 for recorder in tapes)
         expected, _ = run(pair, config, prompt(70), max_new_tokens=50, **GREEDY)
         assert flat(got) == flat(expected)
         if draft_cache != "window":  # which moves on earlier where paddings are counted
             assert got == expected
 
-    def test_scores_and_logits(self, models, taped, monkeypatch):
+    def test_scores_and_logits(self, models, tapes):
         options = dict(
             max_new_tokens=30, output_scores=True, output_logits=True, return_dict_in_generate=True
         )
-        got = SpecExtend(*models, CONFIG).generate(prompt(50), **GREEDY, **options)
-        monkeypatch.undo()
+        spec = SpecExtend(*models, CONFIG, recorder=tapes)
+        got = spec.generate(prompt(50), **GREEDY, **options)
         expected = SpecExtend(*models, CONFIG).generate(prompt(50), **GREEDY, **options)
         for ours, theirs in zip(
             got.logits + got.scores, expected.logits + expected.scores, strict=True
         ):
             assert torch.equal(ours, theirs)
 
-    def test_a_model_that_asks_the_host_is_run_uncaptured(self, models, taped):
+    def test_a_model_that_asks_the_host_is_run_uncaptured(self, models, tapes):
         """And the text is the same; it is said once."""
         target = tiny_model("llama")
         forward = target.model.layers[0].forward
@@ -175,24 +164,33 @@ class TestTapedRound:
             return forward(hidden, *args, **kwargs)
 
         target.model.layers[0].forward = asking
-        spec = SpecExtend(target, models[1], CONFIG)
+        spec = SpecExtend(target, models[1], CONFIG, recorder=tapes)
         with pytest.warns(RuntimeWarning, match="the target LlamaForCausalLM .* waits") as said:
             got = spec.generate(prompt(50), max_new_tokens=30, **GREEDY)
         assert len(said) == 1
         assert torch.equal(got, models[0].generate(prompt(50), max_new_tokens=30, **GREEDY))
 
-    def test_rounds_that_record_say_nothing_of_speed(self, models, taped, monkeypatch):
-        counted = []
-        monkeypatch.setattr("specextend.gate.Gate.count", lambda self, *x: counted.append(x))
-        spec = SpecExtend(*models, CONFIG.replace(tree_shape="top_k", draft_cache="full"))
+    def test_rounds_that_record_say_nothing_of_speed(self, models, tapes):
+        config, gate = (
+            CONFIG.replace(tree_shape="top_k", draft_cache="full"),
+            ScriptedGate(repeat(4)),
+        )
+        spec = SpecExtend(
+            *models, config, recorder=tapes, generation=partial(Generation, gate=gate)
+        )
         spec.generate(prompt(50), max_new_tokens=40, **GREEDY)
         # Each graph is warmed up and recorded, again for the shallower trees of the last rounds.
-        assert spec.stats.num_rounds - 8 <= len(counted) < spec.stats.num_rounds
+        assert spec.stats.num_rounds - 8 <= len(gate.counted) < spec.stats.num_rounds
 
-    def test_nothing_is_left(self, models, taped):
-        spec = SpecExtend(*models, CONFIG)
+    def test_nothing_is_left(self, models, tapes):
+        """Graphs hold the caches, and recorders the memory that graphs share."""
+        spec = SpecExtend(*models, CONFIG, recorder=tapes)
         spec.generate(prompt(50), max_new_tokens=30, **GREEDY)
-        assert not spec.draft.graphs._recordings
+        assert all(recorder.records for recorder in tapes)
+        recorders = [weakref.ref(recorder) for recorder in tapes]
+        tapes.clear()
+        gc.collect()
+        assert [recorder() for recorder in recorders] == [None, None]
 
 
 class TestProcessors:
@@ -390,18 +388,18 @@ class TestObstacle:
         model.model.layers[0]._hf_hook = object()
         assert "hooks" in obstacle(model)
 
-    def test_is_said_once(self, models, monkeypatch):
-        """Of a GPU; the device is made up, as nothing is run on it."""
-        spec = SpecExtend(*models, CONFIG)
+    def test_is_said_once(self):
+        device, tapes = torch.device("cpu"), Tapes()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert not spec._target_graphs().enabled  # a CPU: nothing to say
-        monkeypatch.setattr(type(spec.model), "device", torch.device("cuda"))
-        monkeypatch.setattr(graphs, "CudaRecorder", TapeRecorder)
+            assert not Capture().graphs(device, "the target", "its reason").enabled  # a CPU
+            assert not Capture(tapes, enabled=False).graphs(device, "it", "its reason").enabled
+        capture = Capture(tapes)
         with pytest.warns(RuntimeWarning, match="the target .* its reason") as said:
             for _ in range(2):
-                assert not spec._graphs("the target", "its reason").enabled
-        assert len(said) == 1
+                assert not capture.graphs(device, "the target", "its reason").enabled
+        assert len(said) == 1 and not tapes
+        assert capture.graphs(device, "the draft", None).enabled and len(tapes) == 1
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from models import VOCAB, prompt, tiny_model
 from safetensors.torch import save_file
 
 from specextend import SpecConfig, SpecExtend
-from specextend.attention import PatchedModel
 from specextend.draft import (
     CausalLMDraft,
     EagleDraft,
@@ -22,6 +21,7 @@ from specextend.draft import (
     checkpoint,
     load_draft,
 )
+from specextend.target import Target
 
 CONFIG = SpecConfig(chunk_size=8, budget=32, recent_chunks=1, gate="off", seed=7)
 
@@ -32,7 +32,7 @@ def target():
 
 
 def load(target, draft, **config):
-    return load_draft(draft, PatchedModel(target), CONFIG.replace(**config))
+    return load_draft(draft, Target(target), CONFIG.replace(**config))
 
 
 class TestKinds:
@@ -51,7 +51,7 @@ class TestKinds:
                 (Path(folder) / "model.safetensors").unlink()
                 torch.save(small.state_dict(), Path(folder) / "pytorch_model.bin")
             draft = load(target, folder)
-            assert type(draft) is CausalLMDraft and draft.model.model.dtype == torch.float32
+            assert type(draft) is CausalLMDraft and draft.causal_lm.dtype == torch.float32
             ids = prompt(60)
             expected = SpecExtend(target, small, CONFIG)
             spec = SpecExtend(target, folder, CONFIG)

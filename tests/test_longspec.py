@@ -10,6 +10,7 @@ from models import prompt, tiny_model
 from safetensors.torch import load_file, save_file
 
 from specextend import SpecConfig, SpecExtend
+from specextend.draft import Decided
 from specextend.draft.longspec import (
     WINDOW,
     BlockShape,
@@ -21,6 +22,7 @@ from specextend.draft.longspec import (
     published_shapes,
     save_block,
 )
+from specextend.graphs import Graphs
 from specextend.train.longspec import training_form
 from specextend.train.target import FrozenTarget
 
@@ -141,8 +143,8 @@ class Recorder(LongSpecDraft):
         super().begin(*args)
         self.roots, self.nodes = [], []
 
-    def _forward(self, tokens, positions, slots, tree):
-        logits = super()._forward(tokens, positions, slots, tree)
+    def logits(self, tokens, positions, slots, tree):
+        logits = super().logits(tokens, positions, slots, tree)
         if slots[0] >= 64 * self.ring.tree_words:
             self.roots.append((int(positions), logits[0, 0]))
             self.tree = []
@@ -265,8 +267,8 @@ class TestConstantSize:
         sizes = set()
         for length in (2_048, 131_072):
             ids = torch.zeros(1, length - 1, dtype=torch.int64)
-            draft.begin(ids, length, None)
-            draft.prefill(ids, None)
+            draft.begin(ids, length, None, Graphs())
+            draft.prefill(Decided(ids))
             sizes.add(draft.ring.num_bytes)
         assert len(sizes) == 1
 

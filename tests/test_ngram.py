@@ -8,7 +8,8 @@ from host_reads import reads_per_round
 from models import FAMILIES, prompt, tiny_model
 
 from specextend import SpecConfig, SpecExtend
-from specextend.draft import NGramDraft
+from specextend.draft import Decided, NGramDraft
+from specextend.graphs import Graphs
 
 CONFIG = SpecConfig(
     prefill_chunk=40, gate="off", tree_nodes=9, tree_depth=4, seed=7, tree_width=3, ngram_size=3
@@ -18,9 +19,9 @@ CONFIG = SpecConfig(
 def tree_of(ids: list[int], depth: int = 4, config: SpecConfig = CONFIG):
     """The tree below the last of ``ids``, half of them from the prompt."""
     draft, half = NGramDraft(config), -(-len(ids) // 2)
-    draft.begin(torch.tensor([ids[:half]]), len(ids) + 10, None)
-    draft.observe(ids[half:])
-    return draft.propose(torch.tensor([ids[-1:]]), depth, None)
+    draft.begin(torch.tensor([ids[:half]]), len(ids) + 10, None, Graphs())
+    draft.observe([ids[half:]])
+    return draft.propose(Decided(torch.tensor([ids[-1:]])), depth)
 
 
 def chains(tree) -> list[list[int]]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from generations import scripted
 from models import prompt, tiny_model
-from tape import TapeRecorder
+from tape import Tapes
 
 from specextend import SpecConfig, SpecExtend
 from specextend.draft.working_cache import WorkingCache
-from specextend.graphs import Graphs
 
 SMALL = SpecConfig(
     chunk_size=8, budget=32, sink_chunks=1, recent_chunks=1, retrieve_every=2, prefill_chunk=40,
@@ -53,13 +53,10 @@ class TestLossless:
             spec = SpecExtend(target, "self", SMALL, draft_cache=draft_cache)
             assert torch.equal(spec.generate(ids, **options), plain)
 
-    def test_gate(self, target, monkeypatch):
+    def test_gate(self, target):
         """Rests of the gate: many tokens that the working cache has not seen."""
-        from specextend.gate import Gate
-
-        depths = iter([2] * 3 + [0] * 50 + [2] * 3 + [0] * 3 + [2] * 500)
-        monkeypatch.setattr(Gate, "next_depth", lambda self: next(depths))
-        spec = SpecExtend(target, "self", SMALL)
+        depths = [2] * 3 + [0] * 50 + [2] * 3 + [0] * 3 + [2] * 500
+        spec = SpecExtend(target, "self", SMALL, generation=scripted(depths))
         ids = prompt(60)
         out = spec.generate(ids, max_new_tokens=150, do_sample=False)
         assert torch.equal(out, greedy(target, ids, 150))
@@ -132,53 +129,31 @@ def test_what_it_needs(target):
         SpecExtend(tiny_model("gpt2"), "self", SMALL)
 
 
-@pytest.fixture
-def recorders():
-    """Of what ``taped`` has recorded."""
-    return []
-
-
-@pytest.fixture
-def taped(recorders):
-    """In place of ``SpecExtend._graphs``: rounds and drafts run from tapes."""
-
-    def make_graphs(self, name, reason):
-        assert reason is None
-        recorders.append(TapeRecorder())
-        return Graphs(recorders[-1], name)
-
-    return make_graphs
-
-
-def test_captured_to_full_depth(target, taped, recorders, monkeypatch):
-    monkeypatch.setattr(SpecExtend, "_graphs", taped)
+def test_captured_to_full_depth(target):
     config = SMALL.replace(
         budget=160, tree_shape="top_k", tree_nodes=4, tree_depth=4, tree_width=1, tree_top_k=1
     )
-    spec = SpecExtend(target, "self", config)
+    tapes = Tapes()
+    spec = SpecExtend(target, "self", config, recorder=tapes)
     spec.generate(prompt(60), max_new_tokens=61, do_sample=False)
     assert spec.stats.acceptance_histogram == {4: 12}
-    assert all(recorder.replays > 5 for recorder in recorders)
+    assert len(tapes) == 2 and all(recorder.replays > 5 for recorder in tapes)
 
 
 @pytest.mark.parametrize("draft_cache", ["retrieval", "window"])
-def test_captured(target, taped, recorders, monkeypatch, draft_cache):
+def test_captured(target, draft_cache):
     """The draft's work recorded once and replayed, with counts that only the device knows."""
     config = SMALL.replace(draft_cache=draft_cache, tree_shape="top_k", gate="auto")
-    ids, texts = prompt(70), []
-    for captured in (True, False):
-        gaps = iter([3, 3, 3, 0, 0, 3, 3, 0, 3, 3, 3, 2] * 20)
-        monkeypatch.setattr("specextend.gate.Gate.next_depth", lambda self, g=gaps: next(g))
-        if captured:
-            monkeypatch.setattr(SpecExtend, "_graphs", taped)
-        spec = SpecExtend(target, "self", config)
+    ids, texts, tapes = prompt(70), [], Tapes()
+    for recorder in (tapes, None):
+        generation = scripted([3, 3, 3, 0, 0, 3, 3, 0, 3, 3, 3, 2] * 20)
+        spec = SpecExtend(target, "self", config, recorder=recorder, generation=generation)
         text = []
         for step in spec.stream(ids, max_new_tokens=70, do_sample=False):
             text += step.tokens
-            work = spec.draft._caches.work
+            work = spec.draft.caches.work
             assert int(work.lens) + 1 + config.tree_keys <= work.capacity
         texts.append(text)
         assert spec.stats.num_accepted_tokens > 3
-        monkeypatch.undo()
     assert texts[0] == texts[1] == greedy(target, ids, 70)[0, 70:].tolist()
-    assert all(recorder.replays > 5 for recorder in recorders)
+    assert len(tapes) == 2 and all(recorder.replays > 5 for recorder in tapes)

@@ -11,7 +11,6 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch.autograd import DeviceType
@@ -23,7 +22,7 @@ sys.path[:0] = [str(ROOT / "bench"), str(ROOT)]
 from bench_decode import Stretched, trees  # noqa: E402
 from form import Report, parse, parser  # noqa: E402
 
-from specextend import SpecConfig, SpecExtend, decode  # noqa: E402
+from specextend import SpecConfig, SpecExtend  # noqa: E402
 from specextend.eval.synthetic import SHAPES, random_model  # noqa: E402
 
 ROUNDS = 5
@@ -50,12 +49,12 @@ def main() -> None:
         gate="off", tree_shape="top_k", tree_width=8, tree_top_k=8, tree_nodes=nodes,
         tree_depth=depth, seed=0,
     )  # fmt: skip
-    spec = SpecExtend(random_model(*made), random_model(*made, num_hidden_layers=1), config)
+    models = random_model(*made), random_model(*made, num_hidden_layers=1)
+    spec = SpecExtend(*models, config, generation=Stretched)
     prompt = torch.randint(1, 1000, (1, arguments.context), device=device)
     tokens = (WARMUP + ROUNDS + 2) * (depth + 1)
-    with mock.patch.object(decode, "_Generation", Stretched):
-        stream = spec.stream(prompt, max_new_tokens=tokens, do_sample=False)
-        next(stream)
+    stream = spec.stream(prompt, max_new_tokens=tokens, do_sample=False)
+    next(stream)
     for _ in range(WARMUP):
         next(stream)
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]

@@ -1,15 +1,18 @@
 """Draft kinds, one module each, behind the interface of :mod:`specextend.draft.base`."""
 
-from .base import Draft
+from .base import Decided, Draft
 from .causal_lm import CausalLMDraft
 from .eagle import EagleDraft
-from .load import load_draft
+from .load import KINDS, WORDS, load_draft
 from .longspec import LongSpecDraft
 from .ngram import NGramDraft
 from .self_draft import SelfDraft
 
 __all__ = [
+    "KINDS",
+    "WORDS",
     "CausalLMDraft",
+    "Decided",
     "Draft",
     "EagleDraft",
     "LongSpecDraft",

@@ -1,24 +1,71 @@
-"""What the loop asks of a draft."""
+"""What the engine asks of a draft: the contract of every kind."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cache import KVCache
+from ..config import SpecConfig
 from ..graphs import Graphs
+from ..target import Target
 from ..tree import Tree
+from .checkpoint import Checkpoint
+
+#: what a draft can be made of: a model, weights that lie somewhere, or the word for its kind
+Source = PreTrainedModel | Checkpoint | str
+
+#: of target and draft, None where it is not known
+Tokenizers = tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | None]
+
+
+@dataclass
+class Decided:
+    """Tokens that a draft has yet to take in, of B sequences.
+
+    Attributes:
+        tokens: [B, T] int64, in the order of the text.
+        features: [B, T, F], what the target saw when it decided each of them: the hidden states of
+            ``feature_layers``, side by side, at the position before the token's. A prompt's first
+            token has zeros. None for drafts without ``feature_layers``.
+        counts: [B] int32, how many tokens of each sequence count, from the first on; the rest is
+            arbitrary. They are known on the device alone. None: all of them do.
+    """
+
+    tokens: Tensor
+    features: Tensor | None = None
+    counts: Tensor | None = None
+
+    def __getitem__(self, columns: slice) -> Decided:
+        """Return some of the tokens, where all of them count."""
+        features = None if self.features is None else self.features[:, columns]
+        return Decided(self.tokens[:, columns], features)
+
+    def __len__(self) -> int:
+        """T."""
+        return self.tokens.shape[1]
 
 
 class Draft(ABC):
     """Proposes trees of tokens. One object serves one model for any number of generations.
 
-    The loop calls ``begin`` once per generation and ``prefill`` with each part of the prompt but
-    its last token, behind the target's own forward over that part. Then per round it calls
+    The engine calls ``begin`` once per generation and ``prefill`` with each part of the prompts but
+    their last tokens, behind the target's own forward over that part. Then per round it calls
     ``propose`` with the tokens that have been decided since the last call, the prompt's last one
     first, and on its schedule ``retrieve``. Whatever a draft proposes, the output is the target's.
+
+    B is the number of sequences, which is 1 today.
     """
+
+    #: the kind's name in tables and records
+    kind: str = "draft"
+
+    #: what a user writes for a draft of this kind; None for kinds that come as weights
+    word: ClassVar[str | None] = None
 
     #: chunk scores from the target's attention are of use
     wants_scores = False
@@ -28,72 +75,117 @@ class Draft(ABC):
     feature_layers: tuple[int, ...] = ()
 
     #: values of ``draft_cache`` that it knows; one alone where the option means nothing to it
-    caches: tuple[str, ...] = ("full", "window", "retrieval")
+    cache_kinds: tuple[str, ...] = ("full", "window", "retrieval")
 
-    #: what the draft's work is captured in on a GPU, if it has no :meth:`obstacle`; set before
-    #: ``begin``
-    graphs: Graphs = Graphs()
+    #: it works on the host, on what ``observe`` tells it, so that there is nothing to capture
+    on_host = False
 
-    #: ``propose`` takes ``count``, so that the host need not know how many tokens there are
-    takes_count = False
+    #: the causal LM that it runs, where that is a model apart from the target
+    causal_lm: PreTrainedModel | None = None
 
-    def obstacle(self) -> str | None:
-        """Why the draft cannot be captured in CUDA graphs; None if it can."""
-        return "drafts of its kind are not captured"
+    # ---- how it is made --------------------------------------------------------------------------
+
+    @classmethod
+    def recognises(cls, source: Source) -> bool:
+        """Tell whether ``source`` is, or is meant to be, a draft of this kind."""
+        return cls.word is not None and isinstance(source, str) and source == cls.word
+
+    @classmethod
+    def load(
+        cls, source: Source, target: Target, config: SpecConfig, tokenizers: Tokenizers
+    ) -> Draft:
+        """Make a draft for ``target`` of what the kind recognises.
+
+        Raises:
+            ValueError: it does not fit the target.
+        """
+        raise NotImplementedError(f"a {cls.__name__} is given to SpecExtend as an object")
+
+    def with_config(self, config: SpecConfig) -> Draft:
+        """Return a draft on the same weights with other options.
+
+        Raises:
+            ValueError: the options are not for this kind.
+        """
+        raise NotImplementedError(f"a {type(self).__name__} keeps the options it was made with")
+
+    # ---- what it can do --------------------------------------------------------------------------
 
     @property
     def num_parameters(self) -> int:
         """Weights of its own."""
         return 0
 
+    def check_length(self, prompt: int, total: int) -> None:  # noqa: B027  most hold any length
+        """Refuse a text that the draft cannot follow.
+
+        Args:
+            prompt: tokens of the prompt.
+            total: tokens of prompt and output.
+
+        Raises:
+            ValueError: with the lengths that it can.
+        """
+
+    def obstacle(self) -> str | None:
+        """Say why the draft cannot be captured in CUDA graphs; None if it can.
+
+        One that can works with ``counts`` that the device alone knows, calls its work through the
+        ``graphs`` that ``begin`` gave it, and is asked for a tree before the host has read what was
+        decided.
+        """
+        return "drafts of its kind are not captured"
+
+    # ---- a generation ----------------------------------------------------------------------------
+
     @abstractmethod
-    def begin(self, prompt: Tensor, max_length: int, cache: KVCache) -> None:
+    def begin(self, prompt: Tensor, max_length: int, cache: KVCache, graphs: Graphs) -> None:
         """Forget every earlier generation.
 
         Args:
-            prompt: [1, L] int64, all of it.
-            max_length: tokens, prompt included, that the generation will have at most.
+            prompt: [B, L] int64, all of it.
+            max_length: tokens, prompt included, that a sequence will have at most.
             cache: the target's, empty; its committed rows may be read until ``end``.
+            graphs: that the draft's work is captured in, if it has no :meth:`obstacle`.
         """
 
-    def prefill(self, tokens: Tensor, features: Tensor | None) -> None:  # noqa: B027
-        """Take in the next part of the prompt.
+    def prefill(self, decided: Decided) -> None:  # noqa: B027
+        """Take in the next part of the prompt, T tokens that are committed in the target's cache.
 
         Args:
-            tokens: [1, T] int64, committed in the target's cache.
-            features: [1, T, F] of these tokens, the hidden states of ``feature_layers`` side by
-                side; None without.
+            decided: all of its tokens count.
         """
 
     @abstractmethod
-    def propose(self, tokens: Tensor, depth: int, features: Tensor | None) -> Tree:
-        """Take in the decided tokens and grow a tree of at most ``depth`` >= 1 levels.
+    def propose(self, decided: Decided, depth: int) -> Tree:
+        """Take in the decided tokens and grow a tree of at most ``depth`` levels per sequence.
 
         Args:
-            tokens: [1, T] int64, decided since the last call. The last one is the root that the
+            decided: the tokens since the last call. The last one that counts is the root that the
                 tree grows from, which the target has not seen yet.
-            depth: levels.
-            features: [1, R, F] of the tokens committed since the last call (or the prefill), which
-                are one behind: they end before the root. None without ``feature_layers``.
-
-        With ``takes_count`` there is one more argument:
-            count: [1] int32, how many of ``tokens`` and ``features`` count, from the first on, the
-                rest being arbitrary; None: all of them.
-        """
-
-    def observe(self, tokens: list[int]) -> None:  # noqa: B027
-        """See the tokens that a round has decided, once the host has read them. For drafts that
-        work on the host: a read of their own would make it wait once more."""
-
-    def settle(self, count: int) -> None:  # noqa: B027
-        """Learn how many of the tokens of the last ``propose`` with a ``count`` counted."""
-
-    def retrieve(self, scores: Tensor) -> Tensor | None:
-        """Choose what to attend to from ``scores`` [1, C] fp32, the target's attention mass per
-        chunk.
+            depth: levels, at least 1 and at most ``config.max_depth``.
 
         Returns:
-            [1, budget] int32 chunk ids with a -1 tail, or None if the draft does not retrieve.
+            A tree of B sequences, all with M nodes.
+        """
+
+    def observe(self, tokens: list[list[int]]) -> None:  # noqa: B027
+        """See the tokens of each of the B sequences that a round has decided, once the host has
+        read them. For drafts that work on the host: a read of their own would make it wait once
+        more."""
+
+    def settle(self, counts: list[int]) -> None:  # noqa: B027
+        """Learn, for each of the B sequences, how many tokens of the last ``propose`` with
+        ``counts`` did count."""
+
+    def retrieve(self, scores: Tensor) -> Tensor | None:
+        """Choose what to attend to.
+
+        Args:
+            scores: [B, C] fp32, the target's attention mass per chunk.
+
+        Returns:
+            [B, budget] int32 chunk ids with a -1 tail, or None if the draft does not retrieve.
         """
         return None
 

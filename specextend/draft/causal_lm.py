@@ -2,119 +2,111 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..attention import Pass, PatchedModel
-from ..cache import KVCache
+from ..attention import PatchedModel
+from ..cache import Pass
 from ..config import SpecConfig
 from ..graphs import obstacle
-from ..rotary import Rotary
-from ..tree import Tree, grow_tree
-from .base import Draft
-from .working_cache import WorkingCache
+from ..guard import check_length, self_check
+from ..rotary import Rotary, probe_rotary
+from ..target import Target
+from ..tokenizers import check_same_tokenizer
+from .base import Decided, Source, Tokenizers
+from .cached import CachedDraft
+from .checkpoint import Checkpoint
 
 
-class CausalLMDraft(Draft):
+class CausalLMDraft(CachedDraft):
     """A small causal LM that shares the target's tokenizer.
 
     Args:
         model: the draft; batch 1.
         config: tree and cache options.
-        rotary: how its keys carry positions; None where the draft cache is "full".
         vocab: entries of the target's vocabulary; either head may be padded.
+        rotary: how its keys carry positions; None: to be found out, unless the draft cache is
+            "full", which need not know.
     """
 
-    takes_count = True
-    _root_rows = 0  # of the root, behind the committed rows, while a tree grows behind it
+    kind = "model"
 
     def __init__(
-        self, model: PreTrainedModel, config: SpecConfig, rotary: Rotary | None, vocab: int
+        self, model: PreTrainedModel, config: SpecConfig, vocab: int, rotary: Rotary | None = None
     ):
-        self.model = PatchedModel(model)
-        self.config = config
+        super().__init__(config)
+        if rotary is None and config.draft_cache != "full":
+            rotary = probe_rotary(model)
+        self.patched = PatchedModel(model)
         self.rotary = rotary
-        self.device = model.device
-        text_config = model.config.get_text_config()
-        self.num_layers = text_config.num_hidden_layers
-        self._vocab = min(vocab, text_config.vocab_size)
-        self.wants_scores = config.draft_cache == "retrieval"
+        self._target_vocab = vocab
+        self._vocab = min(vocab, self.patched.vocab_size)
 
-    def obstacle(self) -> str | None:
-        return obstacle(self.model.model)
+    @classmethod
+    def recognises(cls, source: Source) -> bool:
+        if isinstance(source, Checkpoint):
+            return source.config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        return isinstance(source, PreTrainedModel)
+
+    @classmethod
+    def load(
+        cls, source: Source, target: Target, config: SpecConfig, tokenizers: Tokenizers
+    ) -> CausalLMDraft:
+        model = _read(source, target.model) if isinstance(source, Checkpoint) else source
+        if model.device != target.model.device:
+            raise ValueError(
+                f"the draft must be on the target's device {target.model.device}, got "
+                f"{model.device}"
+            )
+        _check_vocabulary(model, target.vocab_size, tokenizers)
+        self_check(PatchedModel(model))
+        return cls(model, config, target.vocab_size)
+
+    def with_config(self, config: SpecConfig) -> CausalLMDraft:
+        return type(self)(self.patched.model, config, self._target_vocab, self.rotary)
+
+    @property
+    def causal_lm(self) -> PreTrainedModel | None:
+        return self.patched.model
 
     @property
     def num_parameters(self) -> int:
-        return self.model.model.num_parameters()
+        return self.patched.model.num_parameters()
 
-    def begin(self, prompt, max_length, cache) -> None:
-        # Behind the committed rows: a growing tree, or a path of which not every token counts.
-        capacity = max_length + 1 + max(self.config.tree_keys, self.config.max_depth + 1)
-        full = KVCache(self.num_layers, capacity, batch=1, device=self.device)
-        self._caches = WorkingCache(full, self.config, self.rotary, self.graphs)
+    def check_length(self, prompt: int, total: int) -> None:
+        check_length(self.patched.model, prompt, total, role="draft")
+
+    def obstacle(self) -> str | None:
+        return obstacle(self.patched.model)
+
+    def begin(self, prompt, max_length, cache, graphs) -> None:
+        self._begin(self.patched.num_layers, max_length, prompt.device, self.rotary, graphs)
         self._last_position = max_length - 1
 
-    def end(self) -> None:
-        self._caches = None
+    def prefill(self, decided) -> None:
+        self._fill(decided)
 
-    def prefill(self, tokens, features) -> None:
-        """Tokens into the full cache alone, without logits that anybody reads."""
-        full, count = self._caches.full, tokens.shape[1]
-        self._logits(tokens, self._positions(count), self._caches.fill(count), last_only=True)
+    def _fill(self, decided: Decided) -> None:
+        """Run tokens into the full cache alone, without logits that anybody reads."""
+        full, count = self.caches.full, len(decided)
+        state = self.caches.fill(count)
+        self.logits(decided.tokens, self._positions(count), state, last_only=True)
         full.advance(count)
 
-    def retrieve(self, scores: Tensor) -> Tensor:
-        return self._caches.refill(scores)
+    def _take_in(self, tokens, features, last) -> Tensor:
+        count = tokens.shape[1]
+        positions, state = self._positions(count), self.caches.extend(count)
+        if last is None:
+            return self.logits(tokens, positions, state, last_only=True)
+        positions = positions.clamp(max=self._last_position)  # of rows that do not count
+        return self.logits(tokens, positions, state, row=last)
 
-    def propose(self, tokens, depth, features, count=None) -> Tree:
-        caches = self._caches
-        if not caches.fits(tokens.shape[1]):
-            if not caches.fits_refilled(tokens.shape[1]):
-                # After a rest of the gate: more tokens than the working cache has room for.
-                self.prefill(tokens[:, :-1], features)
-                tokens = tokens[:, -1:]
-            caches.refill()
-        elif caches.needs_refill:
-            caches.refill()
-        if self.config.tree_shape == "fixed":
-            depth = min(depth, len(self.config.tree_widths))
-        if count is not None:
-            key = ("propose", tokens.shape[1], depth)
-            return self.graphs.call(key, lambda *given: self._grow(depth, *given), tokens, count)
-        tree = self._grow(depth, tokens, None)
-        caches.settle(tokens.shape[1])
-        return tree
+    def step(self, tokens, level, mask, num_keys, parents) -> Tensor:
+        positions = self._positions(1, level).expand_as(tokens)
+        return self.logits(tokens, positions, self.caches.grow(level, mask, num_keys))
 
-    def settle(self, count: int) -> None:
-        self._caches.settle(count)
-
-    def _grow(self, depth: int, tokens: Tensor, count: Tensor | None) -> Tree:
-        """Take in ``tokens`` and grow a tree; on the device alone."""
-        caches, width = self._caches, tokens.shape[1]
-        positions, state = self._positions(width), caches.extend(width)
-        if count is None:
-            root = tokens[:, -1:]
-            logits = self._logits(tokens, positions, state, last_only=True)
-        else:
-            # Rows that do not count are behind those that do, and the tree is written over them.
-            last = count.long() - 1
-            root = tokens.index_select(1, last)
-            positions = positions.clamp(max=self._last_position)
-            logits = self._logits(tokens, positions, state, row=last)
-        caches.commit(width if count is None else count)
-        return grow_tree(root, logits, self._step, self.config, depth)
-
-    def _step(self, tokens: Tensor, level: int, mask: Tensor, num_keys: int, parents) -> Tensor:
-        positions = self._positions(1, self._root_rows + level).expand_as(tokens)
-        return self._logits(tokens, positions, self._caches.grow(level, mask, num_keys))
-
-    def _positions(self, count: int, first: int = 0) -> Tensor:
-        """[1, count] int64, from the ``first`` one behind the committed ones on."""
-        steps = torch.arange(first, first + count, device=self.device)
-        return self._caches.full.lens[:, None] + steps
-
-    def _logits(
+    def logits(
         self,
         tokens: Tensor,
         positions: Tensor,
@@ -122,7 +114,33 @@ class CausalLMDraft(Draft):
         last_only: bool = False,
         row: Tensor | None = None,
     ) -> Tensor:
+        """Run the model in a pass; arguments and result as of :meth:`PatchedModel.forward`."""
         # An id beyond the draft's vocabulary is of the target's padding, one below 0 of a row that
         # does not count; any embedding will do.
         tokens = tokens.clamp(0, self._vocab - 1)
-        return self.model.forward(tokens, positions, state, last_only, row)[..., : self._vocab]
+        return self.patched.forward(tokens, positions, state, last_only, row)[..., : self._vocab]
+
+
+def _read(checkpoint: Checkpoint, target: PreTrainedModel) -> PreTrainedModel:
+    """Load a causal LM in the target's dtype, on its device."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder, dtype=target.dtype, output_loading_info=True
+    )
+    if missing := sorted(info["missing_keys"]):  # they would be random
+        raise ValueError(
+            f"no causal LM in {checkpoint.describe()}: missing {', '.join(missing[:8])}"
+        )
+    return model.to(target.device).eval()
+
+
+def _check_vocabulary(draft: PreTrainedModel, vocab: int, tokenizers: Tokenizers) -> None:
+    """Refuse a draft whose tokens are not the target's."""
+    size = draft.config.get_text_config().vocab_size
+    if None not in tokenizers:
+        check_same_tokenizer(*tokenizers)
+    elif size != vocab:
+        raise ValueError(
+            f"the target's vocabulary has {vocab} entries, the draft's {size}: either "
+            "their tokenizers differ, or a head is padded; pass tokenizer= and "
+            "draft_tokenizer= to have them compared"
+        )

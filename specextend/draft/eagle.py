@@ -11,45 +11,47 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..attention import Pass, PatchedModel
-from ..cache import KVCache
+from ..cache import Pass
 from ..config import SpecConfig
 from ..rotary import Rotary
-from ..tree import Tree, grow_tree
-from .base import Draft
+from ..target import Target
+from ..tree import Tree
+from .base import Decided, Source, Tokenizers
+from .cached import CachedDraft
 from .checkpoint import Checkpoint
 from .eagle_head import Attend, EagleHead, head_version
-from .working_cache import WorkingCache
 
 
-class EagleDraft(Draft):
+class EagleDraft(CachedDraft):
     """A head trained for the target.
+
+    A row of its caches is that of a token and of the features that it was decided from, so that the
+    prompt's first token has none.
 
     Args:
         head: on the target's device, in its dtype.
         config: tree and cache options.
     """
 
-    takes_count = True
-
     def __init__(self, head: EagleHead, config: SpecConfig):
+        super().__init__(config)
         self.head = head
-        self.config = config
+        self.kind = f"eagle{head.config.version}"
         self.feature_layers = head.config.feature_layers
-        self.wants_scores = config.draft_cache == "retrieval"
-        self._vocabulary = head.vocabulary
-
-    @staticmethod
-    def recognises(checkpoint: Checkpoint) -> bool:
-        """Whether a checkpoint is, or is meant to be, an EAGLE head."""
-        return head_version(checkpoint) is not None
+        self.vocabulary = head.vocabulary
 
     @classmethod
-    def from_checkpoint(
-        cls, checkpoint: Checkpoint, target: PatchedModel, config: SpecConfig
+    def recognises(cls, source: Source) -> bool:
+        return isinstance(source, Checkpoint) and head_version(source) is not None
+
+    @classmethod
+    def load(
+        cls, source: Source, target: Target, config: SpecConfig, tokenizers: Tokenizers
     ) -> EagleDraft:
-        """Load a head for ``target``."""
-        return cls(EagleHead.load(checkpoint, target.model), config)
+        return cls(EagleHead.load(source, target.model), config)
+
+    def with_config(self, config: SpecConfig) -> EagleDraft:
+        return EagleDraft(self.head, config)
 
     @property
     def num_parameters(self) -> int:
@@ -58,107 +60,61 @@ class EagleDraft(Draft):
     def obstacle(self) -> str | None:
         return self.head.obstacle()
 
-    def begin(self, prompt, max_length, cache) -> None:
-        config, layers, device = self.config, self.head.config.num_layers, prompt.device
-        # Behind the committed rows: a growing tree, or a path of which not every token counts.
-        capacity = max_length + 1 + max(config.tree_keys, config.max_depth + 1)
-        full = KVCache(layers, capacity, batch=1, device=device)
+    def begin(self, prompt, max_length, cache, graphs) -> None:
+        layers, device = self.head.config.num_layers, prompt.device
         frequencies = self.head.rope(device).inv_freq.float()
         rotary = Rotary(frequencies.expand(layers, -1).contiguous(), interleaved=False)
-        self._caches = WorkingCache(full, config, rotary, self.graphs)
-        self._features: Tensor | None = None  # of the last tokens, whose next ones are not decided
-        self._skip = 1  # the prompt's first token stands behind no hidden state
+        self._begin(layers, max_length, device, rotary, graphs)
+        self._skip = 1  # the prompt's first token was decided from nothing
 
     def end(self) -> None:
-        self._caches = self._features = self._hidden = None
+        super().end()
+        self._hidden = None
 
-    def prefill(self, tokens, features) -> None:
-        tokens, features = self._pair(tokens, features)
-        if tokens.shape[1]:
-            self._fill(tokens, features)
+    def prefill(self, decided) -> None:
+        decided = self._from_features(decided)
+        if len(decided):
+            self._fill(decided)
 
-    def retrieve(self, scores: Tensor) -> Tensor:
-        return self._caches.refill(scores)
+    def propose(self, decided, depth) -> Tree:
+        return super().propose(self._from_features(decided), depth)
 
-    def propose(self, tokens, depth, features, count=None) -> Tree:
-        caches = self._caches
-        if count is None:
-            tokens, features = self._pair(tokens, features)
-        # Else the loop gives what the last round emitted, as many features as tokens.
-        if not caches.fits(tokens.shape[1]):
-            if not caches.fits_refilled(tokens.shape[1]):
-                # After a rest of the gate: more tokens than the working cache has room for.
-                self._fill(tokens[:, :-1], features[:, :-1])
-                tokens, features = tokens[:, -1:], features[:, -1:]
-            caches.refill()
-        elif caches.needs_refill:
-            caches.refill()
-        if count is not None:
-            key = ("propose", tokens.shape[1], depth)
-            return self.graphs.call(
-                key, lambda *given: self._grow(depth, *given), tokens, features, count
-            )
-        tree = self._grow(depth, tokens, features, None)
-        caches.settle(tokens.shape[1])
-        return tree
+    def _from_features(self, decided: Decided) -> Decided:
+        """Return the tokens that were decided from features: all but the first of all."""
+        if self._skip:
+            self._skip, decided = 0, decided[1:]
+        return decided
 
-    def settle(self, count: int) -> None:
-        self._caches.settle(count)
-
-    def _pair(self, tokens: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Each token and the features of the one before it; the rest is kept."""
-        if self._features is not None:
-            features = torch.cat([self._features, features], 1)
-        tokens, self._skip = tokens[:, self._skip :], 0
-        count = tokens.shape[1]
-        self._features = features[:, count:].clone()  # what it is part of can be freed
-        return tokens, features[:, :count]
-
-    def _fill(self, tokens: Tensor, features: Tensor) -> None:
-        """Tokens into the full cache alone."""
-        full, count = self._caches.full, tokens.shape[1]
-        self._take(tokens, features, self._caches.fill(count))
+    def _fill(self, decided: Decided) -> None:
+        full, count = self.caches.full, len(decided)
+        self._run(decided.tokens, decided.features, self.caches.fill(count))
         full.advance(count)
 
-    def _take(self, tokens: Tensor, features: Tensor, state: Pass) -> tuple[Tensor, Tensor]:
-        """The head over decided tokens."""
-        positions = self._positions(0, tokens.shape[1])
-        return self.head(
-            tokens, self.head.fuse(features), positions, attend(state, self.head.config.windows)
-        )
-
-    def _grow(self, depth: int, tokens: Tensor, features: Tensor, count: Tensor | None) -> Tree:
-        """Take in ``tokens`` and grow a tree; on the device alone."""
-        caches, width = self._caches, tokens.shape[1]
-        if count is None:
-            last = torch.full((1,), width - 1, device=tokens.device)
+    def _take_in(self, tokens, features, last) -> Tensor:
+        if last is None:
+            last = torch.full(tokens.shape[:1], tokens.shape[1] - 1, device=tokens.device)
         else:
-            # Rows that do not count are behind those that do, and the tree is written over them.
-            last = count.long() - 1
-            tokens = tokens.clamp(min=0)
-        out, hidden = self._take(tokens, features, caches.extend(width))
-        caches.commit(width if count is None else count)
+            tokens = tokens.clamp(min=0)  # of rows that do not count
+        out, hidden = self._run(tokens, features, self.caches.extend(tokens.shape[1]))
         self._hidden = hidden.index_select(1, last)
-        logits = self.head.logits(out.index_select(1, last))
-        root = tokens.index_select(1, last)
-        return grow_tree(root, logits, self._step, self.config, depth, self._vocabulary)
+        return self.head.logits(out.index_select(1, last))
 
-    def _step(self, tokens: Tensor, level: int, mask: Tensor, num_keys: int, parents) -> Tensor:
+    def _run(self, tokens: Tensor, features: Tensor, state: Pass) -> tuple[Tensor, Tensor]:
+        """Run the head over decided tokens: what the logits are made of, and the hidden states."""
+        attention = attend(state, self.head.config.windows)
+        positions = self._positions(tokens.shape[1])
+        return self.head(tokens, self.head.fuse(features), positions, attention)
+
+    def step(self, tokens, level, mask, num_keys, parents) -> Tensor:
         rows = parents[..., None].expand(-1, -1, self._hidden.shape[-1])
-        attention = attend(self._caches.grow(level, mask, num_keys), self.head.config.windows)
-        out, self._hidden = self.head(
-            tokens, self._hidden.gather(1, rows), self._positions(level, 1), attention
-        )
+        attention = attend(self.caches.grow(level, mask, num_keys), self.head.config.windows)
+        positions = self._positions(1, level)
+        out, self._hidden = self.head(tokens, self._hidden.gather(1, rows), positions, attention)
         return self.head.logits(out)
-
-    def _positions(self, first: int, count: int) -> Tensor:
-        """[1, count] int64, from the ``first`` one behind the committed ones on."""
-        lens = self._caches.full.lens
-        return lens[:, None] + torch.arange(first, first + count, device=lens.device)
 
 
 def attend(state: Pass, windows: tuple[int, ...]) -> Attend:
-    """Attention of a head's layers in a pass, on our kernels."""
+    """Give a head's layers their attention in a pass, on our kernels."""
 
     def attention(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         layer = state.cache.layers[index]

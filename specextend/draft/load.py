@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import PreTrainedModel
 
-from ..attention import PatchedModel
 from ..config import SpecConfig
-from ..guard import self_check
-from ..rotary import probe_rotary
-from ..tokenizers import check_same_tokenizer
-from .base import Draft
+from ..target import Target
+from .base import Draft, Source, Tokenizers
 from .causal_lm import CausalLMDraft
 from .checkpoint import Checkpoint
 from .eagle import EagleDraft
@@ -20,20 +16,20 @@ from .longspec import LongSpecDraft
 from .ngram import NGramDraft
 from .self_draft import SelfDraft
 
-#: kinds of trained heads, each asked in turn whether a checkpoint is one of its own
-HEADS: tuple[type[Draft], ...] = (EagleDraft, LongSpecDraft)
+#: the kinds, each asked in turn whether a source is one of its own
+KINDS: tuple[type[Draft], ...] = (NGramDraft, SelfDraft, EagleDraft, LongSpecDraft, CausalLMDraft)
+
+#: what a user may write for drafts that need no weights of their own
+WORDS: tuple[str, ...] = tuple(kind.word for kind in KINDS if kind.word)
 
 
 def load_draft(
     draft: PreTrainedModel | Draft | str | Path | None,
-    target: PatchedModel,
+    target: Target,
     config: SpecConfig,
-    tokenizers: tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | None] = (
-        None,
-        None,
-    ),
+    tokenizers: Tokenizers = (None, None),
 ) -> Draft | None:
-    """The draft that ``draft`` stands for.
+    """Return the draft that ``draft`` stands for.
 
     Args:
         draft: a causal LM; a folder or hub id of one, or of a trained head (EAGLE, LongSpec), or
@@ -48,55 +44,17 @@ def load_draft(
     """
     if draft is None or isinstance(draft, Draft):
         return draft
-    vocab = target.model.config.get_text_config().vocab_size
-    if draft == "ngram":
-        return NGramDraft(config)
-    if draft == "self":
-        return SelfDraft(target, config, vocab)
-    if isinstance(draft, (str, Path)):
-        checkpoint = Checkpoint.open(draft)
-        for head in HEADS:
-            if head.recognises(checkpoint):
-                return head.from_checkpoint(checkpoint, target, config)
-        if checkpoint.config.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            raise ValueError(
-                "no draft of a known kind (causal LM, EAGLE-1/2/3, LongSpec) in "
-                f"{checkpoint.describe()}"
-            )
-        draft = _load_causal_lm(checkpoint, target.model)
-    if not isinstance(draft, PreTrainedModel):
-        raise TypeError(
-            "draft must be a causal LM of transformers, a path or hub id, 'ngram', 'self', a "
-            f"specextend.draft.Draft or None, got {type(draft).__name__}"
-        )
-    if draft.device != target.model.device:
+    source: Source = draft
+    if isinstance(draft, (str, Path)) and draft not in WORDS:
+        source = Checkpoint.open(draft)
+    for kind in KINDS:
+        if kind.recognises(source):
+            return kind.load(source, target, config, tokenizers)
+    if isinstance(source, Checkpoint):
         raise ValueError(
-            f"the draft must be on the target's device {target.model.device}, got {draft.device}"
+            f"no draft of a known kind (causal LM, EAGLE-1/2/3, LongSpec) in {source.describe()}"
         )
-    _check_vocabulary(draft, vocab, tokenizers)
-    self_check(PatchedModel(draft))
-    rotary = None if config.draft_cache == "full" else probe_rotary(draft)
-    return CausalLMDraft(draft, config, rotary, vocab)
-
-
-def _load_causal_lm(checkpoint: Checkpoint, target: PreTrainedModel) -> PreTrainedModel:
-    model, info = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, dtype=target.dtype, output_loading_info=True
+    raise TypeError(
+        "draft must be a causal LM of transformers, a path or hub id, 'ngram', 'self', a "
+        f"specextend.draft.Draft or None, got {type(draft).__name__}"
     )
-    if missing := sorted(info["missing_keys"]):  # they would be random
-        raise ValueError(
-            f"no causal LM in {checkpoint.describe()}: missing {', '.join(missing[:8])}"
-        )
-    return model.to(target.device).eval()
-
-
-def _check_vocabulary(draft: PreTrainedModel, vocab: int, tokenizers) -> None:
-    size = draft.config.get_text_config().vocab_size
-    if None not in tokenizers:
-        check_same_tokenizer(*tokenizers)
-    elif size != vocab:
-        raise ValueError(
-            f"the target's vocabulary has {vocab} entries, the draft's {size}: either "
-            "their tokenizers differ, or a head is padded; pass tokenizer= and "
-            "draft_tokenizer= to have them compared"
-        )

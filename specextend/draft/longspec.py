@@ -20,12 +20,11 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from .. import ops
-from ..attention import PatchedModel
-from ..cache import KVCache
 from ..config import SpecConfig
 from ..rotary import probe_rotary
+from ..target import Target
 from ..tree import Tree, grow_tree
-from .base import Draft
+from .base import Draft, Source, Tokenizers
 from .checkpoint import Checkpoint
 
 WINDOW = 513  # keys that a token sees, itself included: flash attention's (512, 0)
@@ -236,7 +235,8 @@ class LongSpecDraft(Draft):
         window: keys that self-attention sees, the token itself included.
     """
 
-    caches = ("full",)  # a cache of its own kind
+    kind = "longspec"
+    cache_kinds = ("full",)  # a cache of its own kind
 
     def __init__(
         self,
@@ -246,6 +246,7 @@ class LongSpecDraft(Draft):
         window: int = WINDOW,
     ):
         self.block, self.config, self.window = block, config, window
+        self._model = model
         self.rotation = Rotation(model)
         self.embedding, self.head = model.get_input_embeddings(), model.get_output_embeddings()
         self.device = model.device
@@ -253,24 +254,27 @@ class LongSpecDraft(Draft):
         fixed = config.tree_shape == "fixed"
         self._widths = config.tree_widths if fixed else (config.tree_width,) * config.tree_depth
 
-    @staticmethod
-    def recognises(checkpoint: Checkpoint) -> bool:
-        """Whether it is LongSpec's: no other kind has these names."""
-        names = {name.removeprefix(_PREFIX) for name in checkpoint.files}
+    @classmethod
+    def recognises(cls, source: Source) -> bool:
+        """Tell whether it is LongSpec's: no other kind has these names."""
+        files = source.files if isinstance(source, Checkpoint) else ()
+        names = {name.removeprefix(_PREFIX) for name in files}
         return "post_cross_attention_layernorm.weight" in names
 
     @classmethod
-    def from_checkpoint(
-        cls, checkpoint: Checkpoint, target: PatchedModel, config: SpecConfig
+    def load(
+        cls, source: Source, target: Target, config: SpecConfig, tokenizers: Tokenizers
     ) -> LongSpecDraft:
-        """The draft that a checkpoint holds; see :func:`load_block`."""
-        return cls(load_block(checkpoint, target.model), target.model, config)
+        return cls(load_block(source, target.model), target.model, config)
+
+    def with_config(self, config: SpecConfig) -> LongSpecDraft:
+        return LongSpecDraft(self.block, self._model, config, self.window)
 
     @property
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.block.parameters())
 
-    def begin(self, prompt: Tensor, max_length: int, cache: KVCache) -> None:
+    def begin(self, prompt, max_length, cache, graphs) -> None:
         self._target = cache
         # The last level is proposed, but never run.
         self.ring = RingCache(
@@ -286,16 +290,16 @@ class LongSpecDraft(Draft):
     def end(self) -> None:
         self._target = self.ring = self._pending = None
 
-    def prefill(self, tokens: Tensor, features: Tensor | None) -> None:
-        self._take(tokens)
+    def prefill(self, decided) -> None:
+        self._take(decided.tokens)
 
     def _take(self, tokens: Tensor) -> None:
         """Remember tokens; those that no later token will see are forgotten at once."""
         self._pending = torch.cat([self._pending, tokens], 1)[:, -self.window :]
         self._taken += tokens.shape[1]
 
-    def propose(self, tokens: Tensor, depth: int, features: Tensor | None) -> Tree:
-        self._take(tokens)
+    def propose(self, decided, depth) -> Tree:
+        self._take(decided.tokens)
         new, self._pending = self._pending, self._pending[:, :0]
         positions = torch.arange(self._taken - new.shape[1], self._taken, device=self.device)[None]
         slots = self.ring.slots(positions)
@@ -304,19 +308,19 @@ class LongSpecDraft(Draft):
             k = self.rotation(k, self.rotation.angles(positions[:, :-1]))
             self.ring.write(slots[:-1], positions[:, :-1], k, v)
         root = new[:, -1:]
-        logits = self._forward(root, positions[:, -1:], slots[-1:], root.new_zeros(1, 1, 0))
-        return grow_tree(root, logits, self._step, self.config, min(depth, len(self._widths)))
+        logits = self.logits(root, positions[:, -1:], slots[-1:], root.new_zeros(1, 1, 0))
+        return grow_tree(root, logits, self.step, self.config, min(depth, len(self._widths)))
 
-    def _step(
+    def step(
         self, tokens: Tensor, level: int, mask: Tensor, num_keys: int, parents: Tensor
     ) -> Tensor:
         positions = torch.full_like(tokens, self._taken + level)
         slots = torch.arange(num_keys - tokens.shape[1], num_keys, device=self.device)
-        return self._forward(tokens, positions, slots, mask)
+        return self.logits(tokens, positions, slots, mask)
 
-    def _forward(self, tokens: Tensor, positions: Tensor, slots: Tensor, tree: Tensor) -> Tensor:
-        """Logits [1, M, V] of ``tokens`` [1, M], whose keys go to the rows ``slots`` [M]; ``tree``
-        is the mask of the tree rows that each sees."""
+    def logits(self, tokens: Tensor, positions: Tensor, slots: Tensor, tree: Tensor) -> Tensor:
+        """Return logits [1, M, V] of ``tokens`` [1, M], whose keys go to the rows ``slots`` [M];
+        ``tree`` is the mask of the tree rows that each sees."""
         angles = self.rotation.angles(positions)
 
         def self_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..config import SpecConfig
+from ..target import Target
 from ..tree import Tree
-from .base import Draft
+from .base import Draft, Source, Tokenizers
 
 _MATCHES = 32  # looked at per round; the better ones come first
 
@@ -28,32 +29,41 @@ class NGramDraft(Draft):
     It works on the host, on the tokens that the loop has read in any case.
     """
 
-    caches = ("full",)
+    kind = word = "ngram"
+    cache_kinds = ("full",)
+    on_host = True
 
     def __init__(self, config: SpecConfig):
         self.config = config
 
-    def obstacle(self) -> str | None:
-        return None  # nothing of it is on the device
+    @classmethod
+    def load(
+        cls, source: Source, target: Target, config: SpecConfig, tokenizers: Tokenizers
+    ) -> NGramDraft:
+        return cls(config)
 
-    def begin(self, prompt, max_length, cache) -> None:
+    def with_config(self, config: SpecConfig) -> NGramDraft:
+        return NGramDraft(config)
+
+    def begin(self, prompt, max_length, cache, graphs) -> None:
         self._ids = np.zeros(max_length + 1, dtype=np.int64)
         self._length = 0
-        self.observe(prompt[0].tolist())
+        self.observe(prompt.tolist())
 
     def end(self) -> None:
         self._ids = None
 
-    def observe(self, tokens: list[int]) -> None:
+    def observe(self, tokens: list[list[int]]) -> None:
+        (tokens,) = tokens
         end = min(self._length + len(tokens), len(self._ids))
         self._ids[self._length : end] = tokens[: end - self._length]
         self._length = end
 
-    def propose(self, tokens, depth, features) -> Tree:
+    def propose(self, decided, depth) -> Tree:
         tree = _Trie(self.config, depth)
         for chain in self._continuations(depth):
             tree.add(chain)
-        return tree.build(tokens[:, -1:])
+        return tree.build(decided.tokens[:, -1:])
 
     def _continuations(self, depth: int):
         """``depth`` tokens each, the most promising first."""

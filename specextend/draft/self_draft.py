@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .. import ops
-from ..attention import Pass, PatchedModel
+from ..cache import Pass
 from ..config import SpecConfig
-from ..rotary import probe_rotary
+from ..rotary import Rotary
+from ..target import Target
 from ..tree import Tree, grow_tree
+from .base import Decided, Source, Tokenizers
 from .causal_lm import CausalLMDraft
 from .working_cache import WorkingCache
 
@@ -26,66 +29,84 @@ class SelfDraft(CausalLMDraft):
     that nothing that was computed from a part of the context stays.
 
     Args:
-        target: the model of the loop.
+        model: the target.
         config: tree and cache options; ``draft_cache`` is "retrieval" or "window".
         vocab: entries of its vocabulary.
+        rotary: how its keys carry positions; None: to be found out.
     """
 
-    caches = ("window", "retrieval")
+    kind = word = "self"
+    cache_kinds = ("window", "retrieval")
     num_parameters = 0
-    _root_rows = 1
+    causal_lm = None
 
-    def __init__(self, target: PatchedModel, config: SpecConfig, vocab: int):
-        if config.draft_cache not in self.caches:
+    def __init__(
+        self, model: PreTrainedModel, config: SpecConfig, vocab: int, rotary: Rotary | None = None
+    ):
+        if config.draft_cache not in self.cache_kinds:
             raise ValueError(
                 'draft="self" needs draft_cache="retrieval" or "window": on its full cache the '
                 "target is no faster as its own draft"
             )
-        super().__init__(target.model, config, probe_rotary(target.model), vocab)
+        super().__init__(model, config, vocab, rotary)
 
-    def begin(self, prompt, max_length, cache) -> None:
-        self._caches = WorkingCache(cache, self.config, self.rotary, self.graphs)
+    @classmethod
+    def recognises(cls, source: Source) -> bool:
+        return isinstance(source, str) and source == cls.word
+
+    @classmethod
+    def load(
+        cls, source: Source, target: Target, config: SpecConfig, tokenizers: Tokenizers
+    ) -> SelfDraft:
+        return cls(target.model, config, target.vocab_size)
+
+    def check_length(self, prompt: int, total: int) -> None:
+        """Refuse nothing: what the target can hold is known of the target."""
+
+    def begin(self, prompt, max_length, cache, graphs) -> None:
+        self.caches = WorkingCache(cache, self.config, self.rotary, graphs)
+        self._graphs = graphs
         # Rows of the target's cache that the working cache stands for; known on the device alone.
         self._copied = torch.zeros_like(cache.lens)
 
-    def prefill(self, tokens, features) -> None:
+    def prefill(self, decided) -> None:
         """The target's prefill has filled its cache."""
 
     def retrieve(self, scores: Tensor | None) -> Tensor:
-        ids = self._caches.refill(scores)
-        self._copied.copy_(self._caches.full.lens)
+        ids = self.caches.refill(scores)
+        self._copied.copy_(self.caches.full.lens)
         return ids
 
-    def propose(self, tokens, depth, features, count=None) -> Tree:
-        caches, width = self._caches, tokens.shape[1]
-        if caches.needs_refill or not caches.fits(width + self._root_rows):
-            self.retrieve(None)
-        if count is not None:
-            key = ("propose", width, depth)
-            return self.graphs.call(key, lambda *given: self._grow(depth, *given), tokens, count)
-        tree = self._grow(depth, tokens, None)
-        self.settle(width)
-        return tree
-
-    def settle(self, count: int) -> None:
+    def settle(self, counts: list[int]) -> None:
         # A bound: a refill since the last call has brought some of these rows already.
-        self._caches.work.settle(count)
+        (count,) = counts
+        self.caches.work.settle(count)
 
-    def _grow(self, depth: int, tokens: Tensor, count: Tensor | None) -> Tree:
-        work = self._caches.work
+    def _make_room(self, decided: Decided) -> Decided:
+        if self.caches.needs_refill or not self.caches.fits(len(decided) + 1):  # and the root
+            self.retrieve(None)
+        return decided
+
+    def _grow(self, depth, tokens, features, counts) -> Tree:
+        work = self.caches.work
         self._copy(tokens.shape[1])
-        root = tokens[:, -1:] if count is None else tokens.index_select(1, count.long() - 1)
+        root = tokens[:, -1:] if counts is None else tokens.gather(1, counts.long()[:, None] - 1)
         # The root stays in the working cache while the tree grows behind it.
-        logits = self._logits(root, self._positions(1), Pass(work, [(work, work.lens)], 1))
+        logits = self.logits(root, self._positions(1), Pass(work, [(work, work.lens)], 1))
         work.commit(1)
-        tree = grow_tree(root, logits, self._step, self.config, depth)
+        tree = grow_tree(root, logits, self.step, self.config, depth)
         work.commit(-1)
         return tree
 
+    def step(self, tokens, level, mask, num_keys, parents) -> Tensor:
+        # Positions are counted from the target's committed rows, behind which the root comes first.
+        positions = self._positions(1, 1 + level).expand_as(tokens)
+        return self.logits(tokens, positions, self.caches.grow(level, mask, num_keys))
+
     def _copy(self, most: int) -> None:
-        """The target's new rows, ``most`` of them at most, behind those of the working cache."""
-        full, work = self._caches.full, self._caches.work
-        rows = self._copied + torch.arange(most, device=self.device)
+        """Copy the target's new rows, ``most`` of them at most, behind the working cache's."""
+        full, work = self.caches.full, self.caches.work
+        rows = self._copied + torch.arange(most, device=full.lens.device)
         rows = rows.clamp(max=full.capacity - 1)  # what is beyond the new ones does not count
         for ours, source in zip(work.layers, full.layers, strict=True):
             k, v = (x[:, rows] for x in (source.k, source.v))  # index_select copies the cache first

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..attention import Pass
-from ..cache import KVCache
+from ..cache import KVCache, Pass
 from ..config import SpecConfig
 from ..graphs import Graphs
 from ..rotary import Rotary

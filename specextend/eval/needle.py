@@ -20,17 +20,17 @@ class _Probe(CausalLMDraft):
     next token is kept. So the loop writes token by token, and the working cache is what the loop
     makes of it."""
 
-    def begin(self, prompt, max_length, cache) -> None:
-        super().begin(prompt, max_length, cache)
+    def begin(self, prompt, max_length, cache, graphs) -> None:
+        super().begin(prompt, max_length, cache, graphs)
         self.thoughts: list[Tensor] = []  # [V] of each round
 
-    def propose(self, tokens, depth, features, count=None) -> Tree:
-        tree = super().propose(tokens, 1, features)
+    def propose(self, decided, depth) -> Tree:
+        tree = super().propose(decided, 1)
         self.thoughts.append(self._last)
         return Tree.root_only(tree.tokens[:, :1])
 
-    def _logits(self, *args, **kwargs) -> Tensor:
-        logits = super()._logits(*args, **kwargs)
+    def logits(self, *args, **kwargs) -> Tensor:
+        logits = super().logits(*args, **kwargs)
         self._last = logits[0, -1].float().log_softmax(-1)
         return logits
 
@@ -62,9 +62,8 @@ def needle(
         draft: as the loop would use it.
         ids: the prompt, which ends before the answer; at least 2 tokens.
     """
-    probe = _Probe(
-        draft.model.model, config, draft.rotary, model.config.get_text_config().vocab_size
-    )
+    vocab = model.config.get_text_config().vocab_size
+    probe = _Probe(draft.causal_lm, config, vocab, draft.rotary)
     config = config.replace(gate="off", graphs="off", tree_shape="opt", tree_nodes=1)
     spec = SpecExtend(model, probe, config)
     # The first token, which nobody proposes, is the prompt's last. One more than the answer is

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config import SpecConfig
-from ..decode import Progress, SpecExtend
+from ..decode import SpecExtend
+from ..generation import Progress
 from ..guard import check_length
 from ..timing import Timed, logit_gap, parting, time_hugging_face, time_loop
 from .drafts import DraftSource
@@ -95,7 +96,7 @@ def _draft_of(method: Method, kind: str, drafts: dict[str, DraftSource]) -> str 
             f"{method.key} needs a draft of the kind {kind}; there is {', '.join(drafts) or 'none'}"
         )
     cache = method.changes.get("draft_cache")
-    if cache is not None and cache not in drafts[kind].caches:
+    if cache is not None and cache not in drafts[kind].cache_kinds:
         raise ValueError(
             f"{method.key} sets draft_cache={cache!r}, which a draft of the kind {kind} does not "
             f"know; its own row is {kind!r}"

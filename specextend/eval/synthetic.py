@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from ..decode import SpecExtend
+from ..generation import Generation, Request
 from ..sampling import TokenChooser
 
 
@@ -164,23 +166,26 @@ class SyntheticSpecExtend(SpecExtend):
     """
 
     def __init__(self, *args, acceptance: float | Sequence[float], **kwargs):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, generation=self._generation, **kwargs)
         self.acceptance = _per_position(acceptance)
-        if self.config.max_nodes + 2 > self._vocab:  # a token that nobody proposed is wanted
+        # A token that nobody proposed is wanted.
+        if self.config.max_nodes + 2 > self.target.vocab_size:
             raise ValueError(
                 f"trees of {self.config.max_nodes} nodes are too large for a vocabulary of "
-                f"{self._vocab}"
+                f"{self.target.vocab_size}"
             )
 
-    def _generation(self, prompt, max_length, chooser, stop, keep):
-        width = self.config.max_depth + 1
+    def _generation(self, target, draft, config, request: Request, *rest) -> Generation:
+        """Make a generation whose choices are drawn."""
+        prompt, chooser, width = request.prompt, request.chooser, config.max_depth + 1
         seed = (chooser.seed + int(prompt.sum())) % 2**63
-        uniforms = torch.rand(max_length + width, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        uniforms = torch.rand(request.max_length + width, generator=generator)
         rates = (self.acceptance + self.acceptance[-1:] * width)[:width]
         drawn = _DrawnChoice(
             chooser, uniforms.to(prompt.device), torch.tensor(rates, device=prompt.device)
         )
-        return super()._generation(prompt, max_length, drawn, stop, keep)
+        return Generation(target, draft, config, replace(request, chooser=drawn), *rest)
 
 
 class _DrawnChoice(TokenChooser):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..attention import Pass, PatchedModel
-from ..cache import KVCache
+from ..attention import PatchedModel
+from ..cache import KVCache, Pass
 from ..guard import self_check
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..attention import Pass, PatchedModel
-from ..cache import KVCache
+from ..attention import PatchedModel
+from ..cache import KVCache, Pass
 from ..config import SpecConfig
-from ..draft import Draft
+from ..draft import Decided, Draft
+from ..graphs import Graphs
 from ..tree import Tree
 
 PART = 1024  # tokens of a prompt at a time
@@ -59,11 +61,14 @@ class Continuation:
         self.text = text
         self.hidden = {layer: torch.cat(parts, 1) for layer, parts in hidden.items()}
 
-    def features(self, draft: Draft, start: int, end: int) -> Tensor | None:
-        """[1, end - start, F] of the tokens [start, end), as ``draft`` wants them."""
+    def decided(self, draft: Draft, start: int, end: int) -> Decided:
+        """Return the tokens [start, end), and what ``draft`` wants of what stands before them."""
+        tokens = self.text[:, start:end]
         if not draft.feature_layers:
-            return None
-        return torch.cat([self.hidden[i][:, start:end] for i in draft.feature_layers], -1)
+            return Decided(tokens)
+        before = max(start - 1, 0)
+        rows = torch.cat([self.hidden[i][:, before : end - 1] for i in draft.feature_layers], -1)
+        return Decided(tokens, F.pad(rows, (0, 0, end - start - rows.shape[1], 0)))
 
     def commit(self, length: int) -> None:
         """Let drafts see the target's cache as it was with ``length`` tokens."""
@@ -89,23 +94,22 @@ def count_rounds(draft: Draft, continuation: Continuation, config: SpecConfig) -
     text, first = continuation.text, continuation.first
     total = text.shape[1]
     continuation.commit(0)
-    draft.begin(text[:, : first + 1], total, continuation.cache)
+    draft.begin(text[:, : first + 1], total, continuation.cache, Graphs())
     for start in range(0, first, PART):
         end = min(start + PART, first)
         continuation.commit(end)
-        draft.prefill(text[:, start:end], continuation.features(draft, start, end))
-    draft.observe(text[0, first + 1 : first + 2].tolist())
-    seen = known = first  # tokens and features before these have been handed over
+        draft.prefill(continuation.decided(draft, start, end))
+    draft.observe(text[:, first + 1 : first + 2].tolist())
+    seen = first  # tokens before this one have been handed over
     root, rounds = first + 1, 0
     while root < total - 1:
         continuation.commit(root)
         depth, accepted = min(config.max_depth, total - root - 2), 0
         if depth:
-            features = continuation.features(draft, known, root)
-            tree = draft.propose(text[:, seen : root + 1], depth, features)
+            tree = draft.propose(continuation.decided(draft, seen, root + 1), depth)
             accepted = _accepted(tree, text[0, root + 1 :].tolist())
-            seen, known = root + 1, root
-        draft.observe(text[0, root + 1 : root + accepted + 2].tolist())
+            seen = root + 1
+        draft.observe(text[:, root + 1 : root + accepted + 2].tolist())
         root, rounds = root + accepted + 1, rounds + 1
     draft.end()
     return total - 2 - first, rounds

@@ -20,9 +20,10 @@ from torch import Tensor
 from .. import __version__, assets
 from ..cli import WORDS, UsageError, config_from, difference, load_pair
 from ..config import SpecConfig
-from ..decode import SpecExtend, Step
+from ..decode import SpecExtend
 from ..demo import LENGTHS, dtype_name, last_lines, size_text
-from ..draft import CausalLMDraft, Draft
+from ..draft import Draft
+from ..generation import Step
 from ..guard import position_limit
 from ..machine import device_text
 from ..stats import PHASES
@@ -204,19 +205,18 @@ class Race:
                 source.error = source.error or str(error)
                 continue
             source.error = None
-            source.caches = draft.caches if cache == "retrieval" else (cache,)
+            source.caches = draft.cache_kinds if cache == "retrieval" else (cache,)
             return
 
     def _spec(self, kind: str, config: SpecConfig) -> SpecExtend:
         """A loop with a draft of this kind; weights that are there are not read again."""
         source = self._sources[kind]
         if source.spec is None or source.spec.config != config:
+            draft = source.draft if source.spec is None else source.spec.draft.with_config(config)
             source.spec = SpecExtend(
-                self.target, source.draft, config,
+                self.target, draft, config,
                 tokenizer=self.tokenizer, draft_tokenizer=source.tokenizer,
             )  # fmt: skip
-            if isinstance(source.draft, Path) and type(source.spec.draft) is CausalLMDraft:
-                source.draft = source.spec.draft.model.model
         return source.spec
 
     def _included(self, file: str | None) -> dict[str, tuple[str, Callable[[int], list[int]]]]:

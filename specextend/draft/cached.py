@@ -1,0 +1,130 @@
+"""What drafts with keys and values of their own share: caches, taking in, trees, graphs."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from ..cache import KVCache
+from ..config import SpecConfig
+from ..graphs import Graphs
+from ..rotary import Rotary
+from ..tree import Tree, grow_tree
+from .base import Decided, Draft
+from .working_cache import WorkingCache
+
+
+class CachedDraft(Draft):
+    """A model that attends to its full cache, a recent window, or retrieved chunks.
+
+    Args:
+        config: tree and cache options.
+
+    Attributes:
+        caches: of the generation under way, None outside of one.
+    """
+
+    caches: WorkingCache | None = None
+
+    #: [V] int64, the target's id of each entry of the logits; None: the same ids
+    vocabulary: Tensor | None = None
+
+    def __init__(self, config: SpecConfig):
+        self.config = config
+        self.wants_scores = config.draft_cache == "retrieval"
+
+    def _begin(
+        self,
+        num_layers: int,
+        max_length: int,
+        device: torch.device,
+        rotary: Rotary | None,
+        graphs: Graphs,
+    ) -> None:
+        """Make the caches of a generation of ``max_length`` tokens."""
+        # Behind the committed rows: a growing tree, or a path of which not every token counts.
+        capacity = max_length + 1 + max(self.config.tree_keys, self.config.max_depth + 1)
+        full = KVCache(num_layers, capacity, batch=1, device=device)
+        self.caches = WorkingCache(full, self.config, rotary, graphs)
+        self._graphs = graphs
+
+    def end(self) -> None:
+        self.caches = self._graphs = None
+
+    def retrieve(self, scores: Tensor) -> Tensor:
+        return self.caches.refill(scores)
+
+    def propose(self, decided, depth) -> Tree:
+        decided = self._make_room(decided)
+        given = decided.tokens, decided.features, decided.counts
+        if decided.counts is not None:
+            key = ("propose", len(decided), depth)
+            return self._graphs.call(key, lambda *given: self._grow(depth, *given), *given)
+        tree = self._grow(depth, *given)
+        self.settle([len(decided)])
+        return tree
+
+    def settle(self, counts: list[int]) -> None:
+        (count,) = counts
+        self.caches.settle(count)
+
+    def _make_room(self, decided: Decided) -> Decided:
+        """Refill the working cache where the tokens and a tree do not fit behind what it has.
+
+        Returns:
+            What is still to be taken in.
+        """
+        caches = self.caches
+        if not caches.fits(len(decided)):
+            if not caches.fits_refilled(len(decided)):
+                # After a rest of the gate: more tokens than the working cache has room for.
+                self._fill(decided[:-1])
+                decided = decided[-1:]
+            caches.refill()
+        elif caches.needs_refill:
+            caches.refill()
+        return decided
+
+    def _grow(
+        self, depth: int, tokens: Tensor, features: Tensor | None, counts: Tensor | None
+    ) -> Tree:
+        """Take in what is decided and grow a tree; on the device alone."""
+        if counts is None:
+            last, root = None, tokens[:, -1:]
+        else:
+            # Rows that do not count are behind those that do, and the tree is written over them.
+            last = counts.long() - 1
+            root = tokens.gather(1, last[:, None])
+        logits = self._take_in(tokens, features, last)
+        self.caches.commit(tokens.shape[1] if counts is None else counts)
+        return grow_tree(root, logits, self.step, self.config, depth, self.vocabulary)
+
+    @abstractmethod
+    def _fill(self, decided: Decided) -> None:
+        """Run decided tokens into the full cache alone, and commit them."""
+
+    @abstractmethod
+    def _take_in(self, tokens: Tensor, features: Tensor | None, last: Tensor | None) -> Tensor:
+        """Run decided tokens into both caches, without committing them.
+
+        Args:
+            tokens: [B, T] int64.
+            features: [B, T, F] or None.
+            last: [B] int64, the last token that counts; None: the last one.
+
+        Returns:
+            [B, 1, V] logits behind it.
+        """
+
+    @abstractmethod
+    def step(
+        self, tokens: Tensor, level: int, mask: Tensor, num_keys: int, parents: Tensor
+    ) -> Tensor:
+        """Run a level of a growing tree, as ``grow_tree`` asks for it."""
+
+    def _positions(self, count: int, first: int = 0) -> Tensor:
+        """Return [B, count] int64, from the ``first`` one behind the committed ones on."""
+        lens = self.caches.full.lens
+        return lens[:, None] + torch.arange(first, first + count, device=lens.device)

@@ -1,0 +1,425 @@
+"""A generation as the host sees it: its rounds, and what the draft has yet to take in.
+
+State of a generation: committed tokens, all of them in the target's cache, and one pending root,
+which is decided but not yet there. A round verifies the root and the draft's tree behind it in one
+target forward, keeps the path that agrees, and leaves the target's own next token as the new root
+(SpecExtend, arXiv 2505.20776, section 3; docs/design.md has the state machine).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .cache import KVCache, Pass
+from .config import SpecConfig
+from .draft import Decided, Draft
+from .gate import Gate
+from .graphs import Capture, Graphs, Mailbox, Stopwatch, bucket, obstacle
+from .sampling import TokenChooser
+from .stats import SpecStats
+from .target import Target
+from .tree import Tree
+from .verify import Decisions, Outcome, Verifier
+
+#: called as ``progress("prefill", done, total)`` behind each part of the prompt
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Step:
+    """What one round brought.
+
+    Attributes:
+        tokens: token ids in order; the last one is the target's own, those before it were proposed
+            by the draft and accepted.
+        num_accepted: of ``tokens``, proposed by the draft.
+        scores, logits: one [1, V] fp32 row per token, processed and raw, when asked for.
+    """
+
+    tokens: list[int]
+    num_accepted: int
+    scores: tuple[Tensor, ...] = ()
+    logits: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be written.
+
+    Attributes:
+        prompt: [1, L] int64, without padding, on the target's device.
+        max_length: tokens of prompt and output at most.
+        chooser: the target's choice at a node.
+        keep_scores, keep_logits: whether steps bring them.
+    """
+
+    prompt: Tensor
+    max_length: int
+    chooser: TokenChooser
+    keep_scores: bool = False
+    keep_logits: bool = False
+
+
+class Generation:
+    """One generation's state, from prefill to the last round. Batch 1.
+
+    The host launches what :class:`Verifier` and the draft do on the device, and reads one block of
+    numbers per round.
+
+    Args:
+        target: writes the text.
+        draft: proposes it, or None.
+        config: options.
+        request: what is to be written.
+        stats: what to count in.
+        capture: gives the graphs that the round runs from, where it can.
+        progress: is told of the prefill.
+        gate: chooses the depth of trees; None: as ``config.gate`` says.
+
+    Attributes:
+        cache: the target's.
+        decisions: the text so far, on the device.
+        backlog: what the draft has yet to take in.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        draft: Draft | None,
+        config: SpecConfig,
+        request: Request,
+        stats: SpecStats,
+        capture: Capture,
+        progress: Progress | None = None,
+        gate: Gate | None = None,
+    ):
+        self.target, self.draft, self.config = target, draft, config
+        self.request, self.stats, self.progress = request, stats, progress
+        prompt, width = request.prompt, config.max_depth + 1
+        self.device = prompt.device
+        rows = request.max_length + 1 + max(config.max_nodes, width)
+        self.cache = KVCache(target.num_layers, rows, batch=1, device=self.device)
+        self.decisions = Decisions(prompt, request.max_length, width)
+        self.backlog = Backlog(self.decisions, prompt.shape[1] - 1)
+        features = () if draft is None else draft.feature_layers
+        self._verifier = Verifier(
+            target, config, self.cache, self.decisions, request.chooser, features
+        )
+        self._graphs, self._draft_graphs = self._capture(capture)
+        self._cost = RoundCost(self.device, (self._graphs, self._draft_graphs))
+        self._mailbox = Mailbox(2 * width + 2, self.device)
+        self._gate = gate or Gate(config.max_depth, config.gate == "auto" and draft is not None)
+        self._depth = config.max_depth  # OPT-Tree's
+        self._first = True  # the round to come is the prompt's last token alone
+        self._ahead: Tree | None = None  # of the round to come, launched in the last one
+        self._from_draft = False  # the draft made the last tree
+        self._unsettled = False  # the draft took in tokens by a count that it has yet to learn
+        self._num_emitted = 0  # by the last round that the host has read
+
+    def _capture(self, capture: Capture) -> tuple[Graphs, Graphs]:
+        """Return what the target's work and the draft's is captured in."""
+        model, draft = self.target.model, self.draft
+        reason = obstacle(model)
+        if not self.config.tree_attention:
+            reason = "tree_attention=False masks by the host's count of tokens"
+        graphs = capture.graphs(self.device, f"the target {type(model).__name__}", reason)
+        if draft is None or draft.on_host:
+            return graphs, Graphs()
+        name = f"the draft {type(draft).__name__}"
+        return graphs, capture.graphs(self.device, name, draft.obstacle())
+
+    def close(self) -> None:
+        """Drop the graphs; they hold the caches."""
+        self._graphs.close()
+        self._draft_graphs.close()
+
+    # ---- the prompt ------------------------------------------------------------------------------
+
+    def prefill(self) -> None:
+        """Take in all of the prompt but its last token, which is the first root."""
+        request, draft, tokens = self.request, self.draft, self.request.prompt[:, :-1]
+        total = tokens.shape[1]
+        chunk = self.config.prefill_chunk or max(total, 1)
+        if draft is not None:
+            draft.begin(request.prompt, request.max_length, self.cache, self._draft_graphs)
+        for start in range(0, total, chunk):
+            part = tokens[:, start : start + chunk]
+            features = self._read(part, start)
+            if draft is not None:
+                decided = Decided(part, self.backlog.shift(features))
+                with self.stats.phase("draft_prefill"):
+                    draft.prefill(decided)
+            if self.progress is not None:
+                self.progress("prefill", start + part.shape[1], total)
+
+    def _read(self, part: Tensor, start: int) -> Tensor | None:
+        """Run the target over a part of the prompt that begins at ``start``."""
+        count = part.shape[1]
+        positions = torch.arange(start, start + count, device=self.device)[None]
+        with self.stats.phase("prefill"):
+            layers = self._verifier.feature_layers
+            state = Pass(self.cache, [(self.cache, self.cache.lens)], count, feature_layers=layers)
+            self.target.forward(part, positions, state, last_only=True)
+            self.cache.advance(count)
+        return state.features
+
+    # ---- a round ---------------------------------------------------------------------------------
+
+    def round(self) -> Step:
+        """Propose, verify, accept, retrieve: one target forward, and what follows from it.
+
+        On a GPU the next tree is launched before the host reads what this round emitted, wherever
+        it cannot run beyond the last token: while the host attends to stopping rules, streamers and
+        the caller, the device works on. A tree launched in vain is dropped.
+        """
+        tree, self._ahead = self._ahead or self._propose(), None
+        outcome = self._verify(tree)
+        self._launch_ahead(tree, outcome)
+        step = self._accept(tree, outcome)
+        self._retrieve(outcome)
+        self._first = False
+        return step
+
+    def _propose(self) -> Tree:
+        """Have a tree made below the root, whose length the host knows."""
+        tree = self._next_tree(self.cache.length)
+        self._settle_draft(self._num_emitted)
+        return tree
+
+    def _verify(self, tree: Tree) -> Outcome:
+        """Run the verify pass and the acceptance: one graph, or two parts around what the host
+        does. The host may read the outcome with :meth:`_accept`."""
+        verifier, graphs, stats = self._verifier, self._graphs, self.stats
+        drafted, scoring = tree.depth > 0, self._scores_now()
+        if drafted and graphs.enabled:
+            nodes = bucket(tree.num_nodes - 1, self.config.max_nodes, self.target.group)
+            tree = tree.padded(1 + nodes)
+        key = (tree.num_nodes, drafted, scoring)
+        given = (tree.tokens, tree.parents, tree.depths, tree.mask if drafted else None)
+        phase = "prefill" if self._first else "verify"
+
+        def forward(*given):
+            return verifier.forward(scoring, *given)
+
+        def both(*given):
+            return verifier.accept(*forward(*given[:-1]), *given)
+
+        with self._cost.verify():
+            if graphs.enabled and not self.request.chooser.needs_host:
+                with stats.phase(phase):
+                    outcome = graphs.call(("round", *key), both, *given, tree.gain)
+            else:
+                with stats.phase(phase):
+                    passed = graphs.call(("verify", *key), forward, *given)
+                with stats.phase("accept"):
+                    outcome = verifier.accept(*passed, *given, tree.gain)
+        self._mailbox.send(outcome.numbers)  # behind the watch, which is read once this arrives
+        return replace(outcome)  # a graph returns the same one again
+
+    def _accept(self, tree: Tree, outcome: Outcome) -> Step:
+        """Read what was decided, once per round, and draw from it what the host has to know."""
+        with self.stats.phase("accept"):
+            step = self._receive(tree, outcome)
+        if self._ahead is not None:
+            self._settle_draft(len(step.tokens))
+            if self._from_draft:
+                self.backlog.clear(self.cache.length)
+        if not self._first:
+            self.stats.count_round(tree.num_nodes - 1, step.num_accepted)
+        seconds = self._cost.seconds()
+        if seconds is not None:
+            self._gate.count(tree.depth, len(step.tokens), seconds)
+        return step
+
+    def _retrieve(self, outcome: Outcome) -> None:
+        """Let the draft choose what it attends to by the target's attention, where it was scored
+        in this round; once."""
+        scores, outcome.chunk_scores = outcome.chunk_scores, None
+        if scores is None:
+            return
+        with self.stats.phase("retrieve"), self._cost.work():
+            self.stats.num_retrievals += 1
+            ids = self.draft.retrieve(scores.clone())
+            if ids is not None:
+                self.stats.retrieved_ids.append(ids.clone())
+
+    # ---- behind the round ------------------------------------------------------------------------
+
+    def _launch_ahead(self, tree: Tree, outcome: Outcome) -> None:
+        """Launch the next tree before this round is read, where the draft can be captured; without
+        graphs the host may as well read now, as drafts may want to know where they are."""
+        longest = self.cache.length + tree.depth + 1
+        fits = self.request.max_length - longest - 2 >= self.config.max_depth
+        if self._from_draft and self._draft_graphs.enabled and fits:
+            self._retrieve(outcome)
+            self._ahead = self._next_tree(longest)
+
+    def _next_tree(self, length: int) -> Tree:
+        """Have a tree made below the root behind ``length`` committed tokens, or at most as many
+        where the host does not know yet."""
+        draft, before = self.draft, self._from_draft
+        room = self.request.max_length - length - 2  # proposed tokens that can still be emitted
+        depth = 0
+        if draft is not None and not self._first and room > 0:
+            depth = min(self._gate.next_depth(), self._depth, room)
+        self._from_draft = depth > 0
+        if not depth:
+            return Tree.root_only(self.decisions.root)
+        # What the last round emitted is all that is new, and lies where a graph finds it.
+        self._unsettled = before and self._draft_graphs.enabled
+        decided = self.backlog.emitted() if self._unsettled else self.backlog.upto(length)
+        with self.stats.phase("draft"), self._cost.work():
+            tree = draft.propose(decided, depth)
+        self.backlog.clear(length)
+        return tree
+
+    def _settle_draft(self, num_emitted: int) -> None:
+        if self._unsettled:
+            self.draft.settle([num_emitted])
+            self._unsettled = False
+
+    def _scores_now(self) -> bool:
+        """Tell whether this round's attention is scored for retrieval."""
+        draft, config = self.draft, self.config
+        if draft is None or not draft.wants_scores or self.cache.length + 1 <= config.budget:
+            return False
+        return self._first or self.stats.num_rounds % config.retrieve_every == 0
+
+    def _receive(self, tree: Tree, outcome: Outcome) -> Step:
+        """Wait for the outcome's numbers and follow them."""
+        width, length = self.decisions.width, self.cache.length
+        read = self._mailbox.receive()
+        accepted = int(read[0])
+        tokens = [int(t) for t in read[1 : accepted + 2]]
+        if tokens[-1] < 0:
+            raise ValueError(
+                f"the target's logits at position {length + accepted} are NaN: no token can be "
+                "chosen"
+            )
+        if tree.gain is not None:
+            self._adapt_depth(tree.depth, read[2 * width + 1])
+        self._num_emitted = accepted + 1
+        self.cache.settle(accepted + 1)
+        if self.draft is not None:
+            self.draft.observe([tokens])
+        self.backlog.add(accepted + 1)
+        nodes = [int(n) for n in read[1 + width : 2 + width + accepted]]
+
+        def rows(source: Tensor, wanted: bool) -> tuple[Tensor, ...]:
+            if not wanted:
+                return ()
+            return tuple(source[:, n].to(torch.float32, copy=True) for n in nodes)
+
+        request = self.request
+        return Step(
+            tokens,
+            accepted,
+            rows(outcome.scores, request.keep_scores),
+            rows(outcome.logits, request.keep_logits),
+        )
+
+    def _adapt_depth(self, depth: int, gain: float) -> None:
+        """Follow OPT-Tree's rule, one level per round: the tree grows while its last level pays."""
+        if self.config.tree_shape == "opt" and depth == self._depth:
+            wanted = depth + 1 if gain > self.config.tree_threshold else depth - 1
+            self._depth = min(max(wanted, 1), self.config.max_depth)
+
+
+class Backlog:
+    """What the draft has yet to take in. Batch 1.
+
+    Args:
+        decisions: the text so far.
+        seen: tokens that the draft takes in during the prefill.
+
+    Attributes:
+        features: [1, n, F] each, in order: what the tokens from ``seen`` on were decided from.
+    """
+
+    def __init__(self, decisions: Decisions, seen: int):
+        self._decisions = decisions
+        self._seen = seen
+        self.features: list[Tensor] = []
+
+    def shift(self, features: Tensor | None) -> Tensor | None:
+        """Return what the tokens of a part of the prompt stand behind.
+
+        Args:
+            features: [1, T, F] of these tokens; None without.
+
+        Returns:
+            [1, T, F]: zeros or the last row of the part before, then all but the last row.
+        """
+        if features is None:
+            return None
+        before = self.features or [torch.zeros_like(features[:, :1])]
+        self.features = [features[:, -1:].clone()]  # so that the part's others can be freed
+        return torch.cat([*before, features[:, :-1]], 1)
+
+    def add(self, count: int) -> None:
+        """Add the ``count`` tokens that a round has decided."""
+        features = self._decisions.features
+        if features is not None:
+            self.features.append(features[:, :count].clone())
+
+    def upto(self, length: int) -> Decided:
+        """Return all tokens up to the root behind ``length`` committed ones."""
+        tokens, features = self._decisions.ids[:, self._seen : length + 1], None
+        if self.features:
+            features = torch.cat(self.features, 1)
+            # A prompt of one token has nothing that it was decided from.
+            features = F.pad(features, (0, 0, tokens.shape[1] - features.shape[1], 0))
+        return Decided(tokens, features)
+
+    def emitted(self) -> Decided:
+        """Return what the last round emitted, whose number the host need not know."""
+        decisions = self._decisions
+        return Decided(decisions.emitted, decisions.features, decisions.counts)
+
+    def clear(self, length: int) -> None:
+        """Forget what the draft has taken in: all up to the root behind ``length`` tokens."""
+        self._seen, self.features = length + 1, []
+
+
+class RoundCost:
+    """Seconds that the device works for a round, its draft's and retrieval's work before it
+    included.
+
+    Args:
+        device: of the work.
+        graphs: that it is captured in.
+    """
+
+    def __init__(self, device: torch.device, graphs: tuple[Graphs, ...]):
+        self._device, self._graphs = device, graphs
+        self._round: list[Stopwatch] = []
+        self._coming: list[Stopwatch] = []  # of the round to come
+        self._prepared = self._prepared_before = 0  # calls that prepared a graph, up to a round
+
+    def work(self) -> Stopwatch:
+        """Return a watch for work that is done for the round to come."""
+        self._coming.append(Stopwatch(self._device))
+        return self._coming[-1]
+
+    @contextmanager
+    def verify(self):
+        """Time the verify pass, with which a round's work ends."""
+        self._round, self._coming = self._coming, []
+        self._round.append(Stopwatch(self._device))
+        with self._round[-1]:
+            yield
+        self._prepared_before = self._prepared
+        self._prepared = sum(graphs.preparations for graphs in self._graphs)
+
+    def seconds(self) -> float | None:
+        """Return the last round's seconds, to be read when the device has got past it; None where
+        it took longer for once, as a graph was warmed up or recorded."""
+        if self._prepared != self._prepared_before:
+            return None
+        return sum(watch.seconds for watch in self._round)

@@ -1,0 +1,39 @@
+"""Generations that a test watches or steers, for ``SpecExtend(..., generation=...)``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from specextend.gate import Gate
+from specextend.generation import Generation
+
+
+class Kept(list):
+    """Makes generations, and keeps them."""
+
+    def __call__(self, *args, **options) -> Generation:
+        self.append(Generation(*args, **options))
+        return self[-1]
+
+
+class ScriptedGate(Gate):
+    """Gives the depths of trees that it is told, and keeps what it is told of rounds."""
+
+    def __init__(self, depths: Iterable[int]):
+        self.depths, self.counted = iter(depths), []
+
+    def next_depth(self) -> int:
+        return next(self.depths)
+
+    def count(self, *round_: float) -> None:
+        self.counted.append(round_)
+
+
+def scripted(depths: Iterable[int]):
+    """Make generations whose trees have at most these depths, one after the other."""
+    gate = ScriptedGate(depths)
+
+    def make(*args, **options) -> Generation:
+        return Generation(*args, gate=gate, **options)
+
+    return make
