@@ -341,15 +341,6 @@ def other_lines() -> Iterator[Callable[[], Line]]:
             lambda: ops.verify_tree(tokens, parents, tokens), 64 * 20,
         )  # fmt: skip
 
-    def verify_tree_rejection():
-        tokens, parents = torch.randint(0, 9, (1, 16)), random_tree(16)[None].int()
-        probs = torch.rand(1, 16, vocab).softmax(-1)
-        uniforms = torch.rand(1, 16)
-        return Line(
-            "verify_tree.rejection", f"16 x {vocab}", "fp32",
-            lambda: ops.verify_tree_rejection(tokens, parents, probs, probs, uniforms, uniforms), 0,
-        )  # fmt: skip
-
     def sample_nodes(drawn):
         logits = torch.randn(1, 64, vocab).to(bf16)
         uniforms = torch.rand(1, 64) if drawn else None
@@ -378,7 +369,7 @@ def other_lines() -> Iterator[Callable[[], Line]]:
         )  # fmt: skip
 
     yield from (merge_states, chunk_scores, chunk_scores_keys, select_chunks, gather_chunks)
-    yield from (expand_tree, finalize_tree, verify_tree, verify_tree_rejection)
+    yield from (expand_tree, finalize_tree, verify_tree)
     yield from (lambda: sample_nodes(False), lambda: sample_nodes(True), compact_kv, append_kv)
 
 

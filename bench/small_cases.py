@@ -125,10 +125,6 @@ def other_cases(few: bool) -> Iterator[Case]:
     yield Case("finalize_tree", ops.finalize_tree, (logp, parents), dict(num_nodes=66))
     tokens = torch.randint(0, 4, (2, 80))
     yield Case("verify_tree", ops.verify_tree, (tokens, parents, tokens.roll(1, 1)), {})
-    probs = torch.rand(2, 2, 9, vocab).softmax(-1)
-    given = (tokens[:, :9].contiguous(), parents[:, :9].contiguous(), *probs,
-             torch.rand(2, 9), torch.rand(2, 9))  # fmt: skip
-    yield Case("verify_tree_rejection", ops.verify_tree_rejection, given, {})
 
 
 def cases(few: bool) -> Iterator[Case]:

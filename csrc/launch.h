@@ -30,10 +30,6 @@ cudaError_t launch_finalize_tree(const FinalizeTreeParams& p, const FinalizeTree
 
 cudaError_t launch_verify_tree(const VerifyTreeParams& p, cudaStream_t stream);
 
-cudaError_t launch_verify_tree_rejection(const VerifyTreeRejectionParams& p,
-                                         const VerifyTreeRejectionScratch& scratch,
-                                         cudaStream_t stream);
-
 cudaError_t launch_compact_kv(const CompactKvParams& p, cudaStream_t stream);
 
 // With the bulk copies of Hopper, for caches of 16-byte alignment; on compute capability 9.0.

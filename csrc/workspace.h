@@ -97,15 +97,4 @@ inline FinalizeTreeScratch lay_out(const FinalizeTreeParams& p, Workspace& w) {
   return {w.take<unsigned char>(int64_t(p.batch) * p.num_candidates * kFinalizeCandidateBytes)};
 }
 
-struct VerifyTreeRejectionScratch {
-  float* rest;   // [B, 2, V]: what rejections leave, in turn
-  double* sums;  // [B, run_place(blocks)]
-};
-
-inline VerifyTreeRejectionScratch lay_out(const VerifyTreeRejectionParams& p, Workspace& w) {
-  const int64_t batch = p.tree.batch;
-  return {w.take<float>(batch * 2 * p.vocab),
-          w.take<double>(batch * run_place(num_vocab_blocks(p.vocab)))};
-}
-
 }  // namespace specextend

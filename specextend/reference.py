@@ -37,49 +37,6 @@ def verify_tree(
     return path, num_accepted, emitted, next_root
 
 
-def verify_tree_rejection(
-    tokens: Tensor,
-    parents: Tensor,
-    target_probs: Tensor,
-    draft_probs: Tensor,
-    uniforms: Tensor,
-    final_uniforms: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Try the children one by one; a rejection leaves the positive part of target - draft."""
-    batch, num_nodes = tokens.shape
-    vocab = target_probs.shape[-1]
-    path = torch.full_like(parents, -1)
-    emitted = torch.full_like(tokens, -1)
-    num_accepted = parents.new_zeros(batch)
-    for b in range(batch):
-        node, walked, text = 0, [0], []
-        while True:
-            law, draft = target_probs[b, node], draft_probs[b, node]
-            accepted = None
-            for child in range(1, num_nodes):
-                token = int(tokens[b, child])
-                if parents[b, child] != node or not 0 <= token < vocab or not draft[token] > 0:
-                    continue
-                if uniforms[b, child] * draft[token] < law[token]:
-                    accepted = child
-                    break
-                rest = (law - draft).clamp(min=0)
-                if rest.sum() != 0:
-                    law = rest / rest.sum()
-            if accepted is None:
-                break
-            node = accepted
-            walked.append(node)
-            text.append(int(tokens[b, node]))
-        # The draw of sample_nodes.
-        text.append(int(sample_nodes(law.log()[None, None], final_uniforms[b, node].view(1, 1))))
-        path[b, : len(walked)] = torch.tensor(walked)
-        emitted[b, : len(text)] = torch.tensor(text)
-        num_accepted[b] = len(walked) - 1
-    next_root = emitted.gather(1, num_accepted[:, None].long())[:, 0]
-    return path, num_accepted, emitted, next_root
-
-
 def sample_nodes(logits: Tensor, uniforms: Tensor | None = None) -> Tensor:
     """The largest logit, or the first token whose cumulative probability exceeds the uniform."""
     ids = torch.arange(logits.shape[-1], device=logits.device)

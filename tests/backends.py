@@ -24,12 +24,14 @@ Cases that say nothing about the kernel or take too long
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
+import itertools
 import os
 import pkgutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import emulation
@@ -63,33 +65,38 @@ class Scheduler:
             yield
 
 
-def for_seeds(count: int):
-    """Makes of a test with an argument ``seed`` one test for the seeds 0 to ``count`` - 1.
+def for_each(**values: Iterable):
+    """Makes of a test one test of all combinations of the values that some arguments take:
 
-    Thousands of tests of a millisecond each cost more to be told apart. On the emulation every seed
-    has a schedule of its own. A failure names the seed.
+        @for_each(seed=range(12), right_aligned=[False, True])
+        def test_random(seed, right_aligned, device):
+
+    Thousands of tests of a millisecond each cost more to be told apart. On the emulation every
+    combination has a schedule of its own, drawn from its name. A failure names the combination.
     """
+    combinations = [dict(zip(values, c, strict=True)) for c in itertools.product(*values.values())]
 
     def decorate(test):
-        signature = inspect.signature(test)
-        names = [name for name in (*signature.parameters, "schedule") if name != "seed"]
+        parameters = inspect.signature(test).parameters
+        wanted = [p for name, p in parameters.items() if name not in values]
+        if "device" in parameters and "schedule" not in parameters:
+            wanted.append(inspect.Parameter("schedule", inspect.Parameter.KEYWORD_ONLY))
 
-        def run(schedule, **fixtures):
-            given = dict(fixtures)
-            if "schedule" in signature.parameters:
-                given["schedule"] = schedule
-            for seed in range(count):
-                drawn = draw_schedule(f"{test.__name__}[{seed}]")
+        @functools.wraps(test)
+        def run(*instance, **fixtures):
+            schedule = fixtures.get("schedule", Scheduler())
+            given = {name: value for name, value in fixtures.items() if name in parameters}
+            for case in combinations:
+                name = "-".join(str(value) for value in case.values())
+                drawn = draw_schedule(f"{test.__name__}[{name}]")
                 with schedule(seed=drawn.seed, kind=drawn.kind):
                     try:
-                        test(seed=seed, **given)
-                    except Exception as error:
-                        raise AssertionError(f"seed {seed} of {test.__name__}: {error}") from error
+                        test(*instance, **given, **case)
+                    except (Exception, pytest.fail.Exception) as error:
+                        named = ", ".join(f"{name}={value}" for name, value in case.items())
+                        raise AssertionError(f"{test.__name__}, {named}: {error}") from error
 
-        run.__name__, run.__doc__ = test.__name__, test.__doc__
-        run.__signature__ = inspect.Signature(
-            [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in dict.fromkeys(names)]
-        )
+        run.__signature__ = inspect.Signature(wanted)
         return run
 
     return decorate

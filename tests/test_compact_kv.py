@@ -3,7 +3,7 @@ import random
 import emulation
 import pytest
 import torch
-from backends import build_or_skip, capture, emulated
+from backends import build_or_skip, capture, emulated, for_each
 from kv_cases import DTYPES, LAYOUTS, Guarded, int32, run_with_threads, same_bits
 from tree_cases import ancestors, random_parents
 from virtual_memory import spread
@@ -33,7 +33,7 @@ def check(caches, prefix_lens, path, num_accepted, device="cpu"):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("seed", range(6))
+@for_each(seed=range(6))
 def test_random(seed, layout, dtype, device):
     rng = random.Random(seed)
     batch, num_nodes = rng.randint(1, 4), rng.choice([1, 2, 7, 20, 64])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import re
@@ -17,7 +18,7 @@ import test_gather_chunks
 import test_merge_states
 import test_tree_attention
 import torch
-from backends import build_or_skip, emulated
+from backends import Scheduler, build_or_skip, emulated, for_each
 from emulation import KINDS, Schedule
 from kv_cases import DTYPES, LAYOUTS, Guarded
 
@@ -76,10 +77,17 @@ def probes():
         yield library
 
 
-@pytest.fixture(params=SCHEDULES, ids=lambda s: f"{s.kind}{s.seed}")
-def schedule(request, probes):
-    with probes.schedule(request.param):
-        yield request.param
+def on_every_schedule(test):
+    """Makes of a method with ``probes`` and ``schedule`` one test, by the probes under each of
+    SCHEDULES in turn.
+    """
+
+    @functools.wraps(test)
+    def scheduled(self, probes, schedule, **given):
+        with probes.schedule(schedule):
+            test(self, probes, schedule, **given)
+
+    return for_each(schedule=SCHEDULES)(scheduled)
 
 
 def ints(*shape):
@@ -91,10 +99,12 @@ def arange(count):
 
 
 class TestWhatThreadsDo:
+    @on_every_schedule
     def test_indices(self, probes, schedule):
         out = probes("indices", ints(30, 24), grid=(2, 3, 5), block=(4, 3, 2))
         assert torch.equal(out, (torch.arange(30)[:, None] * 1000 + torch.arange(24)).int())
 
+    @on_every_schedule
     def test_warp_functions(self, probes, schedule):
         values = torch.randint(0, 50, (32,), generator=torch.Generator().manual_seed(1)).int()
         out = probes("warp_functions", ints(13, 32), values).tolist()
@@ -119,6 +129,7 @@ class TestWhatThreadsDo:
         assert out[11] == [max(v) - min(v)] * 32
         assert out[12] == [v[i ^ (1 if i < 16 else 2)] for i in lanes]
 
+    @on_every_schedule
     def test_barriers(self, probes, schedule):
         for threads in (32, 64, 96, 1024):
             out = probes(
@@ -128,14 +139,17 @@ class TestWhatThreadsDo:
         out = probes("reverse_warp", ints(32), arange(32), shared=128)
         assert torch.equal(out, arange(32).flip(0))
 
+    @on_every_schedule
     def test_barriers_of_some_warps(self, probes, schedule):
         out = probes("producer", ints(2, 32), arange(64), block=96, shared=256)
         assert torch.equal(out, arange(64).view(2, 32).flip(1))
 
+    @on_every_schedule
     def test_votes_of_a_block(self, probes, schedule):
         out = probes("block_votes", ints(70), arange(70) % 7, block=70)
         assert out.tolist() == [30 * 4 + 3] * 70
 
+    @on_every_schedule
     def test_copies(self, probes, schedule):
         rows = torch.randint(100, (5, 64, 4), dtype=torch.int32)
         out = probes("copies", ints(6, 64, 4), rows, block=64, shared=2048, count=5)
@@ -143,6 +157,7 @@ class TestWhatThreadsDo:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     @pytest.mark.parametrize("transposed", [False, True])
+    @on_every_schedule
     def test_mma(self, probes, schedule, dtype, transposed):
         generator = torch.Generator().manual_seed(3)
         a, b = (torch.randn(16, n, generator=generator).to(dtype) for n in (16, 8))
@@ -152,6 +167,7 @@ class TestWhatThreadsDo:
         probes(name, out, given, shared=16 * 24 * 2, count=1, fault=int(transposed))
         torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=0, atol=1e-5)
 
+    @on_every_schedule
     def test_atomics(self, probes, schedule):
         values = torch.randint(8, (150,), dtype=torch.int32)
         out = torch.zeros(16, dtype=torch.int32)
@@ -160,6 +176,7 @@ class TestWhatThreadsDo:
         assert torch.equal(out[:8], values.bincount(minlength=8).int())
         assert out[8:11].tolist() == [191, 0, 255] and out[11] == out[12] > 0
 
+    @on_every_schedule
     def test_last_arriver(self, probes, schedule):
         out = torch.full((12,), -1, dtype=torch.int32)
         out[11] = 0
@@ -209,6 +226,7 @@ class TestRaces:
             ("bulk_copies", 6, 32, "shared memory, which thread .* has (read|written), and"),
         ],
     )
+    @on_every_schedule
     def test_of_threads(self, probes, schedule, name, fault, block, message):
         given = (torch.arange(2048) % 50).int()
         out = ints(48) if name == "minimum" else ints(2048)
@@ -224,6 +242,7 @@ class TestRaces:
         )
         assert re.search(message, text), text
 
+    @on_every_schedule
     def test_of_blocks(self, probes, schedule):
         given = arange(120)
         out = probes("scratch", ints(240), given, grid=5, block=24)
@@ -249,6 +268,7 @@ class TestRaces:
 class TestFences:
     """Of what tensor cores, copies and the next kernel are to see."""
 
+    @on_every_schedule
     def test_all_there(self, probes, schedule):
         given = arange(32)
         assert torch.equal(probes("bulk_copies", ints(32), given, shared=136), given + 1)
@@ -266,6 +286,7 @@ class TestFences:
             ("early", 2, "writes .* before it has waited for the kernels before this one"),
         ],
     )
+    @on_every_schedule
     def test_one_too_few(self, probes, schedule, name, fault, message):
         text = probes.error(schedule, name, ints(32), arange(32), shared=136, fault=fault)
         assert re.search(message, text), text
@@ -710,3 +731,45 @@ def test_mutations_are_found(mutation):
     changed = mutation.library()
     assert any(notices(changed, mutation, s) for s in SCHEDULES), "no test notices"
     assert not false_alarms(mutation.check)
+
+
+class TestForEach:
+    """The loop inside a test, of backends.py."""
+
+    def test_every_combination_runs(self):
+        seen = []
+
+        @for_each(seed=range(3), layout=LAYOUTS)
+        def run(seed, layout, rows):
+            seen.append((seed, layout, rows))
+
+        run(rows=5)
+        assert seen == [(seed, layout, 5) for seed in range(3) for layout in LAYOUTS]
+
+    @pytest.mark.parametrize("fail", [lambda: int("x"), lambda: pytest.fail("invalid")])
+    def test_a_failure_names_its_case(self, fail):
+        @for_each(seed=range(9), dtype=DTYPES)
+        def run(seed, dtype):
+            if (seed, dtype) == (7, torch.float16):
+                fail()
+
+        with pytest.raises(AssertionError, match="run, seed=7, dtype=torch.float16: .*invalid"):
+            run()
+
+    def test_every_combination_has_a_schedule_of_its_own(self):
+        schedules = []
+
+        class Recorder:
+            @contextlib.contextmanager
+            def schedule(self, schedule):
+                schedules.append(schedule)
+                yield
+
+        @for_each(seed=range(20))
+        def run(seed, device):
+            assert len(schedules) % 20 == (seed + 1) % 20
+
+        for _ in range(2):  # the same ones again
+            run(device="cpu", schedule=Scheduler(Recorder(), Schedule()))
+        assert len(set(schedules)) == 20 and schedules[:20] == schedules[20:]
+        assert {schedule.kind for schedule in schedules} == {*KINDS}

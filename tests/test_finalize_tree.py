@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from backends import capture, for_seeds
+from backends import capture, for_each
 from emulation import KINDS
 from tree_cases import ancestors, unpack_mask
 
@@ -34,7 +34,7 @@ def random_pool(seed: int):
     return logp, torch.tensor(parents, dtype=torch.int32), num_nodes
 
 
-@for_seeds(240)
+@for_each(seed=range(240))
 def test_random_pools(seed, device):
     logp, parents, num_nodes = random_pool(seed)
     got = ops.finalize_tree(logp.to(device), parents.to(device), num_nodes=num_nodes)
@@ -114,7 +114,7 @@ def test_no_stray_bits(device):
     assert mask[0, 63].tolist() == [1 | -(1 << 63), 0] and mask[0, 64].tolist() == [1, 1]
 
 
-@for_seeds(40)
+@for_each(seed=range(40))
 def test_no_closed_set_is_better(seed, device):
     """By enumeration: no ancestor-closed set of that size expects more accepted tokens."""
     rng = random.Random(seed)
@@ -137,7 +137,7 @@ def test_no_closed_set_is_better(seed, device):
     assert expected[tuple(nodes[0].tolist())] == pytest.approx(max(expected.values()), rel=1e-6)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@for_each(seed=range(12))
 def test_a_whole_tree_is_the_best_of_all_sequences(seed, device):
     """expand_tree and finalize_tree against every sequence of up to three of four tokens."""
     vocab, levels, num_nodes = 4, 3, 15

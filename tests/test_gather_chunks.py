@@ -2,7 +2,7 @@ import random
 
 import pytest
 import torch
-from backends import capture
+from backends import capture, for_each
 from kv_cases import DTYPES, LAYOUTS, Guarded, int32, run_with_threads, same_bits
 
 from specextend import ops, reference
@@ -101,11 +101,13 @@ def untouched(got, before, lens):
     assert same_bits(got.base, before.base)
 
 
-@pytest.mark.parametrize("right_aligned", [False, True])
-@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("full_layout", LAYOUTS)
-@pytest.mark.parametrize("work_layout", LAYOUTS)
+@for_each(
+    work_layout=LAYOUTS,
+    full_layout=LAYOUTS,
+    interleaved=[False, True],
+    right_aligned=[False, True],
+)
 def test_layouts(work_layout, full_layout, dtype, interleaved, right_aligned, device):
     case = Case(
         full_layout=full_layout,
@@ -126,8 +128,8 @@ def test_rotary_dims(pairs, dtype, interleaved, device):
     Case(pairs=pairs, dims=dims, dtype=dtype, device=device, interleaved=interleaved).check()
 
 
-@pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("right_aligned", [False, True])
+@for_each(seed=range(12))
 def test_random(seed, right_aligned, device):
     rng = random.Random(seed)
     chunk_size = rng.choice([1, 2, 7, 32])

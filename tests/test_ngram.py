@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import for_each
 from host_reads import reads_per_round
 from models import FAMILIES, prompt, tiny_model
 
@@ -76,7 +77,7 @@ class TestTree:
             tree = tree_of(ids)
             assert tree.num_nodes == 1 and tree.depth == 0
 
-    @pytest.mark.parametrize("seed", range(20))
+    @for_each(seed=range(20))
     def test_against_plain_search(self, seed):
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(0, 5, (60,), generator=generator).tolist()

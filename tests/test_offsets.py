@@ -173,22 +173,6 @@ def expand(dtype) -> Call:
     )
 
 
-def rejection(dtype) -> Call:
-    """One sequence takes all that it can, the other one rejects as much."""
-    uniforms = torch.tensor([[0.0], [0.999]]).repeat(1, 5)
-    return Call(
-        {
-            "tokens": torch.tensor([[0, 7, 100, 3, 500], [0, 599, 8, 2, 3]]),
-            "parents": int32([[-1, 0, 1, 2, 1], [-1, 0, 0, 1, 2]]),
-            "target_probs": normal(2, 5, 600).softmax(-1),
-            "draft_probs": normal(5, 2, 600).transpose(0, 1).softmax(-1),
-            "uniforms": uniforms,
-            "final_uniforms": uniforms / 2,
-        },
-        strided=("target_probs", "draft_probs"),
-    )
-
-
 def contiguous(arguments: dict[str, Tensor], **options) -> Callable[[torch.dtype], Call]:
     """Of an op whose arguments all have to be."""
     return lambda dtype: Call(arguments, options=options)
@@ -215,7 +199,6 @@ CALLS: list[tuple[str, tuple[torch.dtype, ...], Callable[[torch.dtype], Call]]] 
     ("tree_attention", ANY, lambda dtype: attention(dtype, 3)),
     ("tree_attention", ANY, lambda dtype: attention(dtype, 20)),
     ("verify_tree", FLOAT, contiguous(TREE)),
-    ("verify_tree_rejection", FLOAT, rejection),
 ]
 CASES = [
     pytest.param(name, make(dtype), id=f"{name}-{str(dtype)[6:]}")

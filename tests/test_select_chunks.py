@@ -2,7 +2,7 @@ import random
 
 import pytest
 import torch
-from backends import capture, for_seeds
+from backends import capture, for_each
 
 from specextend import ops, reference
 
@@ -44,7 +44,7 @@ def run(scores, lens, device="cpu", **options):
     return ids.tolist(), counts.tolist()
 
 
-@for_seeds(250)
+@for_each(seed=range(250))
 def test_random(seed, device):
     scores, lens, options = random_case(seed)
     ids, counts = ops.select_chunks(scores.to(device), lens.to(device), **options)
@@ -52,7 +52,7 @@ def test_random(seed, device):
     assert torch.equal(ids.cpu(), want_ids) and torch.equal(counts.cpu(), want_counts)
 
 
-@for_seeds(30)
+@for_each(seed=range(30))
 def test_without_ties_it_is_topk_and_sets(seed, device):
     rng = random.Random(seed)
     num_chunks, budget = 200, rng.randint(8, 64)

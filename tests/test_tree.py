@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from backends import for_each
 
 from specextend import SpecConfig, ops
 from specextend.tree import Tree, grow_tree
@@ -75,8 +76,8 @@ def check_mask(tree: Tree) -> None:
         assert {j for j in range(64 * len(row)) if (row[j // 64] >> (j % 64)) & 1} == expected
 
 
-@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("nodes", [1, 4, 12, 70])
+@for_each(seed=range(6))
 def test_best_nodes_of_all_paths(seed, nodes):
     """With a beam that keeps everything, the tree is the best n of all paths (O10)."""
     depth = 3
@@ -92,7 +93,7 @@ def test_best_nodes_of_all_paths(seed, nodes):
     torch.testing.assert_close(tree.gain[0], gain, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@for_each(seed=range(4))
 def test_beam_follows_the_best(seed):
     """Each level expands the best nodes of the one before, and no others."""
     config = SpecConfig(tree_nodes=9, tree_depth=4, tree_top_k=3, tree_width=2)

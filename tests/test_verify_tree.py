@@ -2,7 +2,7 @@ import random
 
 import pytest
 import torch
-from backends import capture, for_seeds
+from backends import capture, for_each
 from emulation import KINDS
 from tree_cases import ancestors, random_parents
 
@@ -43,7 +43,7 @@ def longest_path(tokens: list[int], parents: list[int], target: list[int]) -> li
     return best
 
 
-@for_seeds(240)
+@for_each(seed=range(240))
 def test_random_trees(seed, device):
     tokens, parents, target = random_case(seed)
     num_nodes = tokens.shape[1]

@@ -35,10 +35,7 @@ def plan(results: Path, device: str) -> list[Step]:
     steps = [writes("rounds", 130, *rounds), writes("profile", 80, *profile)]
     if not cuda:
         return [*steps, tests("graphs", 60, "test_buckets or TestRecorder")]
-    ops = [
-        *sorted(path.stem for path in (ROOT / "csrc/ops").glob("*.cpp")),
-        "verify_tree_rejection",
-    ]
+    ops = sorted(path.stem for path in (ROOT / "csrc/ops").glob("*.cpp"))
     limits = dict.fromkeys(ops, 20) | {"tree_attention": 60}
     return [*steps, tests("graphs", 60), *(tests(op, limits[op]) for op in ops)]
 

@@ -11,7 +11,6 @@ void tree_attention(const TreeAttentionParams& p, DType dtype);
 void merge_states(const MergeStatesParams& p, DType dtype);
 
 void verify_tree(const VerifyTreeParams& p);
-void verify_tree_rejection(const VerifyTreeRejectionParams& p);
 void sample_nodes(const SampleNodesParams& p, DType dtype);
 void expand_tree(const ExpandTreeParams& p, DType dtype);
 void finalize_tree(const FinalizeTreeParams& p);

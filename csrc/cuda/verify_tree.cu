@@ -1,5 +1,4 @@
 #include "kernels/verify_tree.cuh"
-#include "kernels/verify_tree_rejection.cuh"
 #include "launch.h"
 
 cudaError_t specextend::launch_verify_tree(const VerifyTreeParams& p, cudaStream_t stream) {
@@ -7,14 +6,4 @@ cudaError_t specextend::launch_verify_tree(const VerifyTreeParams& p, cudaStream
   const int nodes = p.num_nodes <= kVerifySharedNodes ? p.num_nodes : 0;
   return launch(verify_tree_kernel, unsigned(p.batch), block_threads(p.num_nodes, kVerifyThreads),
                 sizeof(VerifyShared) + size_t(nodes) * sizeof(int), stream, p);
-}
-
-cudaError_t specextend::launch_verify_tree_rejection(const VerifyTreeRejectionParams& p,
-                                                     const VerifyTreeRejectionScratch& scratch,
-                                                     cudaStream_t stream) {
-  if (p.tree.batch == 0) return cudaSuccess;
-  const int64_t lanes = num_vocab_blocks(p.vocab) * kVocabLanes;
-  return launch(verify_tree_rejection_kernel, unsigned(p.tree.batch),
-                block_threads(lanes, kRejectionThreads), sizeof(RejectionShared), stream, p,
-                scratch);
 }

@@ -1,6 +1,6 @@
 #pragma once
 
-// Rows of logits or probabilities: the definitions of vocab.h on a GPU.
+// Rows of logits: the definitions of vocab.h on a GPU.
 
 #include <cuda_runtime.h>
 

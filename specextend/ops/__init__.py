@@ -15,7 +15,7 @@ from .merge_states import merge_states
 from .sample_nodes import sample_nodes
 from .select_chunks import select_chunks
 from .tree_attention import tree_attention
-from .verify_tree import verify_tree, verify_tree_rejection
+from .verify_tree import verify_tree
 
 __all__ = [
     "append_kv",
@@ -30,7 +30,6 @@ __all__ = [
     "select_chunks",
     "tree_attention",
     "verify_tree",
-    "verify_tree_rejection",
 ]
 
 cuda_missing.register()

@@ -2,7 +2,6 @@ import torch
 from torch import Tensor
 
 _verify_tree = torch.ops.specextend.verify_tree.default
-_verify_tree_rejection = torch.ops.specextend.verify_tree.rejection
 
 
 def verify_tree(
@@ -36,48 +35,8 @@ def verify_tree(
     return _verify_tree(tokens, parents, target_tokens)
 
 
-def verify_tree_rejection(
-    tokens: Tensor,
-    parents: Tensor,
-    target_probs: Tensor,
-    draft_probs: Tensor,
-    uniforms: Tensor,
-    final_uniforms: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Accept a path of a sampled draft tree by multi-round rejection.
-
-    SpecInfer's multi-step speculative sampling (arXiv 2305.09781, section 4.3). At a node, a child
-    with token x is accepted with probability ``min(1, p(x) / q(x))``, q being the draft's law and p
-    the target's; each rejection turns p into the normalised positive part of ``p - q`` before the
-    next child is tried. Where all are rejected, the last token is drawn from what p has become, so
-    the text is distributed exactly as the target's, whatever q is.
-
-    That takes siblings drawn independently from their parent's ``draft_probs``, repetitions kept,
-    and shapes that do not depend on what was drawn. For any other tree use :func:`verify_tree`.
-
-    Args:
-        tokens, parents: as for :func:`verify_tree`. Children are tried in the order of their
-            indices; one that its parent's ``draft_probs`` cannot give is passed over.
-        target_probs: [B, N, V] fp32, any strides with a unit last one. The target's law after each
-            node.
-        draft_probs: [B, N, V] fp32, any strides with a unit last one. The law that each node's
-            children were drawn from; not read at nodes without children.
-        uniforms: [B, N], fp32 or fp64, contiguous, in [0, 1): for the acceptance of each node.
-        final_uniforms: [B, N] of the same dtype, contiguous: for the last token, read at the node
-            where the walk ends. Tokens are drawn as in :func:`sample_nodes`, with fp64 sums.
-
-    Returns:
-        path, num_accepted, emitted, next_root: as from :func:`verify_tree`. ``next_root`` is -1
-        where the law to draw it from holds a NaN or no probability.
-
-    Nothing is read on the host.
-    """
-    return _verify_tree_rejection(
-        tokens, parents, target_probs, draft_probs, uniforms, final_uniforms
-    )
-
-
-def _results(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@torch.library.register_fake("specextend::verify_tree")
+def _(tokens, parents, target_tokens):
     batch, num_nodes = tokens.shape
     return (
         tokens.new_empty(batch, num_nodes, dtype=torch.int32),
@@ -85,13 +44,3 @@ def _results(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tokens.new_empty(batch, num_nodes),
         tokens.new_empty(batch),
     )
-
-
-@torch.library.register_fake("specextend::verify_tree")
-def _(tokens, parents, target_tokens):
-    return _results(tokens)
-
-
-@torch.library.register_fake("specextend::verify_tree.rejection")
-def _(tokens, parents, target_probs, draft_probs, uniforms, final_uniforms):
-    return _results(tokens)

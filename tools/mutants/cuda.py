@@ -12,11 +12,11 @@ MERGE, COMPACT, SM90, APPEND, GATHER, SCORES, SELECT, CHUNKS, SAMPLE, VOCAB, EXP
         "chunk_scores", "select", "select_chunks", "sample_nodes", "vocab", "expand_tree",
     )
 )  # fmt: skip
-FINALIZE, VERIFY, REJECTION, TREE, FLOAT, WORK, COMBINE, HOPPER = (
+FINALIZE, VERIFY, TREE, FLOAT, WORK, COMBINE, HOPPER = (
     f"{KERNELS}/{name}.cuh"
     for name in (
-        "finalize_tree", "verify_tree", "verify_tree_rejection", "tree_attention",
-        "tree_attention_float", "attention_work", "attention_combine", "tree_attention_sm90",
+        "finalize_tree", "verify_tree", "tree_attention", "tree_attention_float",
+        "attention_work", "attention_combine", "tree_attention_sm90",
     )
 )  # fmt: skip
 
@@ -543,64 +543,6 @@ MUTANTS = [
         "i + 1 == length ? last_token : -1;",
         "i + 1 == length ? tokens[path[i]] : -1;",
         tests("verify_tree", "random_trees"),
-        cuda("verify_tree"),
-    ),
-    Mutant(
-        "verify_tree.rejection: no barrier between nodes of the walk",
-        REJECTION,
-        "    __syncthreads();  // nobody reads the rests of the node before\n",
-        "",
-        tests("verify_tree_rejection", "any_schedule"),
-        cuda("verify_tree"),
-    ),
-    Mutant(
-        "verify_tree.rejection: sums are added before they are whole",
-        REJECTION,
-        "      sum_blocks(subtract, p.vocab, sums);\n      __syncthreads();\n",
-        "      sum_blocks(subtract, p.vocab, sums);\n",
-        tests("verify_tree_rejection", "any_schedule", "large_vocabularies_and_strides"),
-        cuda("verify_tree"),
-    ),
-    Mutant(
-        "verify_tree.rejection: a total is read before it is written",
-        REJECTION,
-        "        if (threadIdx.x == 0) shared.total = sum;\n      }\n      __syncthreads();\n",
-        "        if (threadIdx.x == 0) shared.total = sum;\n      }\n",
-        tests("verify_tree_rejection", "any_schedule", "random_trees"),
-        cuda("verify_tree"),
-    ),
-    Mutant(
-        "verify_tree.rejection: what is left of the law is computed in its own place",
-        REJECTION,
-        "weights == rests ? rests + p.vocab : rests;",
-        "weights == rests ? rests : rests;",
-        tests("verify_tree_rejection", "random_trees"),
-        cuda("verify_tree"),
-    ),
-    Mutant(
-        "verify_tree.rejection: sequences share what is left",
-        REJECTION,
-        "scratch.rest + b * 2 * p.vocab",
-        "scratch.rest + b * 0 * p.vocab",
-        tests("verify_tree_rejection", "random_trees"),
-        cuda("verify_tree"),
-    ),
-    Mutant(
-        "verify_tree.rejection: a child is accepted at equality",
-        REJECTION,
-        "u * double(draft[token]) < double(weights[token]) / total",
-        "u * double(draft[token]) <= double(weights[token]) / total",
-        tests("verify_tree_rejection", "lossless_by_enumeration"),
-        cuda("verify_tree"),
-    ),
-    Mutant(
-        "verify_tree.rejection: the total of the node before",
-        REJECTION,
-        "      summed = shared.total != 0.;\n      if (summed) {\n        weights = rest;\n"
-        "        total = shared.total;",
-        "      summed = shared.total != 0.;\n      if (summed) {\n        weights = rest;\n"
-        "        total = 1.;",
-        tests("verify_tree_rejection", "lossless_by_enumeration"),
         cuda("verify_tree"),
     ),
     # ---- tree_attention, the portable family ----
