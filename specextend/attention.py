@@ -1,4 +1,4 @@
-"""How a model of `transformers` is made to use our cache and our kernel, without touching its code.
+"""Makes a model of `transformers` use our cache and our kernel, without touching its code.
 
 The model calls the attention function registered here under the name ``"specextend"``. What it
 needs to know beyond its arguments (which cache, which tree, where the new rows go, which layers are
@@ -78,7 +78,7 @@ def _attention(
 def _dense_attention(
     state: Pass, layer, query: Tensor, scaling: float | None, window: int
 ) -> Tensor:
-    """Attention over prefix and tree by torch's SDPA with a dense mask: the ablation's baseline."""
+    """Attend to prefix and tree by torch's SDPA with a dense mask: the ablation's baseline."""
     length = state.cache.length
     end = length + state.num_tree_keys
     mask = state.dense_mask(query.shape[2], length, window, query.device)
@@ -99,7 +99,7 @@ AttentionInterface.register(ATTENTION, _attention)
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module):
-    """Evaluation mode for a ``with`` block: dropout would change the output."""
+    """Put a model in evaluation mode for a ``with`` block: dropout would change the output."""
     training = [m for m in model.modules() if m.training] if model.training else []
     for module in training:
         module.training = False
@@ -111,7 +111,7 @@ def evaluating(model: torch.nn.Module):
 
 
 class PatchedModel:
-    """A model that runs :class:`Pass` es, and is as it was outside of them.
+    """Runs a model in :class:`Pass` es, and leaves it as it was outside of them.
 
     Only the name of the attention implementation in the model's configurations is changed, and
     hooks collect the features that a pass asks for, both only during a forward, also when that
@@ -146,7 +146,7 @@ class PatchedModel:
                 hook.remove()
 
     def _collect(self, state: Pass) -> list[RemovableHandle]:
-        """Hooks that put the hidden states of ``state.feature_layers`` into ``state.hidden``."""
+        """Hook the model, so that ``state.hidden`` gets the layers of ``state.feature_layers``."""
         count = self.num_layers
         decoder = self.model.get_decoder()
         layers = next(
@@ -174,7 +174,7 @@ class PatchedModel:
         last_only: bool = False,
         row: Tensor | None = None,
     ) -> Tensor:
-        """Logits of ``tokens``.
+        """Run the model over ``tokens``.
 
         Args:
             tokens: [B, M] int64.
@@ -184,7 +184,7 @@ class PatchedModel:
             row: [1] int64, logits of that row only.
 
         Returns:
-            [B, M or 1, V] in the model's dtype.
+            [B, M or 1, V] logits in the model's dtype.
         """
         keep = row if row is not None else int(last_only)
         with self._installed(state):

@@ -1,4 +1,4 @@
-"""Preallocated KV caches that `transformers` models write into.
+"""KV caches that are allocated once, and that `transformers` models write into.
 
 A :class:`KVCache` never grows, copies or crops: new keys and values go to rows behind the committed
 ones (``append_kv``), attention reads them where they lie, and accepted rows move to the front
@@ -24,7 +24,7 @@ ATTENTION = "specextend"
 
 
 class KVLayer(CacheLayer):
-    """Keys and values of one layer: [B, Hkv, S, D], so that the rows of a head are contiguous.
+    """Holds keys and values of one layer: [B, Hkv, S, D], the rows of a head contiguous.
 
     ``k`` and ``v`` are the same memory seen as [B, S, Hkv, D], the layout of the ops.
     """
@@ -69,7 +69,7 @@ class KVLayer(CacheLayer):
 
 
 class KVCache(Cache):
-    """One :class:`KVLayer` per layer and the number of committed rows, on the device.
+    """Holds a :class:`KVLayer` per layer and the number of committed rows, on the device.
 
     Args:
         num_layers: layers of the model.
@@ -97,7 +97,7 @@ class KVCache(Cache):
         self.settle(count)
 
     def commit(self, count: int | Tensor) -> None:
-        """:meth:`advance` on the device alone, by a number that may be known only there.
+        """Do as :meth:`advance` on the device alone, by a number that may be known only there.
 
         Args:
             count: a number, or [B] int32.
@@ -105,7 +105,7 @@ class KVCache(Cache):
         self.lens += count
 
     def settle(self, count: int) -> None:
-        """What :meth:`commit` has added, once the host knows it."""
+        """Note what :meth:`commit` has added, once the host knows it."""
         self.length += count
 
     def compact(self, path: Tensor, num_accepted: Tensor) -> None:
@@ -121,7 +121,7 @@ class KVCache(Cache):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the allocated layers take."""
+        """Count the bytes that the allocated layers take."""
         return sum(
             t.numel() * t.element_size()
             for layer in self.layers
@@ -132,7 +132,7 @@ class KVCache(Cache):
 
 @dataclass
 class Pass:
-    """One forward of one model over ``num_rows`` tokens: a chain, or a tree.
+    """Says what one forward of one model over ``num_rows`` tokens, a chain or a tree, is given.
 
     Attributes:
         cache: what is attended to: its committed rows, and the tree's keys behind them.
@@ -170,7 +170,7 @@ class Pass:
 
     @property
     def features(self) -> Tensor | None:
-        """[B, num_rows, F]: the hidden states of ``feature_layers`` side by side; None without."""
+        """Join the hidden states of ``feature_layers``: [B, num_rows, F]; None without."""
         if not self.feature_layers:
             return None
         return torch.cat([self.hidden[i] for i in self.feature_layers], -1)
@@ -191,7 +191,7 @@ class Pass:
             ops.append_kv(target.k, target.v, k, v, lens)
 
     def dense_mask(self, rows: int, length: int, window: int, device: torch.device) -> Tensor:
-        """[B, 1, rows, P + N] bool, for SDPA; ``length`` is P. Batch 1."""
+        """Make the mask of SDPA: [B, 1, rows, P + N] bool; ``length`` is P. Batch 1."""
         keys = self.num_tree_keys
         if self.mask is None:
             tree = torch.ones(1, rows, keys, dtype=torch.bool, device=device).tril(keys - rows)

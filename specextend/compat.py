@@ -1,4 +1,4 @@
-"""What differs between the versions of `transformers`: the one place that asks for a version."""
+"""Knows what differs between the versions of `transformers`: only here is one asked for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "pa
 
 
 class CacheLayer(CacheLayerMixin):
-    """A layer of a cache, which answers by the names that each version asks for."""
+    """Answers, as a layer of a cache, by the names that each version asks for."""
 
     def get_max_cache_shape(self) -> int:  # get_max_length from transformers 5.13 on
         return self.get_max_length()

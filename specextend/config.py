@@ -1,4 +1,4 @@
-"""Every knob of the draft-verify loop, in one dataclass."""
+"""Holds every knob of the draft-verify loop, in one dataclass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class SpecConfig:
-    """Options of :class:`specextend.SpecExtend`. The defaults suit most inputs.
+    """Holds the options of :class:`specextend.SpecExtend`. The defaults suit most inputs.
 
     Each technique of the paper has its own switch, so that an ablation is one field:
     ``tree_attention`` (split-prefix tree attention, SpecExtend section 3.2), ``draft_cache``
@@ -125,28 +125,28 @@ class SpecConfig:
 
     @property
     def budget_chunks(self) -> int:
-        """Chunks in the draft's working cache."""
+        """Count the chunks in the draft's working cache."""
         return self.budget // self.chunk_size
 
     @property
     def max_depth(self) -> int:
-        """Levels of a tree at most."""
+        """Give the levels of a tree at most."""
         return len(self.tree_widths) if self.tree_shape == "fixed" else self.tree_depth
 
     @property
     def max_nodes(self) -> int:
-        """Proposed nodes of a tree at most."""
+        """Give the proposed nodes of a tree at most."""
         return sum(self.tree_widths) if self.tree_shape == "fixed" else self.tree_nodes
 
     @property
     def tree_keys(self) -> int:
-        """Rows behind the committed ones that a draft's tree takes at most while it grows."""
+        """Count the rows behind the committed ones that a growing tree of a draft takes at most."""
         if self.tree_shape == "fixed":
             return sum(self.tree_widths)
         return self.tree_width * self.tree_depth
 
     def replace(self, **changes) -> SpecConfig:
-        """A copy with other values; an unknown name is an error that lists the known ones."""
+        """Copy with other values; an unknown name is an error that lists the known ones."""
         known = {f.name for f in fields(self)}
         unknown = sorted(set(changes) - known)
         if unknown:

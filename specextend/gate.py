@@ -8,8 +8,8 @@ from __future__ import annotations
 
 
 def break_even(round_seconds: float, plain_seconds: float) -> float:
-    """Tokens that a round must emit on average to be no slower than plain decoding: equation 1 at
-    a speed-up of 1.
+    """Return the tokens that a round must emit on average to be no slower than plain decoding:
+    equation 1 at a speed-up of 1.
 
     Args:
         round_seconds: of a round, drafting and verifying.
@@ -19,7 +19,7 @@ def break_even(round_seconds: float, plain_seconds: float) -> float:
 
 
 class _Mean:
-    """Exponential moving average that starts as a plain one."""
+    """Keeps an exponential moving average that starts as a plain one."""
 
     def __init__(self, memory: int = 16):
         self.value = 0.0
@@ -61,7 +61,7 @@ class Gate:
         self._growth = self.PATIENCE  # rounds that a depth must win before a deeper one is tried
 
     def next_depth(self) -> int:
-        """Levels for the next tree."""
+        """Return the levels of the next tree."""
         if not self.enabled:
             return self.max_depth
         if self._resting:
@@ -71,7 +71,7 @@ class Gate:
         return 0 if self._rounds % self.PROBE == self.PATIENCE else self.depth
 
     def count(self, depth: int, emitted: int, seconds: float) -> None:
-        """A round with a tree of ``depth`` levels took ``seconds`` for ``emitted`` tokens."""
+        """Learn that a round with ``depth`` levels took ``seconds`` for ``emitted`` tokens."""
         if not self.enabled:
             return
         if depth == 0:

@@ -31,7 +31,7 @@ _idle_streams: dict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
 
 
 def _take_stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream that neither torch nor another recorder uses.
+    """Take a stream that neither torch nor another recorder uses.
 
     Those of torch come round again after 32, and a graph that is dropped may take with it what
     cuBLAS keeps for all that was recorded on its stream (pytorch#193402).
@@ -82,7 +82,7 @@ class CudaRecorder:
 
 
 class Graphs:
-    """Calls of functions on the device, replayed as graphs where there is a recorder.
+    """Calls functions on the device, and replays them as graphs where there is a recorder.
 
     The first call of a key runs the function, which also warms it up; the second one records it;
     from then on it is replayed. The function must do the same for the same key, but for the values
@@ -105,11 +105,11 @@ class Graphs:
 
     @property
     def enabled(self) -> bool:
-        """Whether functions are recorded: the host then cannot follow what they count."""
+        """Tell whether functions are recorded: the host then cannot follow what they count."""
         return self._recorder is not None
 
     def call(self, key: Hashable, function: Callable[..., object], *tensors: Tensor | None):
-        """``function(*tensors)``. What it returns holds until the next call."""
+        """Return ``function(*tensors)``, which holds until the next call."""
         if self._recorder is None:
             return function(*tensors)
         self.preparations += self._recordings.get(key) is None
@@ -142,7 +142,7 @@ class Graphs:
 
 
 class Capture:
-    """Graphs for the parts of a round, and one warning for each part that has to run without.
+    """Gives graphs to the parts of a round, and warns once of each part that has to run without.
 
     Args:
         recorder: makes what records on a device; None: a :class:`CudaRecorder` on a GPU, and
@@ -178,8 +178,8 @@ class Capture:
 
 
 def bucket(nodes: int, max_nodes: int, group: int) -> int:
-    """The size to pad a tree of ``nodes`` proposed nodes to, so that few sizes are captured, and
-    these cost no more than they have to.
+    """Return the size to pad a tree of ``nodes`` proposed nodes to, so that few sizes are captured,
+    and these cost no more than they have to.
 
     The kernels compute 16, 32, 64, 128, 256, ... rows of a KV head, and the root is one of the
     tree's: with a group of 4, trees of 3, 7, 15, 31 and 63 nodes fill them. No tree is padded
@@ -202,7 +202,7 @@ def warn_uncaptured(name: str, reason: str) -> None:
 
 
 def obstacle(model: PreTrainedModel) -> str | None:
-    """Why a model's forward cannot be captured as a CUDA graph; None if nothing is known."""
+    """Say why a model's forward cannot be captured as a CUDA graph; None if nothing is known."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in (rope, *(v for v in rope.values() if isinstance(v, dict))):
@@ -228,7 +228,7 @@ def _has_experts(model: PreTrainedModel) -> bool:
 
 
 class Mailbox:
-    """A few numbers per round from the device to the host, copied while the host goes on."""
+    """Brings a few numbers per round from the device to the host, while the host goes on."""
 
     def __init__(self, size: int, device: torch.device):
         self._device = device
@@ -247,7 +247,7 @@ class Mailbox:
             self._arrived.record(torch.cuda.current_stream(self._device))
 
     def receive(self) -> list[float]:
-        """What was sent last, once it has arrived: the one wait of a round."""
+        """Return what was sent last, once it has arrived: the one wait of a round."""
         if self._pinned is None:
             return self._numbers.tolist()
         self._arrived.synchronize()
@@ -255,7 +255,7 @@ class Mailbox:
 
 
 class Stopwatch:
-    """Seconds that the device takes for a ``with`` block; on a CPU the host's."""
+    """Measures the seconds that the device takes for a ``with`` block; on a CPU the host's."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -277,7 +277,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """To be read when the device has got past the block."""
+        """Give the time; to be read when the device has got past the block."""
         if self._events is not None:
             return self._events[0].elapsed_time(self._events[1]) / 1e3
         return self._stop - self._start

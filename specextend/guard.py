@@ -15,7 +15,7 @@ _PREFIX = 5
 
 
 class UnsupportedModelError(ValueError):
-    """A model that specextend would not reproduce exactly; the text says why."""
+    """Says why specextend would not reproduce a model exactly."""
 
 
 def _refuse(model: PreTrainedModel, why: str) -> UnsupportedModelError:
@@ -52,7 +52,7 @@ def check_architecture(model: PreTrainedModel) -> None:
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
-    """Positions that the model was made for, None if it does not say."""
+    """Return the positions that the model was made for, None if it does not say."""
     config = model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None)
 
@@ -164,6 +164,6 @@ def _check_calls(model: PreTrainedModel, state: Pass, num_layers: int) -> None:
 
 @torch.inference_mode()
 def _own_logits(patched: PatchedModel, tokens: Tensor) -> Tensor:
-    """[M, V] of the model as it came, without a cache."""
+    """Return logits [M, V] of the model as it came, without a cache."""
     with evaluating(patched.model):
         return patched.model(input_ids=tokens, use_cache=False).logits[0]

@@ -1,4 +1,4 @@
-"""What a measurement was made on and with: the header of every record."""
+"""Says what a measurement was made on and with: the header of every record."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def processor() -> str:
-    """The processor's name as it gives it, or the kind of machine."""
+    """Return the processor's name as it gives it, or the kind of machine."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -29,12 +29,12 @@ def processor() -> str:
 
 
 def default_device() -> str:
-    """A GPU that the compiled module has kernels for, if there is one, else the CPU."""
+    """Choose a GPU that the compiled module has kernels for, if there is one, else the CPU."""
     return "cuda" if _C.has_cuda and torch.cuda.is_available() else "cpu"
 
 
 def device_text(device: torch.device) -> str:
-    """What a device is, for a person: the GPU, or the processor and its threads."""
+    """Describe a device for a person: the GPU, or the processor and its threads."""
     if device.type != "cpu":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -42,14 +42,14 @@ def device_text(device: torch.device) -> str:
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Count the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def commit() -> str | None:
-    """Of the checkout that this package is in, "-dirty" behind it where files were changed."""
+    """Name the commit of the checkout that this package is in, "-dirty" if files were changed."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         return None
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
@@ -57,7 +57,7 @@ def commit() -> str | None:
 
 
 def _program() -> str:
-    """What was started: the command, or a file of this checkout, without the folders above."""
+    """Name what was started: the command, or a file of this checkout, without the folders above."""
     path = Path(sys.argv[0])
     if path.name == "__main__.py":
         return path.parent.name
@@ -67,7 +67,7 @@ def _program() -> str:
 
 
 def header(device: str = "cpu") -> dict:
-    """Machine, versions, commit, command line and time, as plain data.
+    """Return machine, versions, commit, command line and time, as plain data.
 
     Args:
         device: "cpu" or "cuda"; a GPU is described where it is what is measured.

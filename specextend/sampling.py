@@ -46,25 +46,25 @@ _MASK64 = (1 << 64) - 1
 
 
 def _signed(x: int) -> int:
-    """A 64-bit pattern as the int64 that holds it."""
+    """Return the int64 that holds a 64-bit pattern."""
     x &= _MASK64
     return x - (1 << 64) if x >> 63 else x
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical, where torch's own shift of int64 is arithmetic."""
+    """Shift logically, where torch's own shift of int64 is arithmetic."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014), on int64 bit patterns."""
+    """Mix int64 bit patterns as splitmix64 does last (Steele, Lea and Flood, OOPSLA 2014)."""
     x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
     return x ^ _shift_right(x, 31)
 
 
 def keyed_uniforms(seed: int, positions: Tensor) -> Tensor:
-    """Uniform numbers in [0, 1) that depend on their key alone.
+    """Draw uniform numbers in [0, 1) that depend on their key alone.
 
     Args:
         seed: any integer; its low 64 bits count.
@@ -81,7 +81,7 @@ def keyed_uniforms(seed: int, positions: Tensor) -> Tensor:
 
 
 class TokenChooser:
-    """The target's token after each node of a tree.
+    """Chooses the target's token after each node of a tree.
 
     Args:
         processors: as prepared by ``generate``; applied to every node with the tokens before it.
@@ -107,7 +107,7 @@ class TokenChooser:
     def scores(
         self, logits: Tensor, committed: Tensor, tree_tokens: Tensor, parents: Tensor
     ) -> Tensor:
-        """Processed scores of every node.
+        """Process the logits of every node.
 
         Args:
             logits: [1, M, V].
@@ -135,7 +135,7 @@ class TokenChooser:
         return out[None]
 
     def choose(self, scores: Tensor, positions: Tensor) -> Tensor:
-        """Tokens from processed scores.
+        """Choose tokens from processed scores.
 
         Args:
             scores: [B, M, V].

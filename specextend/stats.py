@@ -1,4 +1,4 @@
-"""What a generation did: acceptance in vLLM's terms, seconds per phase, retrievals."""
+"""Counts what a generation did: acceptance in vLLM's terms, seconds per phase, retrievals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PHASES = ("prefill", "draft_prefill", "verify", "accept", "retrieve", "draft")
 
 @dataclass
 class SpecStats:
-    """Counters of one generation.
+    """Counts what one generation did.
 
     "Accepted" are proposed tokens that the target confirmed, "emitted" are those and the target's
     own token of each round. The prefill and the first token, which no draft could propose, are not
@@ -45,22 +45,22 @@ class SpecStats:
 
     @property
     def retrieved_chunks(self) -> list[list[int]]:
-        """Chunk ids of each retrieval, ascending. Reads the device."""
+        """List the chunk ids of each retrieval, ascending. Reads the device."""
         return [[i for i in ids[0].tolist() if i >= 0] for ids in self.retrieved_ids]
 
     @property
     def mean_acceptance_length(self) -> float:
-        """Emitted tokens per target forward (tau of the paper); 1.0 is plain decoding."""
+        """Divide emitted tokens by target forwards (tau of the paper); 1.0 is plain decoding."""
         return 1.0 + self.num_accepted_tokens / self.num_rounds if self.num_rounds else 1.0
 
     @property
     def draft_acceptance_rate(self) -> float:
-        """Accepted tokens per proposed token."""
+        """Divide accepted tokens by proposed ones."""
         return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
 
     @property
     def acceptance_rate_per_position(self) -> list[float]:
-        """Share of speculative rounds that accepted at least 1, 2, ... tokens."""
+        """Give the shares of speculative rounds that accepted at least 1, 2, ... tokens."""
         rounds = sum(self.acceptance_histogram.values())
         deepest = max(self.acceptance_histogram, default=0)
         return [
@@ -70,12 +70,12 @@ class SpecStats:
 
     @property
     def decode_seconds(self) -> float:
-        """Seconds outside of the prefills."""
+        """Add up the seconds outside of the prefills."""
         return sum(s for phase, s in self.seconds.items() if not phase.endswith("prefill"))
 
     @property
     def tokens_per_second(self) -> float:
-        """Decoding speed: emitted tokens after the first, per second outside of the prefills."""
+        """Divide emitted tokens after the first by the seconds outside of the prefills."""
         seconds = self.decode_seconds
         return (self.num_emitted_tokens - 1) / seconds if seconds > 0 else 0.0
 
@@ -89,7 +89,7 @@ class SpecStats:
             self.seconds[name] += time.perf_counter() - start
 
     def count_round(self, proposed: int, accepted: int) -> None:
-        """One target forward after the first token."""
+        """Count a target forward after the first token."""
         self.num_rounds += 1
         if proposed:
             self.num_draft_tokens += proposed
@@ -99,7 +99,7 @@ class SpecStats:
             self.num_plain_rounds += 1
 
     def as_dict(self) -> dict:
-        """Plain data, for JSON."""
+        """Return plain data, for JSON."""
         return {
             "num_prompt_tokens": self.num_prompt_tokens,
             "num_emitted_tokens": self.num_emitted_tokens,

@@ -1,4 +1,4 @@
-"""What the commands show: text as it is written, progress, tables.
+"""Shows what the commands have to show: text as it is written, progress, tables.
 
 Text goes to standard output, progress and remarks to standard error. Escape codes are written to
 terminals only, and none for looks where NO_COLOR is set or the terminal is dumb.
@@ -21,7 +21,7 @@ _HARMLESS = {c: "\ufffd" for c in (*range(32), *range(127, 160)) if c not in (9,
 
 
 class Output:
-    """A stream and what it can show."""
+    """Writes to a stream what it can show."""
 
     def __init__(self, stream: TextIO):
         self.console = Console(file=stream, highlight=False)
@@ -56,7 +56,7 @@ class Output:
 
 
 def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], int]:
-    """Lines of a table, and how many of them are its header: one word of each name per line."""
+    """Return the lines of a table, and how many of them are its header: a line per word of a name."""
     words = [name.split() for name in header]
     top = max(map(len, words))
     stacked = zip(*[[""] * (top - len(w)) + w for w in words], strict=True)
@@ -70,7 +70,7 @@ def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[st
 
 
 class Meter:
-    """How far a long task is: a bar on a terminal, a line every few seconds elsewhere.
+    """Shows how far a long task is: a bar on a terminal, a line every few seconds elsewhere.
 
     Called as ``meter(phase, done, total)``, the interface of ``SpecExtend(progress=)``.
 
@@ -135,7 +135,7 @@ class Meter:
 
 
 class Detokenizer:
-    """Text of tokens as they come, with nothing of a character before all of its bytes are there.
+    """Makes text of tokens as they come; a character comes once all of its bytes are there.
 
     Args:
         tokenizer: of the tokens.
@@ -155,7 +155,7 @@ class Detokenizer:
         )
 
     def add(self, token: int) -> str:
-        """What ``token`` adds to the text."""
+        """Return what ``token`` adds to the text."""
         self._ids.append(token)
         # Decoded together with the tokens of the last addition, on which its spaces may depend.
         text = self._decode(self._start)
@@ -164,7 +164,7 @@ class Detokenizer:
         return self._advance(text)
 
     def end(self) -> str:
-        """What is left: bytes that no token completed."""
+        """Return what is left: bytes that no token completed."""
         return self._advance(self._decode(self._start))
 
     def _advance(self, text: str) -> str:

@@ -1,4 +1,4 @@
-"""Helpers for those who test or time the ops, ours and their own."""
+"""Helps those who test or time the ops, ours and their own."""
 
 import statistics
 import time
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def assert_within_twice(got: Tensor, exact: Tensor, plain: Tensor, eps: float = 1e-6) -> None:
-    """The self-scaling error bound: at most twice the error of a plain computation.
+    """Assert the self-scaling error bound: at most twice the error of a plain computation.
 
     Args:
         got: result under test.
@@ -33,7 +33,7 @@ def assert_within_twice(got: Tensor, exact: Tensor, plain: Tensor, eps: float = 
 
 
 def in_layout(t: Tensor, layout: str) -> Tensor:
-    """A copy of ``t`` [B, S, H, D] with other strides and a unit last one.
+    """Copy ``t`` [B, S, H, D] with other strides and a unit last one.
 
     ``"bshd"``: contiguous. ``"bhsd"``: head by head, as Hugging Face's caches. ``"sliced"``: some
     of the heads and elements of a larger tensor, which holds NaN elsewhere.
@@ -52,7 +52,7 @@ def in_layout(t: Tensor, layout: str) -> Tensor:
 
 
 def pack_mask(visible: Tensor) -> Tensor:
-    """[..., N] bool as the ops' masks: [..., ceil(N / 64)] int64, bit j % 64 of word j // 64."""
+    """Pack [..., N] bool as an op's mask: [..., ceil(N / 64)] int64, bit j % 64 of word j // 64."""
     words = -(-visible.shape[-1] // 64)
     padded = torch.nn.functional.pad(visible, (0, 64 * words - visible.shape[-1]))
     bits = padded.unflatten(-1, (words, 64)).long()
@@ -60,7 +60,7 @@ def pack_mask(visible: Tensor) -> Tensor:
 
 
 def ancestor_mask(parents: Tensor) -> Tensor:
-    """[N, N] bool: node i sees itself and its ancestors. ``parents`` [N], -1 for a root."""
+    """Return [N, N] bool by which node i sees itself and its ancestors; ``parents`` [N], -1: a root."""
     count = len(parents)
     visible = torch.eye(count, dtype=torch.bool)
     for node in range(count):
@@ -72,7 +72,7 @@ def ancestor_mask(parents: Tensor) -> Tensor:
 
 
 class Spread:
-    """Measurements of one thing: ``median``, ``p10``, ``p90``, ``mean``, all of them sorted in
+    """Holds measurements of one thing: ``median``, ``p10``, ``p90``, ``mean``, all of them sorted in
     ``samples``.
 
     Raises:
@@ -96,7 +96,7 @@ def time_calls(
     max_calls: int = 1000,
     before: Callable[[], object] = lambda: None,
 ) -> list[Spread]:
-    """Seconds per call of functions, called in turn so that a busy machine slows all of them alike.
+    """Time calls of functions in turn, so that a busy machine slows all of them alike.
 
     Args:
         functions: what to time; each is called once before, to warm up.
@@ -122,7 +122,7 @@ def time_calls(
 def time_graphs(
     *contestants: list[Callable[[], object]], seconds: float = 0.5, min_calls: int = 20
 ) -> list[Spread]:
-    """Time of calls on a GPU, without the host's share: each contestant is captured in a CUDA graph
+    """Time calls on a GPU without the host's share: each contestant is captured in a CUDA graph
     of many calls, and the graphs are replayed in turn. Synchronises.
 
     Args:

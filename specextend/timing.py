@@ -1,4 +1,4 @@
-"""How long a generation takes, prefill apart: Hugging Face's ``generate``, and our loop."""
+"""Times a generation, prefill apart: Hugging Face's ``generate``, and our loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .stats import SpecStats
 
 @dataclass
 class Timed:
-    """A prompt continued in one way.
+    """Holds how a prompt was continued in one way.
 
     Attributes:
         tokens: what was written.
@@ -38,7 +38,7 @@ class Timed:
 
     @property
     def rate(self) -> float:
-        """Tokens per second, decoding only."""
+        """Divide tokens by seconds, decoding only."""
         return (len(self.tokens) - self.first) / self.decode if self.decode else 0.0
 
 
@@ -69,7 +69,7 @@ class _Clock(BaseStreamer):
 def time_hugging_face(
     model: PreTrainedModel, ids: Tensor, new: int, progress: Progress, **options
 ) -> Timed:
-    """``generate`` of the model itself.
+    """Time ``generate`` of the model itself.
 
     Args:
         ids: [1, L] int64, the prompt.
@@ -89,7 +89,7 @@ def time_hugging_face(
 def time_loop(
     spec: SpecExtend, ids: Tensor, new: int, show: Callable[[Step, int], None], **options
 ) -> Timed:
-    """Our loop.
+    """Time our loop.
 
     Args:
         ids: [1, L] int64, the prompt.
@@ -110,7 +110,7 @@ def time_loop(
 
 
 def timed_steps(steps: Iterator[Step]) -> Iterator[tuple[Step, float]]:
-    """Steps and the seconds that each took, without those that its reader takes."""
+    """Yield steps and the seconds that each took, without those that its reader takes."""
     while True:
         start = time.perf_counter()
         step = next(steps, None)
@@ -120,7 +120,7 @@ def timed_steps(steps: Iterator[Step]) -> Iterator[tuple[Step, float]]:
 
 
 def parting(ours: list[int], theirs: list[int]) -> int | None:
-    """Index of the first token at which two continuations differ, None if they do nowhere; where
+    """Return the index of the first token at which two continuations differ, None if they do nowhere; where
     one is only longer, the end of the other."""
     if ours == theirs:
         return None
@@ -132,7 +132,7 @@ def parting(ours: list[int], theirs: list[int]) -> int | None:
 def logit_gap(
     model: PreTrainedModel, ids: Tensor, ours: list[int], theirs: list[int]
 ) -> float | None:
-    """How far apart the model itself sees the two tokens at which two continuations part: the
+    """Return how far apart the model itself sees the two tokens at which two continuations part: the
     difference of their logits; None where none or only one has a token there."""
     at = parting(ours, theirs)
     if at is None or at >= min(len(ours), len(theirs)):

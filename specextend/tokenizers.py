@@ -1,4 +1,4 @@
-"""Whether two models speak the same tokens."""
+"""Finds out whether two models speak the same tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trees of proposed tokens, and how a draft grows one.
+"""Holds trees of proposed tokens, and grows them by a draft.
 
 The work is in the ops ``expand_tree`` and ``finalize_tree``; here are the loop over levels and the
 rules of how many levels and which nodes (OPT-Tree, EAGLE-2, fixed widths).
@@ -20,7 +20,7 @@ from .config import SpecConfig
 
 @dataclass
 class Tree:
-    """A root, which is decided, and proposed nodes behind it. Node 0 is the root.
+    """Holds a root, which is decided, and proposed nodes behind it. Node 0 is the root.
 
     Attributes:
         tokens: [B, M] int64.
@@ -40,11 +40,11 @@ class Tree:
 
     @property
     def num_nodes(self) -> int:
-        """Rows of the verify pass: the root and the proposed nodes."""
+        """Count the rows of the verify pass: the root and the proposed nodes."""
         return self.tokens.shape[1]
 
     def padded(self, num_nodes: int) -> Tree:
-        """The same tree with ``num_nodes`` rows: the new ones are reached by no path."""
+        """Return the same tree with ``num_nodes`` rows, of which no path reaches the new ones."""
         more = num_nodes - self.num_nodes
         if more <= 0:
             return self
@@ -63,14 +63,14 @@ class Tree:
 
     @staticmethod
     def root_only(root: Tensor) -> Tree:
-        """The tree of plain decoding: [B, 1] ``root`` and nothing proposed."""
+        """Return the tree of plain decoding: [B, 1] ``root`` and nothing proposed."""
         zeros = torch.zeros_like(root, dtype=torch.int32)
         return Tree(root, zeros - 1, zeros, torch.ones_like(root)[..., None], None, 0)
 
 
 @lru_cache(maxsize=64)
 def _bits(first: int, count: int, words: int, device: torch.device) -> Tensor:
-    """[count, words] int64: bit ``first + i`` set in row i."""
+    """Return [count, words] int64 with bit ``first + i`` set in row i."""
     rows = torch.zeros(count, words, dtype=torch.int64)
     for i in range(count):
         bit = first + i
@@ -163,7 +163,8 @@ def grow_tree(
 
 
 def _gain(logp: Tensor, before: int, num_nodes: int) -> Tensor:
-    """Expected accepted tokens that the last level adds: E_d - E_(d-1) of OPT-Tree, [B]."""
+    """Return the accepted tokens that the last level is expected to add, [B]: E_d - E_(d-1) of
+    OPT-Tree."""
     expected = logp.topk(num_nodes, 1).values.exp().sum(1)
     if before:
         expected = expected - logp[:, :before].topk(min(num_nodes, before), 1).values.exp().sum(1)

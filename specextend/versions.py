@@ -13,7 +13,7 @@ from packaging.specifiers import SpecifierSet
 
 
 def supported(name: str) -> SpecifierSet:
-    """The versions of a package that pip may choose.
+    """Return the versions of a package that pip may choose.
 
     Empty, which allows every version, where specextend was not installed but is run from its
     folder.

@@ -25,7 +25,7 @@ Tokenizers = tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | Non
 
 @dataclass
 class Decided:
-    """Tokens that a draft has yet to take in, of B sequences.
+    """Holds tokens that a draft has yet to take in, of B sequences.
 
     Attributes:
         tokens: [B, T] int64, in the order of the text.
@@ -46,7 +46,7 @@ class Decided:
         return Decided(self.tokens[:, columns], features)
 
     def __len__(self) -> int:
-        """T."""
+        """Count the tokens, T."""
         return self.tokens.shape[1]
 
 
@@ -113,7 +113,7 @@ class Draft(ABC):
 
     @property
     def num_parameters(self) -> int:
-        """Weights of its own."""
+        """Count the weights of its own."""
         return 0
 
     def check_length(self, prompt: int, total: int) -> None:  # noqa: B027  most hold any length

@@ -1,4 +1,4 @@
-"""A folder of weights, or one on the Hugging Face Hub: its configuration and its tensors."""
+"""Reads a folder of weights, or one on the Hugging Face Hub: configuration and tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass
 class Checkpoint:
-    """What a folder holds.
+    """Says what a folder holds.
 
     Attributes:
         name: as the user gave it.
@@ -68,14 +68,14 @@ class Checkpoint:
         return checkpoint
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor, on the CPU."""
+        """Load every tensor, on the CPU."""
         found: dict[str, Tensor] = {}
         for path in dict.fromkeys(self.files.values()):
             found.update(load_file(path) if path.suffix == ".safetensors" else _load_bin(path))
         return found
 
     def describe(self) -> str:
-        """For errors: the name, what the configuration says, some names of tensors."""
+        """Describe it for errors: the name, what the configuration says, some names of tensors."""
         said = {k: self.config[k] for k in ("model_type", "architectures") if k in self.config}
         names = sorted(self.files)
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
@@ -96,7 +96,7 @@ def _download(name: str) -> Path:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Safetensors before pickles; files that an index names before all that are there."""
+    """List safetensors before pickles; files that an index names before all that are there."""
     for suffix, stem in ((".safetensors", "model"), (".bin", "pytorch_model")):
         index = folder / f"{stem}{suffix}.index.json"
         if index.is_file():

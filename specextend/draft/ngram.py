@@ -1,4 +1,4 @@
-"""Look-up of the last tokens in the prompt and the output: a draft without a model.
+"""Looks the last tokens up in the prompt and the output: a draft without a model.
 
 What followed the same words before is proposed again (prompt lookup decoding; LLMA,
 arXiv 2304.04487). It costs nothing, and pays where the output copies its input.
@@ -66,7 +66,7 @@ class NGramDraft(Draft):
         return tree.build(decided.tokens[:, -1:])
 
     def _continuations(self, depth: int):
-        """``depth`` tokens each, the most promising first."""
+        """Yield continuations of ``depth`` tokens, the most promising first."""
         n, size = self._length, self.config.ngram_size
         ids = self._ids[:n]
         ends = np.flatnonzero(ids[: n - 1] == ids[n - 1])  # last tokens of occurrences
@@ -82,7 +82,7 @@ class NGramDraft(Draft):
 
 
 class _Trie:
-    """Chains of tokens, merged where they agree."""
+    """Merges chains of tokens where they agree."""
 
     def __init__(self, config: SpecConfig, depth: int):
         fixed = config.tree_shape == "fixed"
@@ -105,7 +105,7 @@ class _Trie:
             parent = node
 
     def build(self, root: Tensor) -> Tree:
-        """The tree below ``root`` [1, 1]."""
+        """Return the tree below ``root`` [1, 1]."""
         if not self.nodes:
             return Tree.root_only(root)
         parents = [-1, *(parent for parent, _ in self.nodes)]

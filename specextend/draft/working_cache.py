@@ -1,4 +1,4 @@
-"""What a draft attends to: its full cache, a recent window of it, or retrieved chunks.
+"""Holds what a draft attends to: its full cache, a recent window of it, or retrieved chunks.
 
 Two caches: the full one has the keys of every token at its absolute position; the working one is
 what the draft attends to. A gather takes chunks from the full cache into the working one and moves
@@ -19,7 +19,7 @@ from ..rotary import Rotary
 
 
 class WorkingCache:
-    """The full and the working cache of one generation; one and the same with "full".
+    """Holds the full and the working cache of one generation; one and the same with "full".
 
     Args:
         full: keys and values of every token; its rows are filled through :meth:`fill` or by its
@@ -49,28 +49,28 @@ class WorkingCache:
 
     @property
     def needs_refill(self) -> bool:
-        """Whether the working cache has yet to be filled from the full one."""
+        """Tell whether the working cache has yet to be filled from the full one."""
         return self.work.length == 0 and self.full.length > 0 and self.work is not self.full
 
     def fits(self, count: int) -> bool:
-        """Whether ``count`` more tokens and a tree behind them fit the working cache."""
+        """Tell whether ``count`` more tokens and a tree behind them fit the working cache."""
         return (
             self.work is self.full
             or self.work.length + count + self.config.tree_keys <= self.work.capacity
         )
 
     def fits_refilled(self, count: int) -> bool:
-        """The same, once the working cache has been filled anew."""
+        """Tell the same of a working cache that has been filled anew."""
         return self.config.budget + count + self.config.tree_keys <= self.work.capacity
 
     def fill(self, count: int) -> Pass:
-        """A pass that takes the next ``count`` tokens of the prompt into the full cache alone."""
+        """Make a pass that takes ``count`` tokens of the prompt into the full cache alone."""
         config = self.config
         window = 0 if config.draft_cache == "full" else config.draft_prefill_window or 0
         return Pass(self.full, [(self.full, self.full.lens)], count, window=window)
 
     def extend(self, count: int) -> Pass:
-        """A pass over the next ``count`` decided tokens, into both caches."""
+        """Make a pass over the next ``count`` decided tokens, into both caches."""
         return Pass(self.work, [(cache, cache.lens) for cache in self._both], count)
 
     def advance(self, count: int) -> None:
@@ -79,12 +79,12 @@ class WorkingCache:
             cache.advance(count)
 
     def commit(self, count: int | Tensor) -> None:
-        """:meth:`advance` on the device alone, by a number that may be known only there."""
+        """Do as :meth:`advance` on the device alone, by a number that may be known only there."""
         for cache in self._both:
             cache.commit(count)
 
     def settle(self, count: int) -> None:
-        """What :meth:`commit` has added, once the host knows it."""
+        """Note what :meth:`commit` has added, once the host knows it."""
         for cache in self._both:
             cache.settle(count)
 
@@ -93,7 +93,7 @@ class WorkingCache:
         return [self.work] if self.work is self.full else [self.work, self.full]
 
     def grow(self, level: int, mask: Tensor, num_keys: int) -> Pass:
-        """A pass over a level of a growing tree, as ``grow_tree`` describes it to its step."""
+        """Make a pass over a level of a growing tree, as ``grow_tree`` describes it to its step."""
         count = mask.shape[1]
         depths = torch.full((1, count), level, dtype=torch.int32, device=mask.device)
         self._depths = depths if level == 0 else torch.cat([self._depths, depths], 1)
