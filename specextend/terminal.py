@@ -56,7 +56,7 @@ class Output:
 
 
 def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], int]:
-    """Return the lines of a table, and how many of them are its header: a line per word of a name."""
+    """Return the lines of a table and how many are its header: one word of each name per line."""
     words = [name.split() for name in header]
     top = max(map(len, words))
     stacked = zip(*[[""] * (top - len(w)) + w for w in words], strict=True)

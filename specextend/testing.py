@@ -60,7 +60,7 @@ def pack_mask(visible: Tensor) -> Tensor:
 
 
 def ancestor_mask(parents: Tensor) -> Tensor:
-    """Return [N, N] bool by which node i sees itself and its ancestors; ``parents`` [N], -1: a root."""
+    """Let node i see itself and its ancestors: [N, N] bool; ``parents`` [N], -1 for a root."""
     count = len(parents)
     visible = torch.eye(count, dtype=torch.bool)
     for node in range(count):
@@ -72,8 +72,8 @@ def ancestor_mask(parents: Tensor) -> Tensor:
 
 
 class Spread:
-    """Holds measurements of one thing: ``median``, ``p10``, ``p90``, ``mean``, all of them sorted in
-    ``samples``.
+    """Holds measurements of one thing: ``median``, ``p10``, ``p90``, ``mean``, and all of them,
+    sorted, in ``samples``.
 
     Raises:
         ValueError: there are none.

@@ -120,8 +120,8 @@ def timed_steps(steps: Iterator[Step]) -> Iterator[tuple[Step, float]]:
 
 
 def parting(ours: list[int], theirs: list[int]) -> int | None:
-    """Return the index of the first token at which two continuations differ, None if they do nowhere; where
-    one is only longer, the end of the other."""
+    """Return the index of the first token at which two continuations differ, None if they do nowhere;
+    where one is only longer, the end of the other."""
     if ours == theirs:
         return None
     pairs = enumerate(zip(ours, theirs, strict=False))
@@ -132,8 +132,8 @@ def parting(ours: list[int], theirs: list[int]) -> int | None:
 def logit_gap(
     model: PreTrainedModel, ids: Tensor, ours: list[int], theirs: list[int]
 ) -> float | None:
-    """Return how far apart the model itself sees the two tokens at which two continuations part: the
-    difference of their logits; None where none or only one has a token there."""
+    """Return how far apart the model itself sees the two tokens at which two continuations part:
+    the difference of their logits; None where none or only one has a token there."""
     at = parting(ours, theirs)
     if at is None or at >= min(len(ours), len(theirs)):
         return None
