@@ -120,7 +120,7 @@ def timed_steps(steps: Iterator[Step]) -> Iterator[tuple[Step, float]]:
 
 
 def parting(ours: list[int], theirs: list[int]) -> int | None:
-    """Return the index of the first token at which two continuations differ, None if they do nowhere;
+    """Find the first token at which two continuations differ, None if they do nowhere;
     where one is only longer, the end of the other."""
     if ours == theirs:
         return None
