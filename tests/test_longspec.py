@@ -10,17 +10,9 @@ from models import prompt, tiny_model
 from safetensors.torch import load_file, save_file
 
 from specextend import SpecConfig, SpecExtend
-from specextend.draft.longspec import (
-    WINDOW,
-    BlockShape,
-    LongSpecBlock,
-    LongSpecDraft,
-    RingCache,
-    Rotation,
-    load_block,
-    published_shapes,
-    save_block,
-)
+from specextend.draft.longspec import WINDOW, LongSpecDraft, RingCache
+from specextend.draft.longspec_block import BlockShape, LongSpecBlock, Rotation
+from specextend.draft.longspec_checkpoint import load_block, published_shapes, save_block
 from specextend.train.longspec import training_form
 from specextend.train.target import FrozenTarget
 

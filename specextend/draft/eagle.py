@@ -18,7 +18,8 @@ from ..rotary import Rotary
 from ..tree import Tree, grow_tree
 from .base import Draft
 from .checkpoint import Checkpoint
-from .eagle_head import Attend, EagleHead, head_version
+from .eagle_checkpoint import head_version, load_head
+from .eagle_head import Attend, EagleHead
 from .working_cache import WorkingCache
 
 
@@ -49,7 +50,7 @@ class EagleDraft(Draft):
         cls, checkpoint: Checkpoint, target: PatchedModel, config: SpecConfig
     ) -> EagleDraft:
         """Load a head for ``target``."""
-        return cls(EagleHead.load(checkpoint, target.model), config)
+        return cls(load_head(checkpoint, target.model), config)
 
     @property
     def num_parameters(self) -> int:

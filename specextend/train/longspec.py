@@ -10,14 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import SpecConfig
-from ..draft.longspec import (
-    WINDOW,
-    BlockShape,
-    LongSpecBlock,
-    LongSpecDraft,
-    Rotation,
-    save_block,
-)
+from ..draft.longspec import WINDOW, LongSpecDraft
+from ..draft.longspec_block import BlockShape, LongSpecBlock, Rotation
+from ..draft.longspec_checkpoint import save_block
 from .data import Batch
 from .loss import Measured, Wanted, backward_in_blocks
 from .target import FrozenTarget, check_norm
