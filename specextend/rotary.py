@@ -1,4 +1,4 @@
-"""Rotary position embeddings: the rotation, and how a model's keys carry it.
+"""Rotate by position, and find out how a model's keys are rotated.
 
 Retrieval moves keys to other positions (``gather_chunks``), which is exact for rotary embeddings
 (RoFormer, arXiv 2104.09864) once their frequencies and layout are known. Names of buffers and

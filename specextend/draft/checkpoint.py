@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass
 class Checkpoint:
-    """Hold what a folder holds.
+    """Describe what a folder has.
 
     Attributes:
         name: as the user gave it.
@@ -100,7 +100,7 @@ def _download(name: str) -> Path:
         folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
         if not _weight_files(folder):
             folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.bin"]))
-    except Exception as error:  # of many types: not a valid name, not there, no network
+    except Exception as error:  # many types: not a valid name, not there, no network
         raise ValueError(
             f"draft {name!r} is neither a folder, nor 'ngram' or 'self', nor could it be fetched "
             f"from the Hugging Face Hub: {error}"
@@ -115,7 +115,7 @@ def _weight_files(folder: Path) -> list[Path]:
         if index.is_file():
             try:
                 names = set(json.loads(index.read_text())["weight_map"].values())
-            except Exception as error:  # of many types, as what it holds may be anything
+            except Exception as error:  # many types, as what it holds may be anything
                 raise ValueError(f"{index} cannot be read: {error!r}") from error
             return sorted(folder / name for name in names)
         single = folder / f"{stem}{suffix}"
@@ -127,7 +127,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def _read_names(path: Path) -> list[str]:
     try:
         return _names(path)
-    except Exception as error:  # of many types: a pickle, a zip, a header may be broken
+    except Exception as error:  # many types: a pickle, a zip, a header may be broken
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 

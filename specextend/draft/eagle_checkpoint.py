@@ -106,7 +106,7 @@ def _load(checkpoint: Checkpoint, target: PreTrainedModel) -> EagleHead:
     head.load_state_dict(tensors, assign=True)
     try:
         head.rope(target.device)
-    except Exception as error:  # of many types, as fields are missing or of another type
+    except Exception as error:  # many types, as fields are missing or of another type
         raise ValueError(f"its rotary embedding {config.rope} is not known: {error!r}") from error
     return head.eval().requires_grad_(False)
 

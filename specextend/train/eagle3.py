@@ -1,4 +1,4 @@
-"""EAGLE-3's training form: hidden states of three depths, several steps on the head's own output.
+"""Train EAGLE-3 heads: hidden states of three depths, several steps on the head's own output.
 
 Training-time test (arXiv 2503.01840): the head is unrolled, each step reads the hidden states that
 the step before it made, as it will have to when it drafts; the loss of every step counts.
@@ -20,21 +20,21 @@ from .data import Batch, TokenStream
 from .loss import Measured, Wanted, row_loss
 from .target import FrozenTarget, check_norm
 
-# In a head that begins with pieces of the target: how much of the feature the residual has, and how
-# much stronger the first layer's heads are, as the embedding itself is not there.
+# A head may begin with pieces of the target. Then the residual has so much of the feature, and the
+# first layer's heads are so much stronger, as the embedding itself is not there.
 RESIDUAL, NEAR = 0.3, 2.0
 DECAY = 0.8  # weight of a step's loss against that of the step before it
 
 
 def feature_layers(num_layers: int) -> tuple[int, int, int]:
-    """Hidden states that a new head reads: EAGLE-3's, or in shallow targets, where these would fall
-    together, the first layer's output, the last layer's input and its output."""
+    """Choose the hidden states that a new head reads: EAGLE-3's, or in shallow targets, where these
+    would fall together, the first layer's output, the last layer's input and its output."""
     usual = (2, num_layers // 2, num_layers - 3)
     return usual if sorted(set(usual)) == list(usual) else (1, num_layers - 1, num_layers)
 
 
 def frequent_tokens(stream: TokenStream, vocab: int, count: int) -> Tensor:
-    """[count] int64, ascending: the most frequent tokens of a text, ties to the lower id."""
+    """Return a text's most frequent tokens, [count] int64 ascending, ties to the lower id."""
     frequency = np.bincount(stream.ids, minlength=vocab)
     order = np.lexsort((np.arange(vocab), -frequency))[:count]
     return torch.from_numpy(np.sort(order))
@@ -43,7 +43,7 @@ def frequent_tokens(stream: TokenStream, vocab: int, count: int) -> Tensor:
 def new_head(
     target: FrozenTarget, tokens: Tensor | None = None, from_target: bool = False
 ) -> EagleHead:
-    """An untrained head with the target's sizes and rotary base.
+    """Make an untrained head with the target's sizes and rotary base.
 
     Args:
         target: the target.
@@ -96,7 +96,7 @@ def new_head(
 
 
 def _target_pieces(target: FrozenTarget, config: HeadConfig) -> dict[str, Tensor]:
-    """Parameters of a Llama under the head's names.
+    """Return parameters of a Llama under the head's names.
 
     Half of the attention heads are its first layer's and look at the embeddings. The other half are
     those of a deep layer whose input is one of the features: they ask with the embedding, and look
@@ -195,7 +195,7 @@ class _ChainAttention:
 
 
 class Eagle3Recipe:
-    """What is special to training an EAGLE-3 head.
+    """Do what is special to training an EAGLE-3 head.
 
     Args:
         target: the frozen target.
@@ -234,8 +234,8 @@ class Eagle3Recipe:
         return total
 
     def _rows(self, wanted: Wanted, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """Tokens and teacher of some rows, in the head's vocabulary; a row whose answer it cannot
-        give does not count."""
+        """Return tokens and teacher of some rows, in the head's vocabulary; a row whose answer it
+        cannot give does not count."""
         tokens, teacher = wanted.tokens[:, rows].flatten(), wanted.teacher
         if teacher is not None:
             teacher = teacher[:, rows].flatten(0, 1)
@@ -251,7 +251,7 @@ class Eagle3Recipe:
         save_head(self._copy(dtype), folder)
 
     def draft(self, config: SpecConfig) -> EagleDraft:
-        """The head as it is, as a draft."""
+        """Make a draft of the head as it is."""
         return EagleDraft(self._copy(self.target.model.dtype), config)
 
     def _copy(self, dtype: torch.dtype) -> EagleHead:

@@ -1,4 +1,4 @@
-"""Next-token losses, and what they are measured in."""
+"""Compute next-token losses, and what they are measured in."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.nn import functional as F
 
 from .data import Batch
 
-ROWS = 1024  # rows whose logits exist at once
+ROWS = 1024  # logits of so many rows exist at once
 IGNORED = -100
 
 
 @dataclass
 class Wanted:
-    """What each row should predict.
+    """Say what each row should predict.
 
     Attributes:
         tokens: [B, L] int64, ``IGNORED`` where nothing is asked.
@@ -29,7 +29,7 @@ class Wanted:
 
     @staticmethod
     def of(batch: Batch, teacher: Tensor | None) -> Wanted:
-        """Row t is to predict token t + 1, or what the teacher predicts there."""
+        """Let row t predict token t + 1, or what the teacher predicts there."""
         tokens = torch.full_like(batch.ids, IGNORED)
         tokens[:, :-1] = batch.ids[:, 1:].masked_fill(~batch.counts[:, 1:], IGNORED)
         return Wanted(tokens, teacher)
@@ -37,7 +37,7 @@ class Wanted:
 
 @dataclass
 class Measured:
-    """Sums over rows that count: of loss, of right first choices, of rows."""
+    """Hold sums over rows that count: of loss, of right first choices, of rows."""
 
     loss: float = 0.0
     right: float = 0.0
@@ -48,7 +48,7 @@ class Measured:
 
 
 def row_loss(logits: Tensor, tokens: Tensor, teacher: Tensor | None) -> tuple[Tensor, Measured]:
-    """Summed cross-entropy of rows that count, and its figures.
+    """Return the summed cross-entropy of rows that count, and its figures.
 
     Args:
         logits: [N, V].

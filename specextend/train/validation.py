@@ -1,4 +1,4 @@
-"""How long drafts are accepted, measured without verifying.
+"""Measure how long drafts are accepted, without verifying.
 
 The output is the target's, whatever is proposed. So what it writes behind a prompt is made once,
 and any number of drafts, or the same one again and again while it is trained, propose along it.
@@ -15,11 +15,11 @@ from ..config import SpecConfig
 from ..draft import Draft
 from ..tree import Tree
 
-PART = 1024  # tokens of a prompt at a time
+PART = 1024  # so many tokens of a prompt are read at a time
 
 
 class Continuation:
-    """What the target writes greedily behind a prompt, with all that drafts read of it.
+    """Hold what the target writes greedily behind a prompt, with all that drafts read of it.
 
     Args:
         patched: the target.
@@ -60,7 +60,7 @@ class Continuation:
         self.hidden = {layer: torch.cat(parts, 1) for layer, parts in hidden.items()}
 
     def features(self, draft: Draft, start: int, end: int) -> Tensor | None:
-        """[1, end - start, F] of the tokens [start, end), as ``draft`` wants them."""
+        """Return what ``draft`` wants of the tokens [start, end): features [1, end - start, F]."""
         if not draft.feature_layers:
             return None
         return torch.cat([self.hidden[i][:, start:end] for i in draft.feature_layers], -1)
@@ -112,7 +112,7 @@ def count_rounds(draft: Draft, continuation: Continuation, config: SpecConfig) -
 
 
 def _accepted(tree: Tree, following: list[int]) -> int:
-    """Nodes of the path along the text."""
+    """Count the nodes of the path along the text."""
     tokens, parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
     node = depth = 0
     while depth < len(following):

@@ -1,1 +1,1 @@
-"""Training of the models in specextend/assets, which the package itself does without."""
+"""Train the models of specextend/assets; the package itself does without."""

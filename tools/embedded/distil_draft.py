@@ -34,7 +34,7 @@ from specextend.train.data import TokenStream
 
 from .training import Optimizer, finish, frequencies, norm, project, schedule
 
-CONFIG = SpecConfig(**SETTINGS)  # what the draft's decoder has
+CONFIG = SpecConfig(**SETTINGS)  # the draft's decoder has this
 CHUNK = CONFIG.chunk_size  # also tokens of a continuation between two selections
 BUDGET = CONFIG.budget
 SPAN = CONFIG.draft_prefill_window

@@ -101,7 +101,7 @@ def copying_start(
     c, generator = model.config, torch.Generator().manual_seed(seed)
     d, n, half = c.head_dim, c.hidden_size, c.head_dim // 2
 
-    def frame(d=d):  # d orthonormal rows, orthogonal to the common direction
+    def frame(d=d):  # d orthonormal rows are orthogonal to the common direction
         g = torch.randn(n, d + 1, generator=generator)
         g[:, 0] = 1.0
         return torch.linalg.qr(g).Q[:, 1:].T
@@ -109,7 +109,7 @@ def copying_start(
     common = torch.full((n,), n**-0.5)
     embedding = model.model.embed_tokens.weight
     rows = torch.randn(embedding.shape, generator=generator) * 0.02
-    if teacher is not None:  # the principal components, in a random frame
+    if teacher is not None:  # its principal components come in a random frame
         rows = teacher.model.embed_tokens.weight.float()
         u, scale, _ = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
         rows = (u * scale)[:, : n - 1] @ frame(n - 1)
@@ -133,7 +133,7 @@ def copying_start(
         a.k_proj.weight[rows] = gain * key[:, None] * common
         a.v_proj.weight[rows] = see
         a.o_proj.weight[:, rows] = 0.15 * size * write[head].T
-        slow = (torch.arange(d) % half >= 10).float()[:, None]  # pairs that turn little in 16K
+        slow = (torch.arange(d) % half >= 10).float()[:, None]  # these pairs turn little in 16K
         for a in {layers[1], layers[-1]}:
             out = frame()
             a.q_proj.weight[rows] = match * slow * (see, write[0])[head]

@@ -1,4 +1,4 @@
-"""Share what training target and draft has in common: pieces of a layer, optimizer, schedule."""
+"""Share what target and draft are both trained with: pieces of a layer, optimizer, schedule."""
 
 from __future__ import annotations
 

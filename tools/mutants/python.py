@@ -452,6 +452,13 @@ MUTANTS = [
         ("tests/test_guard.py::TestRotary",),
     ),
     Mutant(
+        "rotation: of halves, the sine's sign",
+        ROTARY,
+        "parts = [a * cos - b * sin, b * cos + a * sin]\n",
+        "parts = [a * cos + b * sin, b * cos - a * sin]\n",
+        ("tests/test_guard.py::TestRotary",),
+    ),
+    Mutant(
         "rotation: layers get the first layer's frequencies",
         ROTARY,
         "chosen.append(fits[0])",
