@@ -1,5 +1,6 @@
-"""How a model's keys carry positions, found out by asking the model.
- Retrieval moves keys to other positions (``gather_chunks``), which is exact for rotary embeddings
+"""Rotate by position, and find out how a model's keys are rotated.
+
+Retrieval moves keys to other positions (``gather_chunks``), which is exact for rotary embeddings
 (RoFormer, arXiv 2104.09864) once their frequencies and layout are known. Names of buffers and
 layouts differ between model families; two forwards at shifted positions show which fits.
 """
@@ -21,7 +22,7 @@ _TOKENS = 6
 
 @dataclass
 class Rotary:
-    """Rotary position embedding of every layer's keys.
+    """Hold the rotary position embedding of every layer's keys.
 
     Attributes:
         inv_freq: [L, R / 2] fp32, angle per position of each pair of the first R dimensions.
@@ -32,19 +33,33 @@ class Rotary:
     interleaved: bool
 
 
-def rotate(keys: Tensor, shift: int, inv_freq: Tensor, interleaved: bool) -> Tensor:
-    """[..., D] keys moved by ``shift`` positions; computed in fp64."""
-    r = 2 * inv_freq.shape[0]
-    x, rest = keys.double().split([r, keys.shape[-1] - r], -1)
-    angle = inv_freq.double() * shift
-    cos, sin = angle.cos(), angle.sin()
+def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotate the pairs of the first R of D dimensions; the others stay as they are.
+
+    Args:
+        x: [..., D] floating point.
+        cos, sin: [..., R / 2] of each pair's angle, broadcast against ``x``. The products are
+            formed in the wider of their dtype and that of ``x``.
+        interleaved: pairs are neighbours (GPT-J) instead of halves (Llama).
+
+    Returns:
+        [..., D] in the dtype of ``x``.
+    """
+    half = cos.shape[-1]
+    turned, rest = x.split([2 * half, x.shape[-1] - 2 * half], -1)
     if interleaved:
-        a, b = x[..., 0::2], x[..., 1::2]
-        x = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        parts = [torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)]
     else:
-        a, b = x.chunk(2, -1)
-        x = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-    return torch.cat([x, rest], -1)
+        a, b = turned.chunk(2, -1)
+        parts = [a * cos - b * sin, b * cos + a * sin]
+    return torch.cat([*parts, rest], -1).to(x.dtype)
+
+
+def rotate(keys: Tensor, shift: int, inv_freq: Tensor, interleaved: bool) -> Tensor:
+    """Move keys [..., D] by ``shift`` positions; computed, and returned, in fp64."""
+    angle = inv_freq.double() * shift
+    return turn(keys.double(), angle.cos(), angle.sin(), interleaved)
 
 
 def probe_rotary(model: PreTrainedModel) -> Rotary:
@@ -87,7 +102,7 @@ def probe_rotary(model: PreTrainedModel) -> Rotary:
 
 @torch.inference_mode()
 def _keys(patched: PatchedModel, first: int) -> list[Tensor]:
-    """Keys [1, _TOKENS, Hkv, D] of every layer for a few tokens at positions ``first`` on."""
+    """Return every layer's keys [1, _TOKENS, Hkv, D] of a few tokens at ``first`` and behind."""
     config = patched.model.config.get_text_config()
     device = patched.model.device
     cache = KVCache(config.num_hidden_layers, _TOKENS, 1, device)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from specextend import ops
-from specextend.assets import distil_draft, draft_path, held_out_documents, target_path
-from specextend.assets.distil_draft import BUDGET, CHUNK, SPAN, Lesson, Student, Target
+from specextend.assets import draft_path, held_out_documents, target_path
+
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
+if not TOOLS.is_dir():
+    pytest.skip("tools/ is not part of this installation", allow_module_level=True)
+sys.path.insert(0, str(TOOLS))
+
+from embedded import distil_draft  # noqa: E402
+from embedded.distil_draft import BUDGET, CHUNK, SPAN, Lesson, Student, Target  # noqa: E402
 
 COUNT = 2 * CHUNK
 

@@ -49,7 +49,7 @@ SHORTER = {
     "specextend eval": "--lengths 256 --max-new-tokens 8 --runs 1 --warmup 0",
     "specextend train": "--steps 1 --warmup 0 --length 64 --batch 1 --no-tensorboard",
     "python -m specextend.train.continuations": "--count 2 --passage 192 --new 8",
-    "python -m specextend.assets.evaluate_pair": "--lengths 200 --documents 1 --new 8",
+    "python -m tools.embedded.evaluate_pair": "--lengths 200 --documents 1 --new 8",
     "python bench/bench_acceptance.py": "--lengths 200 --documents 1 --new 8",
 }
 
@@ -83,8 +83,8 @@ ELSEWHERE = {
 }
 # Hours of training and evaluation, and the text for it: these are parsed, and run by no test.
 HOURS = (
-    "specextend.assets.train_pair",
-    "specextend.assets.corpus",
+    "tools.embedded",
+    "tools.embedded.corpus",
 )
 
 
@@ -210,6 +210,7 @@ class Page:
             with self.monkeypatch.context() as patch:
                 patch.setattr(sys, "argv", [name, *arguments])
                 if module:
+                    patch.syspath_prepend(str(ROOT))
                     runpy.run_module(name, run_name="__main__", alter_sys=True)
                 else:
                     patch.syspath_prepend(str((ROOT / name).parent))

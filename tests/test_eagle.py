@@ -17,10 +17,12 @@ from specextend.cache import KVCache, Pass
 from specextend.draft import Decided, load_draft
 from specextend.draft.checkpoint import Checkpoint
 from specextend.draft.eagle import EagleDraft, attend
-from specextend.draft.eagle_head import EagleHead, HeadConfig
+from specextend.draft.eagle_checkpoint import load_head, read_config, save_head
+from specextend.draft.eagle_head import EagleHead
 from specextend.draft.working_cache import WorkingCache
 from specextend.graphs import Graphs
 from specextend.target import Target
+from specextend.train.eagle3 import unroll
 
 SMALL = SpecConfig(
     chunk_size=8, budget=32, sink_chunks=1, recent_chunks=1, retrieve_every=2, prefill_chunk=40,
@@ -62,11 +64,11 @@ class TestDialects:
     def test_against_the_reference(self, exact_target, dialect, tmp_path):
         """Loaded from its file, in fp64: three steps behind each of eight positions."""
         made, ids = make(dialect), prompt(9)
-        head = EagleHead.load(Checkpoint.open(made.write(tmp_path)), exact_target)
+        head = load_head(Checkpoint.open(made.write(tmp_path)), exact_target)
         assert head.config.feature_layers == made.features
         features = features_of(exact_target, ids, made.features)
         with torch.inference_mode():
-            steps = head.unroll(ids, features, 3)
+            steps = unroll(head, ids, features, 3)
             expected = reference(made, exact_target, ids[0], features[0], 3)
         assert len(expected) == sum(logits.shape[1] for logits, _ in steps) == 8 + 7 + 6
         for (row, step), (logits, hidden) in expected.items():
@@ -110,7 +112,7 @@ class TestDialects:
                     text = torch.cat([ids, torch.tensor([path], dtype=torch.long)], 1)
                     unknown = features.new_zeros(1, text.shape[1] - 11, features.shape[-1])
                     chain = torch.cat([features[:, :11], unknown], 1)
-                    expected = head.unroll(text, chain, level + 1)[level][0]
+                    expected = unroll(head, text, chain, level + 1)[level][0]
                     torch.testing.assert_close(
                         logits[0, node], expected[0, 10], rtol=1e-4, atol=1e-4
                     )
@@ -134,7 +136,7 @@ class TestDialects:
         said = make("eagle3").config
 
         def inv_freq(**changes):
-            config = HeadConfig.read({**said, **changes}, target.config, 3)
+            config = read_config({**said, **changes}, target.config, 3)
             head = EagleHead(config, target, frozenset({"lm_head.weight", "d2t"}))
             return head.rope(torch.device("cpu")).inv_freq
 
@@ -157,16 +159,16 @@ class TestDialects:
         ids = prompt(9)
         for dialect in ("eagle3", "eagle3-specforge", "eagle3.1", "eagle3-tied"):
             made = make(dialect)
-            head = EagleHead.load(Checkpoint.open(made.write(tmp_path / dialect)), target)
-            head.save(tmp_path / f"{dialect}-again")
+            head = load_head(Checkpoint.open(made.write(tmp_path / dialect)), target)
+            save_head(head, tmp_path / f"{dialect}-again")
             checkpoint = Checkpoint.open(tmp_path / f"{dialect}-again")
             assert "midlayer.self_attn.q_proj.weight" in checkpoint.files
-            again = EagleHead.load(checkpoint, target)
+            again = load_head(checkpoint, target)
             assert again.config == head.config
             features = features_of(target, ids, made.features)
             with torch.inference_mode():
                 for a, b in zip(
-                    head.unroll(ids, features, 2), again.unroll(ids, features, 2), strict=True
+                    unroll(head, ids, features, 2), unroll(again, ids, features, 2), strict=True
                 ):
                     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
@@ -174,7 +176,7 @@ class TestDialects:
         """Gradients reach every parameter; the loss over three steps falls."""
         torch.manual_seed(0)
         target = big_enough().requires_grad_(False)
-        config = HeadConfig.read(make("eagle3-vllm").config, target.config, 3)
+        config = read_config(make("eagle3-vllm").config, target.config, 3)
         head = EagleHead(config, target, frozenset({"lm_head.weight"}))
         ids = prompt(40)
         features = features_of(target, ids, config.feature_layers).clone()
@@ -182,7 +184,7 @@ class TestDialects:
         losses = []
         for _ in range(30):
             loss = 0.0
-            for step, (logits, _) in enumerate(head.unroll(ids, features, 3)):
+            for step, (logits, _) in enumerate(unroll(head, ids, features, 3)):
                 wanted = ids[0, 2 + step :]
                 loss = loss + torch.nn.functional.cross_entropy(logits[0, : len(wanted)], wanted)
             optimizer.zero_grad()

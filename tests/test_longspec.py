@@ -11,17 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from specextend import SpecConfig, SpecExtend
 from specextend.draft import Decided
-from specextend.draft.longspec import (
-    WINDOW,
-    BlockShape,
-    LongSpecBlock,
-    LongSpecDraft,
-    RingCache,
-    Rotation,
-    load_block,
-    published_shapes,
-    save_block,
-)
+from specextend.draft.longspec import WINDOW, LongSpecDraft, RingCache
+from specextend.draft.longspec_block import BlockShape, LongSpecBlock, Rotation
+from specextend.draft.longspec_checkpoint import load_block, published_shapes, save_block
 from specextend.graphs import Graphs
 from specextend.train.longspec import training_form
 from specextend.train.target import FrozenTarget

@@ -18,7 +18,13 @@ from specextend.attention import PatchedModel
 from specextend.draft import EagleDraft, LongSpecDraft
 from specextend.train.continuations import write_continuations
 from specextend.train.data import Batch, TokenStream
-from specextend.train.eagle3 import Eagle3Recipe, feature_layers, frequent_tokens, new_head
+from specextend.train.eagle3 import (
+    Eagle3Recipe,
+    feature_layers,
+    frequent_tokens,
+    new_head,
+    unroll,
+)
 from specextend.train.longspec import (
     LongSpecRecipe,
     anchor_offset_positions,
@@ -240,7 +246,7 @@ class TestLoss:
         reading = target.read(batch.ids, positions, True, head.config.feature_layers)
         ids = torch.arange(VOCAB) if head.vocabulary is None else head.vocabulary
         total, rows = 0.0, 0
-        for step, (logits, _) in enumerate(head.unroll(batch.ids, reading.features, 3)):
+        for step, (logits, _) in enumerate(unroll(head, batch.ids, reading.features, 3)):
             for b in range(2):
                 for t in range(logits.shape[1]):
                     teacher = reading.logits[b, t + 1 + step]

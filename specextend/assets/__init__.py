@@ -1,11 +1,11 @@
-"""The embedded pair of models, and the document that the demonstration continues."""
+"""Find the embedded models, and the document that the demonstration continues."""
 
 from __future__ import annotations
 
 import sysconfig
 from pathlib import Path
 
-# Modules of the standard library that the pair never saw in training. The first that this Python
+# The pair never saw these modules of the standard library in training. The first that this Python
 # has gives the demonstration's document its name; the ones after it lengthen a short document.
 HELD_OUT = (
     "ipaddress.py",
@@ -22,9 +22,9 @@ HELD_OUT = (
     "pickletools.py",
     "statistics.py",
 )
-# What suits the pair: the draft has seen 512 tokens at most, and on a CPU every node costs.
+# These options suit the pair: the draft has seen 512 tokens at most, and on a CPU every node costs.
 SETTINGS = {"budget": 512, "tree_nodes": 6}
-# Drafts for the embedded target, by the names of the command line, and their folders.
+# The command line's names of drafts for the embedded target lead to their folders.
 DRAFTS = {"model": "draft", "eagle3": "eagle3", "longspec": "longspec"}
 MIN_CHARS = 72_000  # about 18,000 tokens of the embedded tokenizer
 # In ipaddress.py the IPv6 classes repeat the IPv4 ones, 7,000 tokens after them. A prompt that ends
@@ -33,12 +33,12 @@ DEMO_END = "class IPv6Interface(IPv6Address):\n\n    def __init__(self, address)
 
 
 def target_path() -> Path:
-    """Folder of the embedded target model and its tokenizer."""
+    """Return the folder of the embedded target model and its tokenizer."""
     return Path(__file__).parent / "target"
 
 
 def draft_path(kind: str = "model") -> Path:
-    """Folder of an embedded draft; that of the model has its tokenizer too.
+    """Return the folder of an embedded draft; that of the model has its tokenizer too.
 
     Raises:
         ValueError: there is none of this kind.
@@ -50,7 +50,7 @@ def draft_path(kind: str = "model") -> Path:
 
 
 def held_out_documents() -> list[tuple[str, str]]:
-    """Name and text of every held-out module that the running Python has, in order."""
+    """Return name and text of every held-out module that the running Python has, in order."""
     folder = Path(sysconfig.get_path("stdlib"))
     texts = []
     for name in HELD_OUT:
@@ -64,7 +64,7 @@ def held_out_documents() -> list[tuple[str, str]]:
 
 
 def demo_document(min_chars: int = MIN_CHARS) -> tuple[str, str]:
-    """A long document from the running Python's standard library, held out of training.
+    """Join a long document of modules of the running Python that were held out of training.
 
     Args:
         min_chars: modules are joined until the text is at least this long.
@@ -87,7 +87,7 @@ def demo_document(min_chars: int = MIN_CHARS) -> tuple[str, str]:
 
 
 def demo_prompt(tokenizer, tokens: int = 16_000) -> tuple[str, list[int]]:
-    """The prompt of the demonstration: `tokens` tokens up to where copying from afar helps.
+    """Make the demonstration's prompt: `tokens` tokens up to where copying from afar helps.
 
     Where this Python's module does not have that place, or has too little text before it, the
     prompt is the beginning of `demo_document` instead.

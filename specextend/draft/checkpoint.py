@@ -1,4 +1,4 @@
-"""Reads a folder of weights, or one on the Hugging Face Hub: configuration and tensors."""
+"""Read a folder of weights, here or on the Hugging Face Hub: its configuration, its tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass
 class Checkpoint:
-    """Says what a folder holds.
+    """Describe what a folder has.
 
     Attributes:
         name: as the user gave it.
@@ -68,18 +68,31 @@ class Checkpoint:
         return checkpoint
 
     def tensors(self) -> dict[str, Tensor]:
-        """Load every tensor, on the CPU."""
+        """Read every tensor, onto the CPU."""
         found: dict[str, Tensor] = {}
         for path in dict.fromkeys(self.files.values()):
             found.update(load_file(path) if path.suffix == ".safetensors" else _load_bin(path))
         return found
 
     def describe(self) -> str:
-        """Describe it for errors: the name, what the configuration says, some names of tensors."""
+        """Return the name, what the configuration says and some names of tensors, for errors."""
         said = {k: self.config[k] for k in ("model_type", "architectures") if k in self.config}
         names = sorted(self.files)
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         return f"{self.name!r}: config.json says {said}, the tensors are {names[:8]}{more}"
+
+
+def rope_of(config: dict) -> dict:
+    """Return type, base and options of a rotary embedding, as `transformers` 5 names them.
+
+    Older configurations say the base beside ``rope_scaling``, and the type under another name. One
+    that says nothing has Llama's first embedding.
+    """
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    older = rope.pop("type", None)
+    rope["rope_type"] = rope.get("rope_type") or older or "default"
+    rope["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
+    return rope
 
 
 def _download(name: str) -> Path:
@@ -87,7 +100,7 @@ def _download(name: str) -> Path:
         folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
         if not _weight_files(folder):
             folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.bin"]))
-    except Exception as error:  # of many types: not a valid name, not there, no network
+    except Exception as error:  # many types: not a valid name, not there, no network
         raise ValueError(
             f"draft {name!r} is neither a folder, nor 'ngram' or 'self', nor could it be fetched "
             f"from the Hugging Face Hub: {error}"
@@ -96,13 +109,13 @@ def _download(name: str) -> Path:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """List safetensors before pickles; files that an index names before all that are there."""
+    """Prefer safetensors to pickles, and files that an index names to all that are there."""
     for suffix, stem in ((".safetensors", "model"), (".bin", "pytorch_model")):
         index = folder / f"{stem}{suffix}.index.json"
         if index.is_file():
             try:
                 names = set(json.loads(index.read_text())["weight_map"].values())
-            except Exception as error:  # of many types, as what it holds may be anything
+            except Exception as error:  # many types, as what it holds may be anything
                 raise ValueError(f"{index} cannot be read: {error!r}") from error
             return sorted(folder / name for name in names)
         single = folder / f"{stem}{suffix}"
@@ -114,7 +127,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def _read_names(path: Path) -> list[str]:
     try:
         return _names(path)
-    except Exception as error:  # of many types: a pickle, a zip, a header may be broken
+    except Exception as error:  # many types: a pickle, a zip, a header may be broken
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
@@ -126,7 +139,7 @@ def _names(path: Path) -> list[str]:
 
 
 def _load_bin(path: Path) -> dict[str, Tensor]:
-    # weights_only: unpickling anything else would run code of the file.
+    # Only weights are unpickled: anything else would run code of the file.
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ValueError(f"a dict of tensors is wanted, got {type(state).__name__}")

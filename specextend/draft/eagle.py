@@ -19,7 +19,8 @@ from ..tree import Tree
 from .base import Decided, Source, Tokenizers
 from .cached import CachedDraft
 from .checkpoint import Checkpoint
-from .eagle_head import Attend, EagleHead, head_version
+from .eagle_checkpoint import head_version, load_head
+from .eagle_head import Attend, EagleHead
 
 
 class EagleDraft(CachedDraft):
@@ -48,7 +49,7 @@ class EagleDraft(CachedDraft):
     def load(
         cls, source: Source, target: Target, config: SpecConfig, tokenizers: Tokenizers
     ) -> EagleDraft:
-        return cls(EagleHead.load(source, target.model), config)
+        return cls(load_head(source, target.model), config)
 
     def with_config(self, config: SpecConfig) -> EagleDraft:
         return EagleDraft(self.head, config)

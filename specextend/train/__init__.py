@@ -1,1 +1,1 @@
-"""Training of draft heads for a target: LongSpec blocks and EAGLE-3 heads."""
+"""Train draft heads for a target: LongSpec blocks and EAGLE-3 heads."""

@@ -14,8 +14,8 @@ import torch
 from ..assets import target_path
 from ..config import SpecConfig
 from ..draft.checkpoint import Checkpoint
-from ..draft.eagle_head import EagleHead
-from ..draft.longspec import load_block
+from ..draft.eagle_checkpoint import load_head
+from ..draft.longspec_checkpoint import load_block
 from ..terminal import standard_error
 from .data import TokenStream
 from .eagle3 import Eagle3Recipe, frequent_tokens, new_head
@@ -99,7 +99,7 @@ def _recipe(args: argparse.Namespace, target: FrozenTarget, stream: TokenStream,
     checkpoint = None if args.init is None else Checkpoint.open(args.init)
     if args.kind == "eagle3":
         if checkpoint is not None:
-            head = EagleHead.load(checkpoint, target.model)
+            head = load_head(checkpoint, target.model)
         else:
             tokens = None
             if args.draft_vocab is not None:

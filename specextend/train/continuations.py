@@ -1,4 +1,4 @@
-"""Training text in the target's own hand: passages of a text, each continued by the target.
+"""Write training text in the target's own hand: passages of a text that the target continues.
 
     python -m specextend.train.continuations --data text.jsonl --output continued.jsonl
 
@@ -61,7 +61,7 @@ def write_continuations(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line."""
+    """Write what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", metavar="MODEL", help="[the embedded target]")
     parser.add_argument("--data", type=Path, metavar="FILE", required=True, help="as for training")

@@ -1,4 +1,4 @@
-"""Training text: plain or JSON Lines files as one stream of tokens, and the windows cut from it."""
+"""Read training text, plain or JSON Lines, as one stream of tokens, and cut windows from it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-DOCUMENTS = 256  # tokenized in one call
+DOCUMENTS = 256  # so many are tokenized in one call
 
 
 @dataclass
 class Batch:
-    """Windows of text.
+    """Hold windows of text.
 
     Attributes:
         ids: [B, L] int64.
@@ -30,12 +30,12 @@ class Batch:
     counts: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """The same on another device."""
+        """Copy to another device."""
         return Batch(self.ids.to(device), self.counts.to(device))
 
 
 def read_documents(path: Path) -> list[tuple[str, str]]:
-    """(context, text) of every document of a file; only ``text`` is learnt from.
+    """Return (context, text) of every document of a file; only ``text`` is learnt from.
 
     ``.jsonl``: an object a line, with ``text``, or with ``prompt`` and ``response``. Anything else
     is one plain text.
@@ -72,7 +72,7 @@ def read_documents(path: Path) -> list[tuple[str, str]]:
 
 
 class TokenStream:
-    """All documents of a file, tokenized one behind the other, an end-of-text token after each.
+    """Hold the tokens of all documents of a file in a row, an end-of-text token after each.
 
     Tokens are kept in ``folder`` under a name made of the file's and the tokenizer's content, so
     that a second run, or a resumed one, does not tokenize again.
@@ -91,7 +91,7 @@ class TokenStream:
                 part = file.with_suffix(".part")
                 with part.open("wb") as out:
                     np.save(out, array)
-                part.replace(file)  # a run that is interrupted leaves no half a file
+                part.replace(file)  # an interrupted run leaves no half a file
         self.ids = np.load(files[0], mmap_mode="r")
         self.counts = np.load(files[1], mmap_mode="r")
         self._order = lru_cache(maxsize=2)(self._draw_order)
@@ -100,7 +100,7 @@ class TokenStream:
         return len(self.ids)
 
     def batch(self, step: int, count: int, length: int, seed: int) -> Batch:
-        """``count`` windows for ``step``, a function of the arguments and of nothing else.
+        """Return ``count`` windows for ``step``, a function of the arguments and of nothing else.
 
         Windows are the stream cut at multiples of ``length`` (from another offset in every epoch),
         in random order, each once per epoch.

@@ -1,4 +1,4 @@
-"""EAGLE-3's training form: hidden states of three depths, several steps on the head's own output.
+"""Train EAGLE-3 heads: hidden states of three depths, several steps on the head's own output.
 
 Training-time test (arXiv 2503.01840): the head is unrolled, each step reads the hidden states that
 the step before it made, as it will have to when it drafts; the loss of every step counts.
@@ -14,26 +14,27 @@ from torch import Tensor
 
 from ..config import SpecConfig
 from ..draft.eagle import EagleDraft
+from ..draft.eagle_checkpoint import read_config, save_head
 from ..draft.eagle_head import EagleHead, HeadConfig
 from .data import Batch, TokenStream
 from .loss import Measured, Wanted, row_loss
 from .target import FrozenTarget, check_norm
 
-# In a head that begins with pieces of the target: how much of the feature the residual has, and how
-# much stronger the first layer's heads are, as the embedding itself is not there.
+# A head may begin with pieces of the target. Then the residual has so much of the feature, and the
+# first layer's heads are so much stronger, as the embedding itself is not there.
 RESIDUAL, NEAR = 0.3, 2.0
 DECAY = 0.8  # weight of a step's loss against that of the step before it
 
 
 def feature_layers(num_layers: int) -> tuple[int, int, int]:
-    """Hidden states that a new head reads: EAGLE-3's, or in shallow targets, where these would fall
-    together, the first layer's output, the last layer's input and its output."""
+    """Choose the hidden states that a new head reads: EAGLE-3's, or in shallow targets, where these
+    would fall together, the first layer's output, the last layer's input and its output."""
     usual = (2, num_layers // 2, num_layers - 3)
     return usual if sorted(set(usual)) == list(usual) else (1, num_layers - 1, num_layers)
 
 
 def frequent_tokens(stream: TokenStream, vocab: int, count: int) -> Tensor:
-    """[count] int64, ascending: the most frequent tokens of a text, ties to the lower id."""
+    """Return a text's most frequent tokens, [count] int64 ascending, ties to the lower id."""
     frequency = np.bincount(stream.ids, minlength=vocab)
     order = np.lexsort((np.arange(vocab), -frequency))[:count]
     return torch.from_numpy(np.sort(order))
@@ -42,7 +43,7 @@ def frequent_tokens(stream: TokenStream, vocab: int, count: int) -> Tensor:
 def new_head(
     target: FrozenTarget, tokens: Tensor | None = None, from_target: bool = False
 ) -> EagleHead:
-    """An untrained head with the target's sizes and rotary base.
+    """Make an untrained head with the target's sizes and rotary base.
 
     Args:
         target: the target.
@@ -72,7 +73,7 @@ def new_head(
         "eagle_aux_hidden_state_layer_ids": feature_layers(config.num_hidden_layers),
     }
     names = set() if tokens is None else {"lm_head.weight", "d2t"}
-    head = EagleHead(HeadConfig.read(said, config, 3), model, frozenset(names))
+    head = EagleHead(read_config(said, config, 3), model, frozenset(names))
     with torch.no_grad():
         for parameter in head.parameters():
             if parameter.dim() > 1:
@@ -95,7 +96,7 @@ def new_head(
 
 
 def _target_pieces(target: FrozenTarget, config: HeadConfig) -> dict[str, Tensor]:
-    """Parameters of a Llama under the head's names.
+    """Return parameters of a Llama under the head's names.
 
     Half of the attention heads are its first layer's and look at the embeddings. The other half are
     those of a deep layer whose input is one of the features: they ask with the embedding, and look
@@ -132,8 +133,69 @@ def _target_pieces(target: FrozenTarget, config: HeadConfig) -> dict[str, Tensor
     return pieces
 
 
+def unroll(
+    head: EagleHead, tokens: Tensor, features: Tensor, steps: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Propose ``steps`` tokens behind every position, in plain PyTorch.
+
+    EAGLE-3's training-time test. The first step runs over true features; each further one takes
+    the output of the one before it for its feature, and sees the true features up to where
+    its chain began and the chain itself. Inputs are the text's tokens throughout.
+
+    Args:
+        head: the head.
+        tokens: [B, L] int64.
+        features: [B, L, F] of the same positions.
+        steps: at most L - 1.
+
+    Returns:
+        Per step s = 0 ..: logits [B, L - 1 - s, draft vocabulary] and hidden states [B, .., H].
+        Row t predicts token t + 2 + s, having been given features up to t. Differentiable.
+    """
+    attention = _ChainAttention(head.config.windows)
+    hidden, results = head.fuse(features[:, :-1]), []
+    for step in range(steps):
+        inputs = tokens[:, 1 + step :]
+        rows = inputs.shape[1]
+        positions = torch.arange(step, step + rows, device=tokens.device)[None]
+        out, hidden = head(inputs, hidden[:, :rows], positions, attention)
+        results.append((head.logits(out), hidden))
+    return results
+
+
+class _ChainAttention:
+    """Attend to the first step's keys under a causal mask, and of each further step to the key of
+    the same row."""
+
+    def __init__(self, windows: tuple[int, ...]):
+        self.windows = windows
+        self.keys: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def __call__(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        group, rows = q.shape[2] // k.shape[2], q.shape[1]
+        k, v = (x.repeat_interleave(group, 2) for x in (k, v))
+        steps = self.keys.setdefault(index, [])
+        steps.append((k, v))
+        q = q / q.shape[-1] ** 0.5
+        first = torch.einsum("bthd,bshd->bhts", q, steps[0][0])
+        # Row t of step s is at position t + s, which is what windows are measured in.
+        step, window = len(steps) - 1, self.windows[index] or first.shape[-1] + len(steps)
+        seen = torch.ones(first.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        seen = seen.triu(step + 1 - window)
+        logits = [first.masked_fill(~seen, -torch.inf)]
+        for i, (later, _) in enumerate(steps[1:], 1):
+            own = torch.einsum("bthd,bthd->bht", q, later[:, :rows])[..., None]
+            logits.append(own if step - i < window else torch.full_like(own, -torch.inf))
+        weights = torch.cat(logits, -1).softmax(-1)
+        count = first.shape[-1]
+        out = torch.einsum("bhts,bshd->bthd", weights[..., :count], steps[0][1])
+        for i, (_, later) in enumerate(steps[1:]):
+            out = out + weights[..., count + i].transpose(1, 2)[..., None] * later[:, :rows]
+        return out
+
+
 class Eagle3Recipe:
-    """What is special to training an EAGLE-3 head.
+    """Do what is special to training an EAGLE-3 head.
 
     Args:
         target: the frozen target.
@@ -160,7 +222,7 @@ class Eagle3Recipe:
         )
         wanted = Wanted.of(batch, reading.logits)
         with self.target.autocast():
-            results = head.unroll(ids, reading.features.to(head.norm.weight.dtype), self.steps)
+            results = unroll(head, ids, reading.features.to(head.norm.weight.dtype), self.steps)
             weight, weights = 1.0, sum(DECAY**s for s in range(self.steps))
             loss, total = torch.zeros((), device=ids.device), Measured()
             for step, (logits, _) in enumerate(results):
@@ -172,8 +234,8 @@ class Eagle3Recipe:
         return total
 
     def _rows(self, wanted: Wanted, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """Tokens and teacher of some rows, in the head's vocabulary; a row whose answer it cannot
-        give does not count."""
+        """Return tokens and teacher of some rows, in the head's vocabulary; a row whose answer it
+        cannot give does not count."""
         tokens, teacher = wanted.tokens[:, rows].flatten(), wanted.teacher
         if teacher is not None:
             teacher = teacher[:, rows].flatten(0, 1)
@@ -186,10 +248,10 @@ class Eagle3Recipe:
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
         """Write the head in the official format."""
-        self._copy(dtype).save(folder)
+        save_head(self._copy(dtype), folder)
 
     def draft(self, config: SpecConfig) -> EagleDraft:
-        """The head as it is, as a draft."""
+        """Make a draft of the head as it is."""
         return EagleDraft(self._copy(self.target.model.dtype), config)
 
     def _copy(self, dtype: torch.dtype) -> EagleHead:

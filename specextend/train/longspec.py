@@ -1,4 +1,4 @@
-"""LongSpec's training form: anchor-offset indices, flash noisy training (arXiv 2502.17421, 3.2)."""
+"""Train LongSpec blocks: anchor-offset indices, flash noisy training (arXiv 2502.17421, 3.2)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import SpecConfig
-from ..draft.longspec import (
-    WINDOW,
-    BlockShape,
-    LongSpecBlock,
-    LongSpecDraft,
-    Rotation,
-    save_block,
-)
+from ..draft.longspec import WINDOW, LongSpecDraft
+from ..draft.longspec_block import BlockShape, LongSpecBlock, Rotation
+from ..draft.longspec_checkpoint import save_block
 from .data import Batch
 from .loss import Measured, Wanted, backward_in_blocks
 from .target import FrozenTarget, check_norm
@@ -28,7 +23,7 @@ ANCHORS = 4  # tokens at the beginning that may keep their positions
 def anchor_offset_positions(
     batch: int, length: int, max_positions: int, generator: torch.Generator
 ) -> Tensor:
-    """[B, L] int64: a few anchors at 0, 1, .., the rest shifted by one random offset a row.
+    """Draw positions [B, L] int64: a few anchors at 0, 1, .., the rest at one random offset a row.
 
     The paper keeps 4 anchors, the code that trained the published blocks 0 to 4; so here.
 
@@ -44,9 +39,9 @@ def anchor_offset_positions(
 
 
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Causal attention over the last ``window`` keys; [B, L, H, D] each, grouped heads or not.
+    """Attend causally to the last ``window`` keys; [B, L, H, D] each, grouped heads or not.
 
-    In blocks of ``window`` rows against twice as many keys: linear in L.
+    Blocks of ``window`` rows meet twice as many keys, so that the work is linear in L.
     """
     q, k, v = _same_heads(q, k, v)
     length = q.shape[2]
@@ -67,9 +62,9 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 def lagged_attention(q: Tensor, k: Tensor, v: Tensor, lag: int) -> Tensor:
-    """Attention of row t to the keys [0, t - lag]; [B, L, H, D]. The first ``lag`` rows are 0.
+    """Attend with row t to the keys [0, t - lag]; [B, L, H, D]. The first ``lag`` rows are 0.
 
-    Flash noisy training: a shift of the queries against the keys, so no mask is needed, and the
+    This is flash noisy training: queries are shifted against keys, so no mask is needed, and the
     draft learns to do without the keys that the target has not made yet.
     """
     q, k, v = _same_heads(q, k, v)
@@ -81,7 +76,7 @@ def lagged_attention(q: Tensor, k: Tensor, v: Tensor, lag: int) -> Tensor:
 
 
 def _same_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, H, L, D] of all three, the heads of keys and values repeated for their groups."""
+    """Return [B, H, L, D] of all three, heads of keys and values repeated for their groups."""
     group = q.shape[2] // k.shape[2]
     if group > 1:
         k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
@@ -98,7 +93,7 @@ def training_form(
     lag: int,
     window: int = WINDOW,
 ) -> Tensor:
-    """The block over whole windows [B, L, h], the target's keys ``lag`` tokens behind.
+    """Run the block over whole windows [B, L, h], the target's keys ``lag`` tokens behind.
 
     Args:
         block: the block.
@@ -122,7 +117,7 @@ def training_form(
 
 
 def new_block(target: FrozenTarget, sample: Tensor | None = None) -> LongSpecBlock:
-    """An untrained block.
+    """Make an untrained block.
 
     Without a sample it is random, and adds nothing at first. With one it begins as the pieces of
     the target that it resembles: its self-attention reads what the target's first layer reads, its
@@ -158,7 +153,7 @@ def new_block(target: FrozenTarget, sample: Tensor | None = None) -> LongSpecBlo
 
 
 def _target_pieces(target: FrozenTarget, sample: Tensor) -> dict[str, Tensor]:
-    """Parameters of Llama's first and last layer under the block's names."""
+    """Return parameters of Llama's first and last layer under the block's names."""
     decoder = target.model.get_decoder()
     first, last, norm = decoder.layers[0], decoder.layers[-1], decoder.norm
     near, far, mlp = first.self_attn, last.self_attn, last.mlp
@@ -190,7 +185,7 @@ def _target_pieces(target: FrozenTarget, sample: Tensor) -> dict[str, Tensor]:
 
 
 class LongSpecRecipe:
-    """What is special to training a LongSpec block.
+    """Do what is special to training a LongSpec block.
 
     Args:
         target: the frozen target.
@@ -242,6 +237,6 @@ class LongSpecRecipe:
         save_block(self.module, self.target.model, folder, dtype)
 
     def draft(self, config: SpecConfig) -> LongSpecDraft:
-        """The block as it is, as a draft."""
+        """Make a draft of the block as it is."""
         model = self.target.model
         return LongSpecDraft(copy.deepcopy(self.module).to(model.dtype), model, config)

@@ -1,4 +1,4 @@
-"""The training loop: steps, schedule, checkpoints, validation, logs."""
+"""Run the training loop: steps, schedule, checkpoints, validation, logs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .data import Batch, TokenStream
 from .loss import Measured
 
 BETAS, CLIP = (0.9, 0.95), 1.0
-FLOOR = 0.02  # of the learning rate, at the end
-DECAY = 0.3  # share of the steps in which the "linear" schedule falls
+FLOOR = 0.02  # the learning rate falls to this part of its peak
+DECAY = 0.3  # the "linear" schedule falls in this share of the steps
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Options of a run.
+    """Hold the options of a run.
 
     Attributes:
         steps: updates in all.
@@ -70,7 +70,7 @@ class TrainConfig:
             raise ValueError(f"schedule must be cosine or linear, got {self.schedule!r}")
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step."""
+        """Return the learning rate of a step."""
         if self.schedule == "cosine":
             done = (step - self.warmup) / max(1, self.steps - self.warmup)
             fall = 0.5 * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0)))
@@ -80,7 +80,7 @@ class TrainConfig:
 
 
 class Recipe(Protocol):
-    """A kind of draft in training."""
+    """Say what each kind of draft does in training."""
 
     module: nn.Module
 
@@ -92,7 +92,7 @@ class Recipe(Protocol):
 
 
 class Processes:
-    """One process, or several that `accelerate launch` started.
+    """Stand for one process, or for several that `accelerate launch` started.
 
     Each takes its share of a batch's windows, and gradients are summed over them: with one process
     or many the same windows, positions and lags make a step.
@@ -110,14 +110,14 @@ class Processes:
                 tensor.copy_(self._accelerator.reduce(tensor, reduction="sum"))
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         if self.count > 1:
             self._accelerator.wait_for_everyone()
 
 
 @dataclass
 class Report:
-    """What a log line says."""
+    """Hold what a log line says."""
 
     step: int
     loss: float
@@ -128,7 +128,7 @@ class Report:
 
 
 class Trainer:
-    """Trains a recipe; can stop and go on at any step.
+    """Train a recipe; training can stop and go on at any step.
 
     Args:
         recipe: what is trained.
@@ -171,7 +171,7 @@ class Trainer:
 
     @property
     def checkpoint(self) -> Path:
-        """Where the run's state is kept."""
+        """Say where the run's state is kept."""
         return self.folder / "checkpoint.pt"
 
     def save(self) -> None:
@@ -241,7 +241,7 @@ class Trainer:
             self.recipe.save(self.folder)
 
     def _update(self, device: torch.device) -> Measured:
-        """One step of the optimizer; sums over all processes."""
+        """Make one step of the optimizer, and return sums over all processes."""
         config, processes, step = self.config, self.processes, self.step
         for group in self.optimizer.param_groups:
             group["lr"] = config.rate(step)
@@ -265,6 +265,6 @@ class Trainer:
 
 
 def append_log(file: Path, report: Report) -> None:
-    """One more line of JSON."""
+    """Append a line of JSON."""
     with file.open("a", encoding="utf-8") as out:
         out.write(json.dumps({k: v for k, v in asdict(report).items() if v is not None}) + "\n")

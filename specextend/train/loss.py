@@ -1,4 +1,4 @@
-"""Next-token losses, and what they are measured in."""
+"""Compute next-token losses, and what they are measured in."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.nn import functional as F
 
 from .data import Batch
 
-ROWS = 1024  # rows whose logits exist at once
+ROWS = 1024  # logits of so many rows exist at once
 IGNORED = -100
 
 
 @dataclass
 class Wanted:
-    """What each row should predict.
+    """Say what each row should predict.
 
     Attributes:
         tokens: [B, L] int64, ``IGNORED`` where nothing is asked.
@@ -29,7 +29,7 @@ class Wanted:
 
     @staticmethod
     def of(batch: Batch, teacher: Tensor | None) -> Wanted:
-        """Row t is to predict token t + 1, or what the teacher predicts there."""
+        """Let row t predict token t + 1, or what the teacher predicts there."""
         tokens = torch.full_like(batch.ids, IGNORED)
         tokens[:, :-1] = batch.ids[:, 1:].masked_fill(~batch.counts[:, 1:], IGNORED)
         return Wanted(tokens, teacher)
@@ -37,7 +37,7 @@ class Wanted:
 
 @dataclass
 class Measured:
-    """Sums over rows that count: of loss, of right first choices, of rows."""
+    """Hold sums over rows that count: of loss, of right first choices, of rows."""
 
     loss: float = 0.0
     right: float = 0.0
@@ -48,7 +48,7 @@ class Measured:
 
 
 def row_loss(logits: Tensor, tokens: Tensor, teacher: Tensor | None) -> tuple[Tensor, Measured]:
-    """Summed cross-entropy of rows that count, and its figures.
+    """Return the summed cross-entropy of rows that count, and its figures.
 
     Args:
         logits: [N, V].
@@ -67,11 +67,34 @@ def row_loss(logits: Tensor, tokens: Tensor, teacher: Tensor | None) -> tuple[Te
     return loss, Measured(loss.item(), right.item(), int(counted.sum()))
 
 
+def backward_by_rows(
+    hidden: Tensor, loss_of: Callable[[Tensor, slice], Tensor], rows: int
+) -> float:
+    """Back-propagate a loss some rows at a time, so that logits with gradients never exist for all.
+
+    Args:
+        hidden: [B, L, h], part of a graph.
+        loss_of: from some rows of ``hidden`` [N, h], and which of the B * L they are, to their
+            share of the loss, a scalar.
+        rows: how many at a time.
+
+    Returns:
+        The loss: the sum of the shares.
+    """
+    flat, total = hidden.detach().flatten(0, 1).requires_grad_(), 0.0
+    for start in range(0, len(flat), rows):
+        part = slice(start, min(start + rows, len(flat)))
+        loss = loss_of(flat[part], part)
+        loss.backward()
+        total += loss.item()
+    hidden.backward(flat.grad.view_as(hidden))
+    return total
+
+
 def backward_in_blocks(
     hidden: Tensor, head: Callable[[Tensor], Tensor], wanted: Wanted, scale: float
 ) -> Measured:
-    """Back-propagate ``scale`` times the mean loss of ``head(hidden)``, some rows at a time, so
-    that logits with gradients never exist for all of them.
+    """Back-propagate ``scale`` times the mean loss of ``head(hidden)``, ``ROWS`` rows at a time.
 
     Args:
         hidden: [B, L, h], part of a graph.
@@ -79,16 +102,16 @@ def backward_in_blocks(
         wanted: what the rows should predict.
         scale: factor of the gradients.
     """
-    flat = hidden.detach().flatten(0, 1).requires_grad_()
-    tokens = wanted.tokens.flatten()
+    tokens, measured = wanted.tokens.flatten(), []
     teacher = None if wanted.teacher is None else wanted.teacher.flatten(0, 1)
-    rows, total = max(1, int((tokens != IGNORED).sum())), Measured()
-    for start in range(0, len(flat), ROWS):
-        part = slice(start, start + ROWS)
-        loss, measured = row_loss(
-            head(flat[part]), tokens[part], None if teacher is None else teacher[part]
+    rows = max(1, int((tokens != IGNORED).sum()))
+
+    def loss_of(hidden: Tensor, part: slice) -> Tensor:
+        loss, figures = row_loss(
+            head(hidden), tokens[part], None if teacher is None else teacher[part]
         )
-        (loss * (scale / rows)).backward()
-        total += measured
-    hidden.backward(flat.grad.view_as(hidden))
-    return total
+        measured.append(figures)
+        return loss * (scale / rows)
+
+    backward_by_rows(hidden, loss_of, ROWS)
+    return sum(measured, Measured())

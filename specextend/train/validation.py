@@ -1,4 +1,4 @@
-"""How long drafts are accepted, measured without verifying.
+"""Measure how long drafts are accepted, without verifying.
 
 The output is the target's, whatever is proposed. So what it writes behind a prompt is made once,
 and any number of drafts, or the same one again and again while it is trained, propose along it.
@@ -17,11 +17,11 @@ from ..draft import Decided, Draft
 from ..graphs import Graphs
 from ..tree import Tree
 
-PART = 1024  # tokens of a prompt at a time
+PART = 1024  # so many tokens of a prompt are read at a time
 
 
 class Continuation:
-    """What the target writes greedily behind a prompt, with all that drafts read of it.
+    """Hold what the target writes greedily behind a prompt, with all that drafts read of it.
 
     Args:
         patched: the target.
@@ -116,7 +116,7 @@ def count_rounds(draft: Draft, continuation: Continuation, config: SpecConfig) -
 
 
 def _accepted(tree: Tree, following: list[int]) -> int:
-    """Nodes of the path along the text."""
+    """Count the nodes of the path along the text."""
     tokens, parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
     node = depth = 0
     while depth < len(following):

@@ -451,8 +451,15 @@ MUTANTS = [
     Mutant(
         "rotation: the sine's sign",
         ROTARY,
-        "x = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)",
-        "x = torch.stack([a * cos + b * sin, b * cos - a * sin], -1).flatten(-2)",
+        "parts = [torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)]",
+        "parts = [torch.stack([a * cos + b * sin, b * cos - a * sin], -1).flatten(-2)]",
+        ("tests/test_guard.py::TestRotary",),
+    ),
+    Mutant(
+        "rotation: of halves, the sine's sign",
+        ROTARY,
+        "parts = [a * cos - b * sin, b * cos + a * sin]\n",
+        "parts = [a * cos + b * sin, b * cos - a * sin]\n",
         ("tests/test_guard.py::TestRotary",),
     ),
     Mutant(

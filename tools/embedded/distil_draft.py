@@ -1,15 +1,15 @@
-"""Trains the embedded draft on what the target writes, with the caches that the decoder gives it.
+"""Train the embedded draft on what the target writes, with the caches that the decoder gives it.
 
-    python -m specextend.assets.corpus corpus.jsonl
-    python -m specextend.assets.distil_draft --data corpus.jsonl
+    python -m tools.embedded.corpus corpus.jsonl
+    python -m tools.embedded.distil_draft --data corpus.jsonl
 
-which is the last stage of train_pair.py.
+This is the last stage of the whole training (`python -m tools.embedded`).
 
 A draft is tried on its target's own greedy text, which is not what people write: it repeats itself
 and its prompt. So the target reads a document and continues it from many places at once; the draft
 learns to follow it there from a working cache of chunks that the target's attention has chosen,
 whose keys come, as in decoding, from a prefill with a sliding window. It goes on from the weights
-that the stage before has made. README.md beside this file says what came out.
+that the stage before has made. specextend/assets/README.md says what came out.
 """
 
 from __future__ import annotations
@@ -27,46 +27,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from .. import ops
-from ..config import SpecConfig
-from ..train.data import TokenStream
-from . import SETTINGS, draft_path, held_out_documents, target_path
-from .train_pair import Optimizer, norm
+from specextend import SpecConfig, ops
+from specextend.assets import SETTINGS, draft_path, held_out_documents, target_path
+from specextend.rotary import turn
+from specextend.train.data import TokenStream
 
-CONFIG = SpecConfig(**SETTINGS)  # of the decoder that the draft is made for
+from .training import Optimizer, finish, frequencies, norm, project, schedule
+
+CONFIG = SpecConfig(**SETTINGS)  # the draft's decoder has this
 CHUNK = CONFIG.chunk_size  # also tokens of a continuation between two selections
 BUDGET = CONFIG.budget
 SPAN = CONFIG.draft_prefill_window
 PART = 1024  # tokens that the target reads at a time
 
 
-def turn(x: Tensor, at: Tensor, theta: float) -> Tensor:
-    """Rotates [..., n, D] to positions [..., n]."""
-    half = x.shape[-1] // 2
-    angle = at[..., None] * theta ** -(torch.arange(half) / half)
-    cos, sin = angle.cos(), angle.sin()
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-
-
-def project(layer: torch.nn.Module, x: Tensor) -> list[Tensor]:
-    """Queries, keys and values [..., H, n, D] of [..., n, hidden], not rotated."""
-    a, h = layer.self_attn, norm(x, layer.input_layernorm)
-    return [
-        p(h).unflatten(-1, (-1, a.head_dim)).transpose(-2, -3)
-        for p in (a.q_proj, a.k_proj, a.v_proj)
-    ]
-
-
-def finish(layer: torch.nn.Module, x: Tensor, out: Tensor) -> Tensor:
-    """The rest of a layer: out [..., H, n, D] is what was attended to."""
-    x = x + layer.self_attn.o_proj(out.transpose(-2, -3).flatten(-2))
-    return x + layer.mlp(norm(x, layer.post_attention_layernorm))
+def rotated(x: Tensor, at: Tensor, theta: float) -> Tensor:
+    """Rotate [..., n, D] to positions [..., n]."""
+    angle = at[..., None] * frequencies(x.shape[-1], theta)
+    return turn(x, angle.cos(), angle.sin())
 
 
 @dataclass
 class Lesson:
-    """A document, what the target writes behind N places of it, and what it attends to there.
+    """Hold a document, what the target writes behind N places, and what it attends to there.
 
     Attributes:
         ids: [L] the document.
@@ -85,31 +68,31 @@ class Lesson:
 
 
 class Target:
-    """The target by our own operators: one document, many continuations."""
+    """Run the target by our own operators: one document, many continuations."""
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         self.model, self.theta = model, model.config.rope_parameters["rope_theta"]
 
     def run(self, ids: Tensor, at: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-        """[B, n] tokens at positions [B, n] -> last hidden states [B, n, hidden].
+        """Turn [B, n] tokens at positions [B, n] into last hidden states [B, n, hidden].
 
         `attend(i, q, k, v)` is the attention of layer i, all [B, n, H, D].
         """
         x = F.embedding(ids, self.model.model.embed_tokens.weight)
         for i, layer in enumerate(self.model.model.layers):
             q, k, v = project(layer, x)
-            q, k = (turn(y, at[:, None], self.theta) for y in (q, k))
+            q, k = (rotated(y, at[:, None], self.theta) for y in (q, k))
             out = attend(i, *(y.transpose(1, 2).contiguous() for y in (q, k, v)))
             x = finish(layer, x, out.transpose(1, 2))
         return norm(x, self.model.model.norm)
 
     def choose(self, hidden: Tensor) -> Tensor:
-        """The most likely tokens [...] of last hidden states [..., hidden]."""
+        """Return the most likely tokens [...] of last hidden states [..., hidden]."""
         return F.linear(hidden, self.model.model.embed_tokens.weight).argmax(-1)
 
     @torch.inference_mode()
     def lesson(self, ids: Tensor, starts: Tensor, count: int) -> Lesson:
-        """Reads ids [L], then continues it from each of `starts` [N] by `count` tokens.
+        """Read ids [L], then continue it from each of `starts` [N] by `count` tokens.
 
         L is a multiple of SPAN; starts are ascending multiples of CHUNK, from BUDGET on.
         """
@@ -133,7 +116,7 @@ class Target:
         mass, step = torch.zeros(0), 0
 
         def writing(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            """All attend together to the stretches of the document that they share."""
+            """Attend, all together, to the stretches of the document that are shared."""
             nonlocal mass
             own[i, 0][:, step], own[i, 1][:, step] = k[:, 0], v[:, 0]
             ask = step % CHUNK == 0 and i == c.num_hidden_layers - 1
@@ -173,7 +156,7 @@ class Target:
 
     @staticmethod
     def selected(mass: Tensor, before: Tensor, columns: int, written: int) -> Tensor:
-        """[N, K] chunks that the decoder would keep.
+        """Return the [N, K] chunks that the decoder would keep.
 
         mass: [N, columns + own] of the document's and the continuation's chunks; `before` [N] of
         the former and `written` of the latter are whole.
@@ -189,7 +172,7 @@ class Target:
 
 
 class Student:
-    """The draft's forward over a lesson, with gradients.
+    """Run the draft over a lesson, with gradients.
 
     Three passes that share keys: over the document, with a sliding window; over each continuation,
     the same; and over each continuation again, as the decoder drafts, with a working cache.
@@ -201,23 +184,25 @@ class Student:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, window: int, real: Tensor | None = None
     ) -> Tensor:
-        """q [..., H, n, D] are the last n of k, v [..., H, m, D]: compact positions, a window.
+        """Attend with q [..., H, n, D], the last n of k, v [..., H, m, D], within a window.
 
-        `real` [..., 1, 1, m]: which keys there are.
+        Positions are compact: 0 to m - 1.
+
+        `real` [..., 1, 1, m] says which keys there are.
         """
         n, m = q.shape[-2], k.shape[-2]
         at = torch.arange(m)
         seen = (at <= at[m - n :, None]) & (at > at[m - n :, None] - window)
         if real is not None:
             seen = seen & real
-        q, k = turn(q, at[m - n :], self.theta), turn(k, at, self.theta)
+        q, k = rotated(q, at[m - n :], self.theta), rotated(k, at, self.theta)
         return F.scaled_dot_product_attention(q, k, v, seen)
 
     def __call__(self, lesson: Lesson) -> tuple[Tensor, Tensor]:
-        """Last hidden states [N, n, hidden], with a working cache and with a recent window."""
+        """Return last hidden states [N, n, hidden], with a working cache and with a window."""
         length, (n, count) = len(lesson.ids), lesson.texts.shape
         near = lesson.starts[:, None] - SPAN + torch.arange(SPAN)
-        # Rows of the working caches: tokens of the document, behind them those written.
+        # Rows of the working caches are the document's tokens, behind them those written.
         rows = (lesson.chunks[..., None] * CHUNK + torch.arange(CHUNK)).flatten(2)
         behind = rows - lesson.starts[:, None, None]
         written = length + torch.arange(n)[:, None, None] * count + behind
@@ -254,7 +239,7 @@ class Student:
 
 
 def write_lessons(args: argparse.Namespace) -> None:
-    """Lessons from random stretches of the training text, and three from held-out modules."""
+    """Write lessons from random stretches of the training text, and three of held-out modules."""
     model = LlamaForCausalLM.from_pretrained(args.target, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.target, model_max_length=10**9)
     target, rng = Target(model), random.Random(args.seed)
@@ -264,12 +249,12 @@ def write_lessons(args: argparse.Namespace) -> None:
     for number in range(-len(held_out), args.lessons):
         length = args.length * (2 if number >= 0 and rng.random() < args.long else 1)
         at, file = rng.randrange(len(stream) - length), args.work / lesson_name(number)
-        # Every start in a stretch of its own.
+        # Every start has a stretch of its own.
         stretch = (length - PART) // CHUNK // args.places
         starts = [
             PART + CHUNK * (stretch * i + rng.randrange(stretch) + 1) for i in range(args.places)
         ]
-        if file.exists():  # of a run that was interrupted
+        if file.exists():  # a run was interrupted
             continue
         if number < 0:
             ids = torch.tensor(held_out[number][:length])
@@ -283,17 +268,17 @@ def write_lessons(args: argparse.Namespace) -> None:
 
 
 def lesson_name(number: int) -> str:
-    """Held-out lessons have negative numbers."""
+    """Name a lesson's file; held-out ones have negative numbers."""
     return f"lesson{number:04d}.pt" if number >= 0 else f"held_out{-number}.pt"
 
 
 def load_lesson(file: Path) -> Lesson:
-    """What write_lessons has left there."""
+    """Read what write_lessons has left there."""
     return Lesson(**torch.load(file))
 
 
 def train(args: argparse.Namespace) -> None:
-    """Distils lessons, one a step, in random order."""
+    """Distil lessons, one a step, in random order."""
     torch.manual_seed(args.seed)
     head = LlamaForCausalLM.from_pretrained(args.target, dtype=torch.float32)
     head = head.model.embed_tokens.weight.detach()
@@ -315,8 +300,7 @@ def train(args: argparse.Namespace) -> None:
             loss = loss + share * (losses[0] + losses[1]) / 2
             found.append((logits.argmax(-1) == hard).float().mean().item())
         loss.backward()
-        warm = min(1.0, (optimizer.steps + 1) / 20)
-        optimizer.step(warm * max(0.02, 1 - progress))
+        optimizer.step(schedule(optimizer.steps, progress, flat=0.0, warm_up=20))
         smooth = [x + 0.05 * (y - x) for x, y in zip(smooth, (loss.item(), *found), strict=True)]
         if optimizer.steps % 25 == 0:
             bias = 1 - 0.95**optimizer.steps
@@ -336,7 +320,7 @@ def train(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def examine(student: Student, work: Path, head: Tensor) -> str:
-    """Agreement with the target on its continuations of held-out modules."""
+    """Say how far the draft agrees with the target behind held-out modules."""
     out = []
     for file in sorted(work.glob("held_out*.pt")):
         lesson = load_lesson(file)
@@ -350,7 +334,7 @@ def examine(student: Student, work: Path, head: Tensor) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line."""
+    """Train as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="as for `specextend train`")
     parser.add_argument("--work", type=Path, default=Path("build/distil_draft"))

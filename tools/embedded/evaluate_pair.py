@@ -1,11 +1,11 @@
-"""Measures the embedded pair on held-out modules of the standard library.
+"""Measure the embedded pair on held-out modules of the standard library.
 
-    python -m specextend.assets.evaluate_pair --lengths 4096,8192,16384
+    python -m tools.embedded.evaluate_pair --lengths 4096,8192,16384
 
-Target: loss, top-1 accuracy, and accuracy where the last eight tokens stood already more than 512
-tokens before. Draft: mean acceptance length of greedy decoding behind each document, by what the
-draft attends to. "Full prefill" is retrieval from keys and values that a prefill without a window
-has made.
+The target's figures are loss, top-1 accuracy, and accuracy where the last eight tokens stood
+already more than 512 tokens before. The draft's are the mean acceptance lengths of greedy decoding
+behind each document, by what the draft attends to. "Full prefill" is retrieval from keys and values
+that a prefill without a window has made.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from .. import SpecExtend
-from ..attention import Pass, PatchedModel
-from ..cache import KVCache
-from . import SETTINGS, draft_path, held_out_documents, target_path
+from specextend import SpecExtend
+from specextend.assets import SETTINGS, draft_path, held_out_documents, target_path
+from specextend.attention import PatchedModel
+from specextend.cache import KVCache, Pass
 
 PART = 1024  # tokens of a document that the target reads at a time
 CACHES = {
@@ -33,7 +33,7 @@ CACHES = {
 
 @torch.inference_mode()
 def read(target: LlamaForCausalLM, ids: torch.Tensor) -> dict[str, float]:
-    """How well the target knows a document [L]."""
+    """Measure how well the target knows a document [L]."""
     patched = PatchedModel(target)
     cache = KVCache(target.config.num_hidden_layers, len(ids), 1, ids.device)
     losses, right = [], []
@@ -57,7 +57,7 @@ def read(target: LlamaForCausalLM, ids: torch.Tensor) -> dict[str, float]:
 
 
 def repeats(ids: torch.Tensor, n: int = 8, distance: int = 512) -> torch.Tensor:
-    """Rows whose last n tokens stood already `distance` tokens before; [L - 1] booleans."""
+    """Find rows whose last n tokens stood already `distance` tokens before; [L - 1] booleans."""
     seen: dict[tuple[int, ...], int] = {}
     text, out = ids.tolist(), torch.zeros(len(ids) - 1, dtype=torch.bool)
     for i in range(n - 1, len(text) - 1):
@@ -70,7 +70,7 @@ def repeats(ids: torch.Tensor, n: int = 8, distance: int = 512) -> torch.Tensor:
 def accepted(
     target: LlamaForCausalLM, draft: LlamaForCausalLM, ids: torch.Tensor, new: int
 ) -> dict[str, float]:
-    """Mean acceptance length of `new` tokens behind a document [L], for each cache of the draft."""
+    """Measure acceptance of `new` tokens behind a document [L], for each cache of the draft."""
     found, texts = {}, set()
     for name, options in CACHES.items():
         spec = SpecExtend(target, draft, gate="off", **SETTINGS, **options)
@@ -82,7 +82,7 @@ def accepted(
 
 
 def main() -> None:
-    """Command line."""
+    """Measure what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", type=Path, default=target_path())
     parser.add_argument("--draft", type=Path, default=draft_path())

@@ -1,6 +1,6 @@
-"""The text that the embedded pair is trained on, its tokenizer, and the windows drawn from it.
+"""Gather the text that the embedded models learn from, its tokenizer, and windows drawn from it.
 
-    python -m specextend.assets.corpus corpus.jsonl [--prose FOLDER]
+    python -m tools.embedded.corpus corpus.jsonl [--prose FOLDER]
 
 writes the text for ``specextend train``, documents in random order.
 """
@@ -27,7 +27,7 @@ HELD_OUT = re.compile(
     r"ipaddress|decimal|header_value|mock|argparse|tarfile|inspect|typing|datetime|smtp"
     r"|pickletools|statistics|_vendor|site-packages|__pycache__|encodings/|pydoc_data"
 )
-# name: (folder, megabytes at most, share of the training tokens)
+# Each source has a folder, megabytes at most, and its share of the training tokens.
 SOURCES = {
     "stdlib": ("stdlib", 20, 0.40),
     "stdlib tests": ("stdlib/test", 12, 0.12),
@@ -41,7 +41,7 @@ SOURCES = {
 
 
 def python_files(spec: str) -> list[Path]:
-    """Python files below a package or the standard library, in path order, held-out ones left."""
+    """List Python files of a package or the standard library by path, without held-out ones."""
     stdlib = Path(sysconfig.get_path("stdlib"))
     package, _, rest = spec.partition("/")
     if package == "stdlib":
@@ -61,7 +61,7 @@ def python_files(spec: str) -> list[Path]:
 
 
 def held_out_lines() -> set[str]:
-    """Long lines of the held-out modules: files that share many of them are left out too."""
+    """Return long lines of the held-out modules: files that share many are left out, too."""
     stdlib, lines = Path(sysconfig.get_path("stdlib")), set()
     for path in stdlib.rglob("*.py"):
         name = path.relative_to(stdlib).as_posix()
@@ -71,7 +71,7 @@ def held_out_lines() -> set[str]:
 
 
 def read_sources(prose: Path | None, rng: random.Random) -> dict[str, list[str]]:
-    """The training texts, one list of documents per source."""
+    """Read the training texts, one list of documents per source."""
     held, texts = held_out_lines(), {}
     for name, (spec, megabytes, _) in SOURCES.items():
         documents, dropped = [], 0
@@ -93,7 +93,7 @@ def read_sources(prose: Path | None, rng: random.Random) -> dict[str, list[str]]
                     documents.append(text)
         total = sum(map(len, documents))
         keep = min(1.0, megabytes * 1e6 / max(1, total))
-        if keep < 1:  # whole folders of neighbours stay together: drop runs of eight files
+        if keep < 1:  # neighbours stay together: runs of eight files are dropped
             documents = [
                 x
                 for i in range(0, len(documents), 8)
@@ -111,7 +111,7 @@ def read_sources(prose: Path | None, rng: random.Random) -> dict[str, list[str]]
 
 
 def train_tokenizer(texts: dict[str, list[str]], rng: random.Random) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; a line break and the indentation after it can be one token."""
+    """Train byte-level BPE; a line break and the indentation after it can be one token."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -147,7 +147,7 @@ def train_tokenizer(texts: dict[str, list[str]], rng: random.Random) -> PreTrain
 
 
 def take(documents: list[str], chars: float, rng: random.Random) -> list[str]:
-    """Random documents, about `chars` characters in all."""
+    """Draw random documents, about `chars` characters in all."""
     out: list[str] = []
     for i in rng.sample(range(len(documents)), len(documents)):
         if chars <= 0:
@@ -158,7 +158,7 @@ def take(documents: list[str], chars: float, rng: random.Random) -> list[str]:
 
 
 def prepare(work: Path, prose: Path | None, seed: int) -> None:
-    """Writes tokenizer and one stream of tokens per source into the work folder."""
+    """Write tokenizer and one stream of tokens per source into the work folder."""
     start, rng = time.time(), random.Random(seed)
     texts = read_sources(prose, rng)
     tokenizer = train_tokenizer(texts, rng)
@@ -179,7 +179,7 @@ def prepare(work: Path, prose: Path | None, seed: int) -> None:
 
 
 class Windows:
-    """Draws training windows: short excerpts at the positions they have in a long document.
+    """Draw training windows: short excerpts at the positions they have in a long document.
 
     A window of a long document is a few of its passages in order, each with its true positions,
     so that distances of up to 16K are trained at the price of short attention. Passages are
@@ -204,13 +204,13 @@ class Windows:
         self.is_word[self.words] = True
 
     def document(self, length: int) -> np.ndarray:
-        """A stretch of neighbouring files."""
+        """Draw a stretch of neighbouring files."""
         stream = self.streams[self.rng.choice(len(self.streams), p=self.share)]
         start = self.rng.integers(0, max(1, len(stream) - length))
         return stream[start : start + length].astype(np.int64)
 
     def copies(self, ids: np.ndarray, count: int, longest: int) -> None:
-        """Copies `count` spans of 32..longest tokens to a later place, in place."""
+        """Copy `count` spans of 32..longest tokens to a later place, in place."""
         for _ in range(count):
             n = int(self.rng.integers(32, longest + 1))
             src = int(self.rng.integers(0, len(ids) - 2 * n))
@@ -226,7 +226,7 @@ class Windows:
             ids[dst : dst + n] = span
 
     def related(self, doc: np.ndarray, length: int) -> np.ndarray:
-        """Indices into `doc` of earlier passages like its end, ascending, then the end itself."""
+        """Find earlier passages of `doc` like its end: ascending indices, then the end itself."""
         recent = int(self.rng.integers(length // 4, length // 2))
         end = int(self.rng.integers(length * 2, len(doc) + 1))
         first = end - recent
@@ -249,7 +249,7 @@ class Windows:
         return np.flatnonzero(chosen)[-length:]
 
     def window(self, length: int, copying: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, positions and labels of one window."""
+        """Draw tokens, positions and labels of one window."""
         if length == MAX_CONTEXT:
             ids, at = self.document(length), np.arange(length)
             self.copies(ids, 16, 400)
@@ -274,13 +274,13 @@ class Windows:
         return ids, at, labels
 
     def batch(self, count: int, length: int, copying: float) -> tuple[torch.Tensor, ...]:
-        """`count` windows as tensors [count, length]."""
+        """Draw `count` windows, as tensors [count, length]."""
         rows = [self.window(length, copying) for _ in range(count)]
         return tuple(torch.from_numpy(np.stack(x)) for x in zip(*rows, strict=True))
 
 
 def write_corpus(out: Path, prose: Path | None, seed: int) -> None:
-    """The texts as JSON Lines, documents in random order."""
+    """Write the texts as JSON Lines, documents in random order."""
     texts = read_sources(prose, random.Random(seed))
     documents = [text for source in texts.values() for text in source]
     random.Random(1).shuffle(documents)
@@ -289,7 +289,7 @@ def write_corpus(out: Path, prose: Path | None, seed: int) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Write the text that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--prose", type=Path, help="folder of JSON Lines with a `text` field")
