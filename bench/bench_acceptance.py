@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from form import Report, embedded_pair, numbers, parse, parser
+from bench_record import Report, embedded_pair, numbers, parse, parser
 
 from specextend import SpecConfig, assets
 from specextend.attention import PatchedModel

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from form import UNITS, Bound, Report, digits, name_of, numbers, parse, parser
+from bench_record import UNITS, Bound, Report, digits, name_of, numbers, parse, parser
 from transformers import PreTrainedModel
 
 from specextend import SpecConfig, SpecExtend

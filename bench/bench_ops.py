@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from form import DTYPES, ROOT, Rates, Report, cache_emptier, digits, parse, parser
+from bench_record import DTYPES, ROOT, Rates, Report, cache_emptier, digits, parse, parser
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT)]
 
 from bench_decode import Stretched, trees  # noqa: E402
-from form import Report, parse, parser  # noqa: E402
+from bench_record import Report, parse, parser  # noqa: E402
 
 from specextend import SpecConfig, SpecExtend, decode  # noqa: E402
 from specextend.eval.synthetic import SHAPES, random_model  # noqa: E402
