@@ -1,7 +1,7 @@
-"""Plots of ``results.jsonl``, each as PNG and SVG.
+"""Draw ``results.jsonl`` as plots, each an SVG file.
 
-Text in SVG files is text, and the same results give the same bytes. A method has one colour in all
-plots; the same method with another draft has another stroke.
+Text in the files stays text, and the same results give the same bytes. A method has one colour in
+all plots; the same method with another draft has another stroke.
 """
 
 from __future__ import annotations
@@ -89,16 +89,10 @@ def write(folder: Path | str) -> list[Path]:
                 figure = draw(table, results, source)
                 if figure is not None:
                     name = file_name(f"{stem}-{source}", results.header)
-                    files += _save(figure, Path(folder) / name)
-    return files
-
-
-def _save(figure, path: Path) -> list[Path]:
-    figure.draw_without_rendering()  # lays it out, once for both
-    figure.set_layout_engine("none")
-    files = [path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg")]
-    figure.savefig(files[0], dpi=160, metadata={"Software": None})
-    figure.savefig(files[1], metadata={"Date": None, "Creator": None})
+                    figure.draw_without_rendering()  # lays it out, once: labels stay where they are
+                    figure.set_layout_engine("none")
+                    files.append(Path(folder) / f"{name}.svg")
+                    figure.savefig(files[-1], metadata={"Date": None, "Creator": None})
     return files
 
 
