@@ -79,6 +79,7 @@ ELSEWHERE = {
     "python bench/kernel_report.py": ("tests/test_kernel_report.py", "kernel_report"),
     "python bench/bench_ops.py": ("bench/gpu/c_record.py", '"bench/bench_ops.py"'),
     "python bench/bench_decode.py": ("tests/test_bench.py", "bench_decode"),
+    "python bench/bench_memory.py": ("tests/test_bench.py", "bench_memory"),
     "accelerate launch": ("tests/test_train.py", "test_processes_make_the_same_step"),
 }
 # Hours of training and evaluation, and the text for it: these are parsed, and run by no test.
