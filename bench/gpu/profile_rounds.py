@@ -1,10 +1,10 @@
-"""What the device does in five rounds: kernels by time and by count.
+"""Profile what the device does in five rounds: kernels by time and by count.
 
     python bench/gpu/profile_rounds.py [--shape llama-3.1-8b] [--context 16384] [--json out.json]
 
-Rounds as in bench_decode's "shape" part: random weights, a draft of one layer, a prompt of which a
-part is taken in and repeated. They have been captured when the profile begins. On a CPU the
-operators of torch take the place of kernels.
+The rounds are those of bench_decode's "shape" part: random weights, a draft of one layer, a prompt
+of which a part is taken in and repeated. They have been captured when the profile begins. On a CPU
+torch's operators take the place of kernels.
 """
 
 import argparse
