@@ -1,4 +1,4 @@
-"""How long drafts are accepted on held-out documents, and how that falls with length.
+"""Measure how long drafts are accepted on held-out documents, and how that falls with length.
 
     python bench/bench_acceptance.py --drafts ngram longspec=FOLDER --lengths 2048,8192,16384
 
@@ -9,7 +9,7 @@ pair's held-out modules of the standard library, cut at each length. A draft is 
 instead of the full cache.
 
 A line has the tokens of a round, the median over documents, and the other drafts beside it: a ratio
-above one is of a draft that is accepted longer.
+above one is that of a draft that is accepted for longer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from form import Report, embedded_pair, numbers, parse, parser
+from bench_record import Report, embedded_pair, numbers, parse, parser
 
 from specextend import SpecConfig, assets
 from specextend.draft import load_draft
@@ -27,7 +27,7 @@ from specextend.train.validation import Continuation, count_rounds
 
 
 def documents(tokenizer, length: int, count: int) -> list[tuple[str, torch.Tensor]]:
-    """Names and prompts [1, length] of the first modules that are long enough."""
+    """Return names and prompts [1, length] of the first modules that are long enough."""
     found = []
     for name, text in assets.held_out_documents():
         ids = tokenizer(text).input_ids

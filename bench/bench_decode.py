@@ -28,7 +28,17 @@ from collections import Counter
 from dataclasses import replace
 
 import torch
-from form import Bound, Rates, Report, digits, embedded_pair, name_of, numbers, parse, parser
+from bench_record import (
+    Bound,
+    Rates,
+    Report,
+    digits,
+    embedded_pair,
+    name_of,
+    numbers,
+    parse,
+    parser,
+)
 from transformers import PreTrainedModel
 
 from specextend import SpecConfig, SpecExtend, assets

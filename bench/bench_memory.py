@@ -1,16 +1,16 @@
-"""Memory against the length of the context, and that nothing grows with its square.
+"""Measure memory against the length of the context, and that nothing grows with its square.
 
     python bench/bench_memory.py [--device cuda] [--quick] [--lengths 4096,...] [--json out.json]
 
-Peaks of plain decoding and of SpecExtend with each kind of the draft's cache, prefill and rounds
-apart, at a small shape with random weights. Each case runs in a process of its own; on a CPU its
-resident memory is what counts, on a GPU what torch's allocator has handed out. The bound is what
-the shapes say: weights, caches, the activations of one chunk of the prompt.
+The cases are peaks of plain decoding and of SpecExtend with each kind of the draft's cache, prefill
+and rounds apart, at a small shape with random weights. Each runs in a process of its own; on a CPU
+its resident memory counts, on a GPU what torch's allocator has handed out. The bound is what the
+shapes predict: weights, caches, the activations of one chunk of the prompt.
 
-A line is fitted through each way's peaks, and a parabola: its quadratic term is what a tensor of
-L x L would show as, one byte for a mask of booleans. "standard", measured on shorter contexts to
-show that it would be seen, is the target's own forward with attention written out, as the papers'
-starting points have it: a mask and weights over the whole prompt.
+A line is fitted through each way's peaks, and a parabola: a tensor of L x L would show in its
+quadratic term, as one byte for a mask of booleans. "standard" is the target's own forward with
+attention written out, as the papers' starting points have it: a mask and weights over the whole
+prompt. It is measured on shorter contexts, to show that such a tensor would be seen.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from form import UNITS, Bound, Report, digits, name_of, numbers, parse, parser
+from bench_record import UNITS, Bound, Report, digits, name_of, numbers, parse, parser
 from transformers import PreTrainedModel
 
 from specextend import SpecConfig, SpecExtend
@@ -41,8 +41,8 @@ TINY = dict(
 NEW_TOKENS = 48
 LENGTHS, QUICK = (4, 8, 16, 32, 64, 128), (2, 4, 8, 12)  # thousands of tokens
 STANDARD, STANDARD_QUICK = (2, 4, 8, 12), (1, 2, 3, 4)  # the same for the standard way
-#: bytes per L x L of the quadratic term, below that of a mask packed into bits of which only the
-#: causal half is kept
+#: A quadratic term of fewer bytes than this counts as none: a mask packed into bits, of which only
+#: the causal half is kept, would have more.
 ABSENT = 1 / 32
 
 PHASES = ("prefill", "rounds")
@@ -60,12 +60,12 @@ WAYS = {
 
 
 def weights(model: PreTrainedModel) -> int:
-    """Bytes of all parameters."""
+    """Return the bytes of all parameters."""
     return sum(p.numel() * p.itemsize for p in model.parameters())
 
 
 def cache_row(model: PreTrainedModel) -> int:
-    """Bytes that a token takes in all layers of a cache."""
+    """Return the bytes that a token takes in all layers of a cache."""
     c = model.config
     return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.dtype.itemsize
 
@@ -73,8 +73,8 @@ def cache_row(model: PreTrainedModel) -> int:
 def predict(
     target: PreTrainedModel, draft: PreTrainedModel | None, config: SpecConfig, length: int
 ) -> dict[str, dict[str, int]]:
-    """Bytes by phase, and what they are for, with a prompt of ``length`` tokens and the new ones
-    behind it."""
+    """Predict bytes by phase and purpose, for a prompt of ``length`` tokens and the new ones behind
+    it."""
     c, tokens = target.config, length + NEW_TOKENS
     rows = min(length, config.prefill_chunk or length)
     heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
@@ -98,13 +98,13 @@ def predict(
 
 
 class Resident:
-    """Peaks of this process's resident memory (Linux)."""
+    """Read the peaks of this process's resident memory (Linux)."""
 
     def current(self) -> int:
         return self._read("VmRSS")
 
     def peak(self) -> int:
-        """Bytes, since :meth:`reset`."""
+        """Return the peak since :meth:`reset`, in bytes."""
         return self._read("VmHWM")
 
     def reset(self) -> None:
@@ -118,7 +118,7 @@ class Resident:
 
 
 def give_back_freed() -> None:
-    """Have glibc hand freed tensors back at once, so that what is resident is in use."""
+    """Make glibc hand freed tensors back at once, so that what is resident is in use."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         mmap_threshold = -3
@@ -126,7 +126,7 @@ def give_back_freed() -> None:
 
 
 class Allocated:
-    """The same of torch's allocator on a GPU."""
+    """Read the same of torch's allocator on a GPU."""
 
     def current(self) -> int:
         return torch.cuda.memory_allocated()
@@ -139,7 +139,7 @@ class Allocated:
 
 
 def ours(spec: SpecExtend, ids: torch.Tensor, peak: Callable[[], int]) -> list[int]:
-    """``peak`` behind the prefill and behind the rounds."""
+    """Generate with SpecExtend; return ``peak`` after the prefill and after the rounds."""
     stream = spec.stream(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
     next(stream)  # the prefill, and the first token
     prefill = peak()
@@ -150,7 +150,7 @@ def ours(spec: SpecExtend, ids: torch.Tensor, peak: Callable[[], int]) -> list[i
 
 @torch.inference_mode()
 def standard(target: PreTrainedModel, ids: torch.Tensor, peak: Callable[[], int]) -> list[int]:
-    """The same of the model's own forward, with one more token as the only round."""
+    """Run the model's own forward, with one more token as the only round; return the same."""
     target.set_attn_implementation("eager")
     cache = getattr(target(input_ids=ids, use_cache=True, logits_to_keep=1), CACHE)
     prefill = peak()
@@ -159,7 +159,7 @@ def standard(target: PreTrainedModel, ids: torch.Tensor, peak: Callable[[], int]
 
 
 def measure(way: str, length: int, shape: str, device: str, dtype: str) -> dict:
-    """One case: bytes at the peak of the prefill and of the rounds, and what was predicted."""
+    """Measure one case: bytes at the peaks of prefill and rounds, and what was predicted."""
     torch.manual_seed(0)
     meter = Allocated() if device == "cuda" else Resident()
     give_back_freed()
@@ -191,7 +191,7 @@ def measure(way: str, length: int, shape: str, device: str, dtype: str) -> dict:
 
 
 def measure_apart(*given) -> dict:
-    """:meth:`measure` in a process of its own, whose memory nothing else has used."""
+    """Call :func:`measure` in a process of its own, whose memory nothing else has used."""
     # A fork is quick and shares what was imported; no thread runs yet, for this process measures
     # nothing itself. CUDA wants a process of its own from the start.
     how = "spawn" if "cuda" in given else "fork"
@@ -204,7 +204,7 @@ def measure_apart(*given) -> dict:
 
 @dataclass
 class Fit:
-    """Peaks over lengths L: ``constant + per_token * L``, and what else there may be.
+    """Describe peaks over lengths L: ``constant + per_token * L``, and what else there may be.
 
     Attributes:
         off: the largest distance of a peak from that line, in bytes.
@@ -218,12 +218,12 @@ class Fit:
 
     @property
     def absent(self) -> bool:
-        """No tensor of L x L is there."""
+        """Tell whether no tensor of L x L is there."""
         return self.per_square < ABSENT
 
 
 def fit(lengths: list[int], peaks: list[float]) -> Fit:
-    """Least squares.
+    """Fit line and parabola by least squares.
 
     Raises:
         ValueError: fewer than four lengths, through which a parabola could go by chance.

@@ -1,10 +1,10 @@
-"""Times every op against what this machine can do, and tree attention against its rivals.
+"""Time every operator against what this machine can do, and tree attention against its rivals.
 
     python bench/bench_ops.py [--device cuda] [--quick] [--goals] [--filter 32/8/128]
 
-Of SDPA there are two peers. "torch" is the call that a user writes: the same inputs, `enable_gqa`,
-the mask it needs, boolean or additive, whichever is faster. "packed" is what an expert makes of it:
-the query rows of a KV head folded into one sequence by hand.
+SDPA gives two peers. "torch" is the call that a user writes: the same inputs, `enable_gqa`, the
+mask it needs, boolean or additive, whichever is faster. "packed" is what an expert makes of it: the
+query rows of a KV head are folded into one sequence by hand.
 
 On a GPU, calls are timed in CUDA graphs of twenty or more, over buffers that rotate through more
 than twice its L2 cache, and there are more peers: "split" is the papers' own way (flash attention
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from form import DTYPES, ROOT, Rates, Report, cache_emptier, digits, parse, parser
+from bench_record import DTYPES, ROOT, Rates, Report, cache_emptier, digits, parse, parser
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -39,16 +39,16 @@ from specextend.testing import (  # noqa: E402
 )
 
 Call = Callable[[], object]
-MOST_ROWS = 128  # of a tree, for which caches have room
+MOST_ROWS = 128  # caches have room for so many rows of a tree
 PLACED_BYTES = 128 << 20  # a case that moves less is measured on three sets of buffers (CPU)
 
 
 @dataclass
 class Line:
-    """One case: what is timed, the traffic and arithmetic it needs, and its peers.
+    """Hold one case: what is timed, the traffic and arithmetic it needs, and its peers.
 
     Attributes:
-        peers: the same work by others, each in the ways there are, the fastest of which counts.
+        peers: the same work by others, each in the ways there are; the fastest way counts.
     """
 
     op: str
@@ -65,7 +65,7 @@ class Line:
 
 
 def random_tree(nodes: int) -> Tensor:
-    """[nodes] parents of a tree like those that drafts propose: half chains, half branches."""
+    """Make [nodes] parents of a tree as drafts propose them: half chains, half branches."""
     g = torch.Generator("cpu").manual_seed(nodes)
     parents = [-1]
     for node in range(1, nodes):
@@ -122,7 +122,7 @@ def attention_line(
 def gpu_peers(
     q: Tensor, k: Tensor, v: Tensor, prefix: int, visible: Tensor, flex: bool
 ) -> Iterator[tuple[str, Call]]:
-    """How others attend to a prefix and a tree: q [1, M, Hq, D], k and v [1, Hkv, S, D]."""
+    """Yield how others attend to prefix and tree: q [1, M, Hq, D], k and v [1, Hkv, S, D]."""
     rows, group = q.shape[1], q.shape[2] // k.shape[1]
     total, scale = prefix + rows, q.shape[-1] ** -0.5
     k_rows, v_rows = k.transpose(1, 2), v.transpose(1, 2)
@@ -167,7 +167,7 @@ def gpu_peers(
         )
 
 
-# What an H200 shall reach (microseconds, or a share of the bound), by heads, prefix, tree.
+# An H200 is to reach these microseconds, or this share of the bound, by heads, prefix, tree.
 GOALS_US = {
     ("32/8/128", 16384, 8): 21.0, ("32/8/128", 16384, 32): 22.0, ("32/8/128", 2048, 32): 9.0,
     ("32/8/128", 65536, 32): 70.0, ("32/8/128", 65536, 64): 118.0, ("32/8/128", 65536, 128): 235.0,
@@ -176,11 +176,11 @@ GOALS_SHARE = {
     ("32/8/128", 65536): 8, ("32/32/128", 16384): 64, ("32/32/128", 65536): 64,
     ("28/4/128", 131072): 8,
 }  # fmt: skip
-GOAL_SHARE = 0.85  # of the bandwidth, for the trees up to those sizes
+GOAL_SHARE = 0.85  # trees up to those sizes are to reach so much of the bandwidth
 
 
 def goal(op: str, shape: str) -> tuple[str, float] | None:
-    """("us" or "share", value) of a line, None without a goal."""
+    """Return the goal of a line, ("us" or "share", value), or None."""
     found = re.fullmatch(r"(\S+) P=(\d+) tree=(\d+)", shape)
     if op in ("select_chunks", "gather_chunks"):
         return "us", 8.0
@@ -194,8 +194,8 @@ def goal(op: str, shape: str) -> tuple[str, float] | None:
 
 
 def goal_cases(quick: bool = False) -> list[tuple[Heads, int, int, int]]:
-    """Heads, prefix, rows and chunk size of the lines with goals, and of the same with a row more
-    than the kernels' tiles hold; quick: two that need little memory."""
+    """Return heads, prefix, rows and chunk size of the lines with goals, and of the same with a row
+    more than the kernels' tiles hold; with ``quick`` two that need little memory."""
     llama, vicuna, qwen = LAYERS[:3]
     if quick:
         return [(llama, 2048, 8, 0), (llama, 2048, 32, 32)]
@@ -207,7 +207,7 @@ def goal_cases(quick: bool = False) -> list[tuple[Heads, int, int, int]]:
 
 
 def goal_lines(quick: bool) -> Iterator[Callable[[], Line]]:
-    """The lines with goals, without peers."""
+    """Yield the lines with goals, without peers."""
     for heads, prefix, rows, chunk in goal_cases(quick):
         yield lambda a=(heads, prefix, rows, "bf16", "bhsd", chunk): replace(
             attention_line(*a), peers={}
@@ -218,7 +218,7 @@ def goal_lines(quick: bool) -> Iterator[Callable[[], Line]]:
 
 
 def gpu_attention_lines(quick: bool, flex: bool) -> Iterator[Callable[[], Line]]:
-    """The lines with goals, and around them what shows where time goes."""
+    """Yield the lines with goals, and around them lines that show where time goes."""
     llama, vicuna, qwen = LAYERS[:3]
     cases = goal_cases()
     if not quick:
@@ -381,8 +381,10 @@ def alternately(calls: Sequence[Call]) -> Call:
 def measure(
     line: Line, make: Callable[[], Line], rates: Rates, seconds: float, before: Call
 ) -> tuple[Spread, dict[str, Spread], Rates]:
-    """Of ours, of each peer the fastest way, and the rates at that time. ``make`` makes the line
-    again, with other buffers; ``before`` empties the caches of a CPU."""
+    """Time ours, the fastest way of each peer, and the rates meanwhile.
+
+    ``make`` makes the line again, with other buffers; ``before`` empties the caches of a CPU.
+    """
 
     def contestants(line: Line) -> list[Call]:
         return [line.run, *(call for ways in line.peers.values() for call in ways)]
@@ -438,7 +440,7 @@ def report(
 
 
 def chunk_overhead(results: Report) -> None:
-    """What the log-sum-exps of chunks cost: lines with them against the same without."""
+    """Note what the log-sum-exps of chunks cost: lines with them against the same without."""
     cases = results.record["cases"]
     plain = {(r["shape"], r["dtype"]): r for r in cases if r["op"] == "tree_attention"}
     for r in cases:

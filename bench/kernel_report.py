@@ -1,9 +1,9 @@
-"""What the compiler made of every CUDA kernel: registers, shared memory, stack, spills.
+"""Report what the compiler made of every CUDA kernel: registers, shared memory, stack, spills.
 
     python bench/kernel_report.py [--build build/on] [--filter attention] [--json out.json]
 
-Reads what ptxas said when the extension was built (`*.ptxas` beside the object files, see
-cmake/ptxas_report.sh); needs no GPU. Shared memory is the static kind: what a launch asks for
+The figures are what ptxas said when the extension was built (`*.ptxas` beside the object files, see
+cmake/ptxas_report.sh); no GPU is needed. Shared memory is the static kind: what a launch asks for
 besides is not in the object. The exit status is 1 if a kernel spills registers.
 """
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass
 class Kernel:
-    """One kernel for one architecture. Sizes in bytes, per thread but for ``shared``."""
+    """Describe a kernel for one architecture; sizes are bytes, per thread but for ``shared``."""
 
     source: str
     arch: str
@@ -40,7 +40,7 @@ class Kernel:
 
 
 def parse(source: str, text: str) -> list[Kernel]:
-    """The kernels that one compilation reported on, their names still mangled."""
+    """Return the kernels that one compilation reported on, their names still mangled."""
     kernels: list[Kernel] = []
     own = False  # the properties that follow are of the entry, not of a function that it calls
     for line in text.splitlines():
@@ -58,14 +58,14 @@ def parse(source: str, text: str) -> list[Kernel]:
 
 
 def remarks(text: str) -> list[str]:
-    """Warnings and notes on performance, such as wgmma instructions that are serialised."""
+    """Return warnings and notes on speed, such as that wgmma instructions are serialised."""
     return [
         line for line in text.splitlines() if re.match(r"ptxas (warning|info\s*: \(C\d+\))", line)
     ]
 
 
 def demangle(names: Iterable[str]) -> dict[str, str]:
-    """Readable names, where a tool for it is on PATH."""
+    """Return readable names, where a tool for it is on PATH."""
     names = sorted(set(names))
     tool = shutil.which("cu++filt") or shutil.which("c++filt")
     if not names or tool is None:
@@ -75,7 +75,7 @@ def demangle(names: Iterable[str]) -> dict[str, str]:
 
 
 def build_folder() -> Path | None:
-    """The folder that the extension was last built in with CUDA kernels, None if there is none."""
+    """Find the folder of the last build with CUDA kernels, None if there is none."""
     named = os.environ.get("SPECEXTEND_BUILD_DIR")
     if named and any(Path(named).rglob("*.ptxas")):
         return Path(named)
@@ -84,7 +84,7 @@ def build_folder() -> Path | None:
 
 
 def collect(folder: Path) -> list[Kernel]:
-    """All kernels of a build, by source, name and architecture."""
+    """Return all kernels of a build, by source, name and architecture."""
     kernels = []
     for path in folder.rglob("*.ptxas"):
         kernels += parse(path.name.removesuffix(".ptxas").removesuffix(".o"), path.read_text())

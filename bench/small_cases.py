@@ -1,4 +1,4 @@
-"""Small cases of every op against its reference in fp64: what compute-sanitizer watches.
+"""Check small cases of every operator against its reference in fp64, for compute-sanitizer.
 
     python bench/small_cases.py [--device cuda] [--few] [--filter attention]
 
@@ -25,7 +25,7 @@ _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 @dataclass
 class Case:
-    """An op and its arguments, on the CPU."""
+    """Hold an operator and its arguments, on the CPU."""
 
     name: str
     op: Callable
@@ -38,7 +38,7 @@ def ints(*values) -> Tensor:
 
 
 def tree(nodes: int) -> Tensor:
-    """[nodes] parents: the half of them in a chain, the others its branches."""
+    """Return [nodes] parents: half of the nodes form a chain, the others its branches."""
     return torch.tensor([-1, *((i - 1 if i % 2 else i // 2) for i in range(1, nodes))])
 
 
@@ -134,7 +134,7 @@ def cases(few: bool) -> Iterator[Case]:
 
 
 def on(device: str, values, dtype: torch.dtype | None = None):
-    """Copies of all tensors, with their strides; those of floating point in ``dtype``."""
+    """Copy all tensors, with their strides; those of floating point to ``dtype``."""
 
     def copy(x):
         if not isinstance(x, Tensor):
@@ -156,7 +156,7 @@ def close(got: Tensor, expected: Tensor) -> bool:
 
 
 def agrees(case: Case, device: str) -> bool:
-    """Whether an op returns and writes on ``device`` what its reference does in fp64."""
+    """Tell whether an operator returns and writes on ``device`` what its reference does in fp64."""
     args, options = on("cpu", (case.args, case.options), torch.float64)
     expected = tree_leaves((getattr(reference, case.op.__name__)(*args, **options), args))
     args, options = on(device, (case.args, case.options))

@@ -52,10 +52,18 @@ class SpecExtend:
         draft: the draft that was given or loaded.
 
     Example:
-        >>> spec = specextend.SpecExtend(model, draft)
-        >>> out = spec.generate(**inputs, max_new_tokens=512)
-        >>> out = model.generate(**inputs, custom_generate=spec)
-        >>> for step in spec.stream(**inputs): print(step.tokens)
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> from specextend import SpecExtend, assets
+        >>> paths = assets.target_path(), assets.draft_path()
+        >>> model, draft = map(AutoModelForCausalLM.from_pretrained, paths)
+        >>> tokenizer = AutoTokenizer.from_pretrained(paths[0])
+        >>> inputs = tokenizer("def area(width, height):", return_tensors="pt")
+        >>> spec, options = SpecExtend(model, draft), dict(max_new_tokens=16, do_sample=False)
+        >>> out = spec.generate(**inputs, **options)
+        >>> torch.equal(out, model.generate(**inputs, custom_generate=spec, **options))
+        True
+        >>> sum(len(step.tokens) for step in spec.stream(**inputs, **options))
+        16
     """
 
     def __init__(

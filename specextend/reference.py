@@ -1,8 +1,9 @@
-"""Every op in plain PyTorch: the specification that the compiled kernels are tested against.
+"""Specify every operator in plain PyTorch; the compiled kernels are tested against this.
 
-Written to be read. Names, arguments and results are those of :mod:`specextend.ops`; floating-point
-work is done in the dtype of the arguments, so that float64 inputs give the reference values. Slow,
-free of any compiled code, and free to read device tensors on the host.
+The functions are written to be read. Names, arguments and results are those of
+:mod:`specextend.ops`. Floating-point work is done in the dtype of the arguments, so that float64
+inputs give the reference values. Nothing here is compiled or quick, and device tensors may be read
+on the host.
 """
 
 import torch
@@ -38,7 +39,7 @@ def verify_tree(
 
 
 def sample_nodes(logits: Tensor, uniforms: Tensor | None = None) -> Tensor:
-    """The largest logit, or the first token whose cumulative probability exceeds the uniform."""
+    """Take the largest logit, or the first token whose cumulative probability exceeds uniform."""
     ids = torch.arange(logits.shape[-1], device=logits.device)
     undefined = logits.isnan().any(-1) | (logits == -torch.inf).all(-1)
     if uniforms is None:
@@ -58,7 +59,7 @@ def sample_nodes(logits: Tensor, uniforms: Tensor | None = None) -> Tensor:
 def expand_tree(
     logits: Tensor, beam_logp: Tensor, *, top_k: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``log_softmax`` plus the node's own log probability; top-k per node, then over all nodes."""
+    """Add the node's log probability to ``log_softmax``; take the top k per node, then of all."""
     logits = torch.where(logits.isnan(), -torch.inf, logits)
     infinite = logits == torch.inf
     share = torch.where(infinite, -infinite.sum(-1, keepdim=True).to(logits).log(), -torch.inf)
@@ -116,7 +117,7 @@ def chunk_scores(
     chunk_size: int,
     reduce: str = "mean",
 ) -> Tensor:
-    """Softmax mass per chunk; what is left of it goes to the chunk of the first tree key."""
+    """Take the softmax mass per chunk; the chunk of the first tree key gets what is left of it."""
     batch, num_rows, _, num_chunks = chunk_lse.shape
     scores = []
     for b in range(batch):
@@ -145,7 +146,7 @@ def chunk_scores_keys(
     window: int = 0,
     reduce: str = "mean",
 ) -> Tensor:
-    """The dense softmax of one row over all keys, summed per chunk."""
+    """Sum the dense softmax of one row over all keys, per chunk."""
     batch, num_rows, heads, dim = q.shape
     capacity, kv_heads = k.shape[1:3]
     num_chunks = -(-capacity // chunk_size)
@@ -176,7 +177,7 @@ def select_chunks(
     num_sinks: int = 0,
     num_recent: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The newest chunks, the first ones, then the highest scores, while the budget lasts."""
+    """Take the newest chunks, the first ones, then the highest scores, while the budget lasts."""
     batch, num_chunks = scores.shape
     ids = torch.full((batch, budget), -1, dtype=torch.int32, device=scores.device)
     counts = torch.zeros(batch, dtype=torch.int32, device=scores.device)
@@ -196,13 +197,13 @@ def select_chunks(
 
 
 def _signed(word: int) -> int:
-    """The low 64 bits as the int64 that holds them."""
+    """Return the low 64 bits as the int64 that holds them."""
     word &= (1 << 64) - 1
     return word - (1 << 64) if word >> 63 else word
 
 
 def _unpack(mask: Tensor, num_keys: int) -> Tensor:
-    """[..., words] packed bits as [..., num_keys] bool."""
+    """Unpack the bits of [..., words] into [..., num_keys] bool."""
     bits = torch.arange(64, device=mask.device)
     return ((mask.unsqueeze(-1) >> bits) & 1).flatten(-2)[..., :num_keys].bool()
 
@@ -223,7 +224,7 @@ def tree_attention(
     sinks: Tensor | None = None,
     chunk_size: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Dense masked softmax attention. ``lse`` and ``chunk_lse`` are float64 for float64 inputs."""
+    """Attend densely under a mask. ``lse`` and ``chunk_lse`` are float64 for float64 inputs."""
     batch, rows, heads, dim = q.shape
     capacity, group = k.shape[1], heads // k.shape[2]
     keys = rows if num_tree_keys is None else num_tree_keys
@@ -261,7 +262,7 @@ def tree_attention(
         else:
             sink = sinks.to(logits.dtype)[:, None].expand(rows, heads, 1)
             weights = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
-        # A row without keys gives 0 / 0.
+        # A row without keys has given 0 / 0.
         weights = weights.masked_fill(~visible.any(1)[:, None, None], 0)
         out[b] = torch.einsum("mhs,shd->mhd", weights, vb)
         for c in range(-(-prefix // chunk_size) if chunk_size else 0):
@@ -271,7 +272,7 @@ def tree_attention(
 
 
 def merge_states(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """The softmaxes of two key sets as one: each weighs in by its share of the denominator."""
+    """Join the softmaxes of two key sets: each has the weight of its share of the denominator."""
     lse_a, lse_b = (x.masked_fill(x == torch.inf, -torch.inf) for x in (lse_a, lse_b))
     lse = torch.logaddexp(lse_a, lse_b)
 
@@ -284,7 +285,7 @@ def merge_states(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tupl
 
 
 def append_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> None:
-    """Slices are assigned, as far as they fit."""
+    """Assign slices, as far as they fit."""
     for b, length in enumerate(lens.tolist()):
         if length < 0:
             continue
@@ -296,7 +297,7 @@ def append_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tens
 def compact_kv(
     caches: list[Tensor], prefix_lens: Tensor, path: Tensor, num_accepted: Tensor
 ) -> None:
-    """All rows are read, then written."""
+    """Read all rows, then write them."""
     for b, prefix in enumerate(prefix_lens.tolist()):
         nodes = path[b, : max(int(num_accepted[b]) + 1, 0)].tolist()
         for cache in caches:
@@ -323,7 +324,7 @@ def gather_chunks(
     interleaved: bool = False,
     right_aligned: bool = False,
 ) -> Tensor:
-    """One chunk after the other: its values are copied, its keys turned by one angle per pair."""
+    """Copy the values of one chunk after the other, and turn its keys by one angle per pair."""
     capacity, room = k_full[0].shape[1], k_work[0].shape[1]
     work_lens = torch.zeros_like(counts)
     for b in range(ids.shape[0]):

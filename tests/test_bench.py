@@ -12,7 +12,7 @@ import bench_acceptance
 import bench_decode
 import bench_memory
 import bench_ops
-import form
+import bench_record
 import pytest
 import torch
 from models import prompt, tiny_model
@@ -21,7 +21,7 @@ from specextend import SpecConfig, SpecExtend, __version__, machine
 from specextend.gate import Gate, break_even
 from specextend.testing import Spread, time_calls
 
-RATES = form.Rates(bandwidth=1e9, arithmetic={"fp32": 1e10})
+RATES = bench_record.Rates(bandwidth=1e9, arithmetic={"fp32": 1e10})
 
 
 def given(**changes) -> argparse.Namespace:
@@ -31,8 +31,8 @@ def given(**changes) -> argparse.Namespace:
 @pytest.fixture
 def report(tmp_path):
     """A report with set rates, and its record as the file has it."""
-    with mock.patch.object(form.Rates, "measure", return_value=RATES):
-        made = form.Report(given(json=tmp_path / "new/record.json"), 1.0, dtype="fp32")
+    with mock.patch.object(bench_record.Rates, "measure", return_value=RATES):
+        made = bench_record.Report(given(json=tmp_path / "new/record.json"), 1.0, dtype="fp32")
     return made, lambda: json.loads((tmp_path / "new/record.json").read_text())
 
 
@@ -42,7 +42,7 @@ def test_header_says_what_was_measured_on(capsys):
     assert about["threads"] == torch.get_num_threads()
     assert about["machine"].keys() >= {"processor", "cores", "isa", "gpu"}
     assert about["commit"] == machine.commit()
-    form.Report(given(), kind="set")
+    bench_record.Report(given(), kind="set")
     shown = capsys.readouterr().out
     for name in ("version", "torch", "transformers", "python", "command", "threads"):
         assert about[name] and str(about[name]) in shown, name
@@ -93,9 +93,9 @@ def test_caches_are_emptied_before_each_call():
         before=lambda: calls.append("-"),
     )  # fmt: skip
     assert "".join(calls) == "ab" + "-a-b" * 2  # the first of each is a warm-up
-    assert form.cache_bytes() >= 1 << 20
-    with mock.patch.object(form, "cache_bytes", return_value=1 << 20):
-        assert form.cache_emptier()() == (2 << 20) / 4
+    assert bench_record.cache_bytes() >= 1 << 20
+    with mock.patch.object(bench_record, "cache_bytes", return_value=1 << 20):
+        assert bench_record.cache_emptier()() == (2 << 20) / 4
 
 
 BENCHES = [bench_acceptance, bench_decode, bench_memory, bench_ops]
@@ -104,13 +104,13 @@ BENCHES = [bench_acceptance, bench_decode, bench_memory, bench_ops]
 @pytest.mark.parametrize("bench", BENCHES, ids=lambda bench: bench.__name__)
 def test_options_of_all(bench, tmp_path):
     path = str(tmp_path / "r.json")
-    arguments = form.parse(bench.options(), ["--quick", "--filter", "P=16", "--json", path])
+    arguments = bench_record.parse(bench.options(), ["--quick", "--filter", "P=16", "--json", path])
     assert arguments.quick and arguments.device in ("cpu", "cuda")
-    report = form.Report(arguments)
+    report = bench_record.Report(arguments)
     assert report.wants("op P=1638") and not report.wants("op P=2048")
     report.save()
     assert json.loads((tmp_path / "r.json").read_text())["cases"] == []
-    assert not form.parse(bench.options(), []).quick
+    assert not bench_record.parse(bench.options(), []).quick
 
 
 def sleep(ms):
@@ -121,10 +121,10 @@ def sleep(ms):
 def slower_now(report):
     """A report of which the machine has become slower since its start: 5 and 10 times."""
     made, record = report
-    made.rates = form.Rates(
+    made.rates = bench_record.Rates(
         1e9, {"fp32": 1e10},
-        {"bandwidth": form.Yardstick(sleep(10), 2e6),
-         "fp32": form.Yardstick(sleep(5), 0.25e7).times(2)},
+        {"bandwidth": bench_record.Yardstick(sleep(10), 2e6),
+         "fp32": bench_record.Yardstick(sleep(5), 0.25e7).times(2)},
     )  # fmt: skip
     return made, record
 
@@ -165,7 +165,7 @@ def test_the_line_of_a_round_agrees_with_the_gate(report, capsys, emitted):
         return SimpleNamespace(seconds=seconds, phase_seconds=lambda: {"verify": 0.02})
 
     own, plain = rounds([0.020, 0.020, 0.026]), rounds([0.010])
-    bound = form.Bound(0.011, "bandwidth")
+    bound = bench_record.Bound(0.011, "bandwidth")
     bench_decode.report(made, "tree", own, plain, bound, bound, emitted=emitted)
     entry = record()["cases"][0]
     assert entry["break_even"] == pytest.approx(break_even(0.022, 0.010)) == pytest.approx(2.2)

@@ -7,7 +7,7 @@ A block's first line says what it is, as the reader's Markdown does:
 * ``text``: what the block in front of it printed; ``...`` stands for anything.
 * a language and a file (``cpp csrc/merge.h``): lines of that file; a line ``...`` leaves some out.
 
-Blocks of any other kind fail, so that none goes unnoticed.
+Blocks of any other kind fail, so that none goes unnoticed. The examples in docstrings run, too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 from markdown_it import MarkdownIt  # comes with rich
 from transformers import AutoModelForCausalLM
 
-from specextend import assets, cli
+from specextend import SpecExtend, assets, cli, ops
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -79,6 +79,7 @@ ELSEWHERE = {
     "python bench/kernel_report.py": ("tests/test_kernel_report.py", "kernel_report"),
     "python bench/bench_ops.py": ("bench/gpu/c_record.py", '"bench/bench_ops.py"'),
     "python bench/bench_decode.py": ("tests/test_bench.py", "bench_decode"),
+    "python bench/bench_memory.py": ("tests/test_bench.py", "bench_memory"),
     "accelerate launch": ("tests/test_train.py", "test_processes_make_the_same_step"),
 }
 # Hours of training and evaluation, and the text for it: these are parsed, and run by no test.
@@ -276,6 +277,21 @@ def test_links(page):
         if anchor:
             headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
+
+
+EXAMPLES = {**{name: getattr(ops, name) for name in ops.__all__}, "SpecExtend": SpecExtend}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_of_docstrings(name, load, monkeypatch):
+    """Every operator, and the class of the loop, has an example that prints what it says."""
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    finder = doctest.DocTestFinder(recurse=False)
+    (test,) = finder.find(EXAMPLES[name], name, globs={"torch": torch, "ops": ops})
+    assert any(example.want or "assert" in example.source for example in test.examples)
+    printed = io.StringIO()
+    doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, printed.write)
+    assert not printed.getvalue(), printed.getvalue()
 
 
 def test_figures():

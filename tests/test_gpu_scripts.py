@@ -178,7 +178,7 @@ class TestModule:
 def test_predictions_are_in_the_documentation():
     """What is predicted of an H200 stands there before one has been asked, line by line."""
     predict = runpy.run_path(str(GPU / "predict.py"))
-    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/measuring.md").read_text(encoding="utf-8")
     assert predict["table"]() in page
     assert all(
         p["us"] > 1e6 * p["bytes"] / predict["BANDWIDTH"]

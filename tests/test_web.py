@@ -562,7 +562,7 @@ def test_page_fits_a_phone(page):
 if PICTURE:
 
     def test_picture(page):
-        """For the README: the demonstration's document, at the end of a generation."""
+        """For the quick start: the demonstration's document, at the end of a generation."""
         page.open()
         page.set(length="8000", new_tokens="128")
         page.generate()

@@ -1,11 +1,11 @@
-"""A, of the scripts for a machine with a GPU: are the kernels right, and are the goals in sight?
+"""Check on a machine with a GPU whether kernels are right, and goals in sight (A of A to C).
 
     python bench/gpu/a_right.py OUTPUT [--rehearse]
 
-In ten minutes at most, offline: the compiled module that `tools/carry.py` made is put in its place,
-or built; small cases of every op, a process each, against the references; the tests of the Hopper
-kernels; the lines of bench_ops that have goals; four kernels under Nsight Compute, where it is.
-OUTPUT gets a.log, as it comes, and a.json.
+It takes ten minutes at most, offline. The compiled module that `tools/carry.py` made is put in its
+place, or built. Then run: small cases of every operator, a process each, against the references;
+the tests of the Hopper kernels; the lines of bench_ops that have goals; three shapes under Nsight
+Compute, where that is installed. OUTPUT gets a.log, as it comes, and a.json.
 """
 
 import sys
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from steps import Step, main
 
-# Of bench/small_cases.py, by what the names of their cases begin with.
+# The names of cases in bench/small_cases.py begin with these.
 CASES = (
     "merge_states", "chunk_scores", "select_chunks", "gather_chunks", "compact_kv", "append_kv",
     "expand_tree", "finalize_tree", "sample_nodes", "verify_tree",

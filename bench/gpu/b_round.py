@@ -1,11 +1,11 @@
-"""B, of the scripts for a machine with a GPU: what a round costs, and where its time goes.
+"""Measure on a machine with a GPU what a round costs, and where its time goes (B of A to C).
 
     python bench/gpu/b_round.py OUTPUT [--rehearse]
 
-In ten minutes at most, offline, behind a_right.py: rounds from CUDA graphs at the shape of
-Llama-3.1-8B, behind 16,384 tokens, with trees of 31 nodes and of 32; a profile of five of them,
-kernels by time and count; the tests of the graphs; those of every op. OUTPUT gets b.log, as it
-comes, and b.json.
+It takes ten minutes at most, offline, after a_right.py. It runs rounds from CUDA graphs at the
+shape of Llama-3.1-8B, behind 16,384 tokens, with trees of 31 nodes and of 32; a profile of five of
+them, kernels by time and count; the tests of the graphs, and those of every operator. OUTPUT gets
+b.log, as it comes, and b.json.
 """
 
 import importlib.util

@@ -1,11 +1,12 @@
-"""C, of the scripts for a machine with a GPU: the sanitizers, all peers, the demonstration.
+"""Run on a machine with a GPU the sanitizers, all peers, the demonstration (C of A to C).
 
     python bench/gpu/c_record.py OUTPUT [--rehearse]
 
-In ten minutes at most, offline, behind a_right.py: small cases under compute-sanitizer's memcheck,
-synccheck and, but for kernels of tensor copies and their barriers, of which it knows too little,
-racecheck; bench_ops with its peers; the demonstration. OUTPUT gets c.log, as it comes, and c.json:
-the record, with machine, driver, versions, commit and command.
+It takes ten minutes at most, offline, after a_right.py. It runs small cases under
+compute-sanitizer's memcheck and synccheck, and under racecheck but for the kernels of tensor
+copies, of whose barriers that tool knows too little; bench_ops with its peers; the demonstration.
+OUTPUT gets c.log, as it comes, and c.json, the record, with machine, driver, versions, commit and
+command.
 """
 
 import os
@@ -17,7 +18,7 @@ from steps import Step, main
 
 
 def sanitizer() -> str:
-    """compute-sanitizer, from PATH or the toolkit."""
+    """Find compute-sanitizer, on PATH or in the toolkit."""
     home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
     found = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path=f"{home}/bin:{home}/compute-sanitizer"

@@ -1,4 +1,4 @@
-"""A few calls of tree_attention at one shape, for a profiler to look at.
+"""Call tree_attention a few times at one shape, for a profiler to look at.
 
     ncu --launch-skip 4 --launch-count 2 --kernel-name regex:attention \\
         python bench/gpu/call.py 16384 8

@@ -1,4 +1,4 @@
-"""Has the compiled module in its place and loads it: the carried one, or else one built here.
+"""Put the compiled module in its place and load it: the carried one, or else one built here.
 
 python bench/gpu/module.py [--device cuda]
 """
@@ -12,7 +12,7 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-CARRIED = ROOT / "build" / "carry"  # of tools/carry.py
+CARRIED = ROOT / "build" / "carry"  # tools/carry.py writes there
 NAME = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
 
 LOADS = """
@@ -34,7 +34,7 @@ def runs(code: str) -> bool:
 
 
 def build() -> bool:
-    """For the GPUs that are here, with the headers that were carried."""
+    """Build for the GPUs that are here, with the headers that were carried."""
     cutlass = CARRIED / "cutlass"
     options = f"-DSPECEXTEND_CUTLASS_DIR={cutlass}" if cutlass.exists() else ""
     folder = str(ROOT / "build" / "gpu")

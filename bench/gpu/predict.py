@@ -1,4 +1,4 @@
-"""What the lines with goals should take on an H200, before one has been asked: a table.
+"""Predict what the lines with goals should take on an H200, as a table.
 
     python bench/gpu/predict.py
 
@@ -21,30 +21,30 @@ from cases import Heads  # noqa: E402
 from specextend import _C, SpecConfig  # noqa: E402
 from specextend.eval.synthetic import SHAPES  # noqa: E402
 
-# What torch reaches on such a card: bytes per second, read and written, of a large copy, and bf16
-# operations per second of products of large matrices.
+# Torch reaches so much on such a card: bytes per second, read and written, in a large copy, and
+# bf16 operations per second in products of large matrices.
 BANDWIDTH, PRODUCTS = 4.3e12, 790e12
 MULTIPROCESSORS = 132
 
-# Guesses.
+# These are guesses.
 L2_BANDWIDTH = 5.5e12  # bytes per second
-LAUNCH = 1.0  # us, of a kernel of a graph
-BEGIN = 2.5  # us, from a block's first instruction to its first full tile
-COMBINE = 1.0  # us, besides what follows
-TRIP = 0.25  # us, of four partial results of a row, read one set after the other
+LAUNCH = 1.0  # us for a kernel of a graph
+BEGIN = 2.5  # us from a block's first instruction to its first full tile
+COMBINE = 1.0  # us besides what follows
+TRIP = 0.25  # us for four partial results of a row, read one set after the other
 ONE_SM = 0.11e12  # bytes per second that a multiprocessor takes at most
-EFFICIENCY = {"hopper": 0.70, "portable": 0.45}  # of PRODUCTS; mma.sync has about 0.6 to give
-CHUNKS = {"hopper": 0.10, "portable": 0.03}  # more for log-sum-exps of chunks
-SMALL_KERNEL = 1.8  # us, of the norms, rotations and sums between products
-SMALL_PER_LAYER = 30  # of them, as transformers runs a layer of a Llama; read, not counted
-SMALL_PER_LEVEL = 40  # more of them, around the draft's layer
+EFFICIENCY = {"hopper": 0.70, "portable": 0.45}  # share of PRODUCTS; mma.sync has about 0.6 to give
+CHUNKS = {"hopper": 0.10, "portable": 0.03}  # log-sum-exps of chunks take so much more
+SMALL_KERNEL = 1.8  # us for a norm, rotation or sum between products
+SMALL_PER_LAYER = 30  # such kernels in a layer of a Llama by transformers; read, not counted
+SMALL_PER_LEVEL = 40  # such kernels more around the draft's layer
 PRODUCTS_PER_LAYER = 7
-SKINNY = 0.90  # of the bandwidth, of products with few rows
-SELECT = 5.0  # us, of the passes of a radix sort in one block, one behind the other
+SKINNY = 0.90  # share of the bandwidth that products with few rows reach
+SELECT = 5.0  # us for the passes of a radix sort in one block, one after the other
 
 
 def attention(heads: Heads, prefix: int, rows: int, chunk: int) -> dict:
-    """A call with bf16 and one sequence: how it is laid out, its bytes, and us."""
+    """Predict a call with bf16 and one sequence: how it is laid out, its bytes, and us."""
     plan = _C.plan_attention(
         num_rows=rows, num_heads=heads.q, num_kv_heads=heads.kv, head_dim=heads.dim,
         prefix_len=prefix, chunk_size=chunk, multiprocessors=MULTIPROCESSORS,
@@ -66,7 +66,7 @@ def attention(heads: Heads, prefix: int, rows: int, chunk: int) -> dict:
 
 
 def round_at(shape: str, context: int, nodes: int, levels: int) -> dict:
-    """A round of a Llama and a draft of one of its layers: its bytes, kernels, and us."""
+    """Predict a round of a Llama and a draft of one of its layers: its bytes, kernels, and us."""
     s = SHAPES[shape]
     hidden, kv = s["hidden_size"], 2 * s["num_key_value_heads"] * s["head_dim"]
     layer = hidden * (2 * s["num_attention_heads"] * s["head_dim"] + kv)
@@ -97,7 +97,7 @@ def row(*cells: object) -> str:
 
 
 def table() -> str:
-    """Markdown."""
+    """Return the predictions as a table in Markdown."""
     names = ("heads, prefix, rows", "family", "rows computed", "MB", "waves", "partials")
     lines = [row(*names, "launches", "us", "goal"), row(*["---"] * 9)]
     for heads, prefix, rows, chunk in goal_cases():

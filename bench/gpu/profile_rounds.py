@@ -1,10 +1,10 @@
-"""What the device does in five rounds: kernels by time and by count.
+"""Profile what the device does in five rounds: kernels by time and by count.
 
     python bench/gpu/profile_rounds.py [--shape llama-3.1-8b] [--context 16384] [--json out.json]
 
-Rounds as in bench_decode's "shape" part: random weights, a draft of one layer, a prompt of which a
-part is taken in and repeated. They have been captured when the profile begins. On a CPU the
-operators of torch take the place of kernels.
+The rounds are those of bench_decode's "shape" part: random weights, a draft of one layer, a prompt
+of which a part is taken in and repeated. They have been captured when the profile begins. On a CPU
+torch's operators take the place of kernels.
 """
 
 import argparse
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT)]
 
 from bench_decode import Stretched, trees  # noqa: E402
-from form import Report, parse, parser  # noqa: E402
+from bench_record import Report, parse, parser  # noqa: E402
 
 from specextend import SpecConfig, SpecExtend  # noqa: E402
 from specextend.eval.synthetic import SHAPES, random_model  # noqa: E402

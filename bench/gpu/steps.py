@@ -1,9 +1,9 @@
-"""Runs the steps of a script for a machine with a GPU, on which time is short.
+"""Run the steps of a script for a machine with a GPU, on which time is short.
 
-Every step is a process with a limit of its own, and is ended with all of its children there; one
-that fails or hangs is named, and the next one runs. What they print goes to one file as it comes,
-and a record in JSON is written again behind each of them, both into a folder that the command
-names: whatever ends the script, they are there.
+Every step is a process with a limit of its own, at which it ends with all of its children. One that
+fails or hangs is named, and the next one runs. What steps print goes to one file as it comes, and a
+record in JSON is written again after each of them, both into a folder that the command names:
+whatever ends the script, they are there.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 585.0  # seconds for all steps of a script
-TAIL = 3000  # characters of a step's output that the record keeps, and that are shown if it fails
+TAIL = 3000  # the record keeps so many characters of a step's output; they show if it fails
 
 
 @dataclass
 class Step:
-    """One command.
+    """Describe one command.
 
     Attributes:
-        limit: seconds.
+        limit: seconds that it may take.
         result: JSON that it writes, for the record.
-        needed: nothing after it makes sense if it fails.
-        env: variables besides those that there are.
+        needed: whether nothing after it makes sense if it fails.
+        env: variables of the environment to add.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Step:
 
 @dataclass
 class Outcome:
-    """What became of a step: passed, failed, timed out or skipped."""
+    """Say what became of a step: passed, failed, timed out or skipped."""
 
     name: str
     command: str
@@ -60,7 +60,7 @@ class Outcome:
 
 
 def run(step: Step, limit: float, log: Path) -> Outcome:
-    """Run one step, its output at the end of ``log``."""
+    """Run one step, and write its output to the end of ``log``."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **step.env}
     shown = " ".join([*(f"{k}={v}" for k, v in step.env.items()), *map(str, step.command)])
@@ -131,7 +131,7 @@ def run_all(
 
 
 def output_of(*command: str) -> str:
-    """What a command prints, "" if it is not there."""
+    """Return what a command prints, "" if it is not there."""
     if shutil.which(command[0]) is None:
         return ""
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
@@ -145,7 +145,7 @@ def version_of(package: str) -> str:
 
 
 def describe(commit: str | None) -> dict:
-    """Machine, driver, versions, commit and command; and of which commit a carried module is."""
+    """Return machine, driver, versions, commit, command, and the commit of a carried module."""
     carried = ROOT / "build" / "carry" / "module" / "commit"  # of tools/carry.py
     query = "--query-gpu=name,driver_version,memory.total"
     return {
@@ -163,7 +163,7 @@ def describe(commit: str | None) -> dict:
 
 
 def main(doc: str, name: str, plan: Callable[[Path, str], list[Step]]) -> int:
-    """The command line of a script.
+    """Run the command line of a script.
 
     Args:
         doc: its docstring.

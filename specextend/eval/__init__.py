@@ -1,1 +1,1 @@
-"""``specextend eval``: speed, acceptance and exactness of methods over lengths of the prompt."""
+"""Measure speed, acceptance and exactness of methods over lengths of the prompt."""

@@ -1,4 +1,4 @@
-"""A paper's table with ours under each of its rows, where the models are the paper's."""
+"""Put ours under each row of a paper's table, where the models are the paper's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .tables import markdown, needle_cell, size
 
 
 def beside(results: Results, preset: Preset) -> str:
-    """Markdown: the tables with their notes, or one sentence where the models are others."""
+    """Return the tables with their notes, or one sentence where the models are others."""
     theirs = preset.rows_for(results.header)
     if not theirs:
         models = dict.fromkeys(f"{row.target} / {row.draft}" for row in preset.rows)
@@ -42,8 +42,8 @@ def beside(results: Results, preset: Preset) -> str:
 
 
 def _data_named(theirs: Sequence[PaperRow], command: str) -> set[str]:
-    """The paper's data sets that the command line names, as in govreport_8K.jsonl; all of them if
-    it names none."""
+    """Return the paper's data sets that the command line names, as in govreport_8K.jsonl; all of
+    them if it names none."""
 
     def plain(text: str) -> str:
         return text.lower().replace("-", "").replace("_", "")
@@ -53,8 +53,8 @@ def _data_named(theirs: Sequence[PaperRow], command: str) -> set[str]:
 
 
 def _block(results: Results, preset: Preset, block: Sequence[PaperRow]) -> str:
-    """The table of one data set and pair of models. Where its columns are data sets, which runs
-    do not know, ours are one column of their own."""
+    """Make the table of one data set and pair of models. Where its columns are data sets, which
+    runs do not know, ours have one column of their own."""
     columns, sweep = list(block[0].cells), block[0].sweep
     apart = isinstance(columns[0], str)
     header = [f"{block[0].title} ({sweep})" if sweep else ""]
@@ -82,7 +82,7 @@ def _cell(*values: float | None) -> str:
 
 
 def _own_cell(results: Results, preset: Preset, row: PaperRow, column) -> str | None:
-    """Ours for a cell of the paper; ``column`` None: over all prompts."""
+    """Return ours for a cell of the paper; ``column`` None: over all prompts."""
     header = results.header
     configured = dataclasses.asdict(SpecConfig()) | header.settings.get("config", {})
 

@@ -1,4 +1,4 @@
-"""The most memory that a stretch of work takes."""
+"""Measure the most memory that a stretch of work takes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _PROCESS = Path("/proc/self")
 
 
 class PeakMemory:
-    """Watches one device.
+    """Watch the memory of one device.
 
     Args:
-        device: of the models.
+        device: the one that the models are on.
 
     Attributes:
         kind: see ``records.Header.peak_memory``.
@@ -34,7 +34,7 @@ class PeakMemory:
             self._reset()
 
     def peak(self) -> int | None:
-        """Bytes since ``start``, None where nobody says."""
+        """Return the peak since ``start`` in bytes, None where nobody says."""
         if self.kind == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return self._high_water() if self.kind == "resident" else None

@@ -1,4 +1,4 @@
-"""The rows of the tables: ways to continue a prompt, and the configuration of each."""
+"""List the rows of the tables: ways to continue a prompt, each with its configuration."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Method:
-    """A way to continue a prompt.
+    """Describe a way to continue a prompt.
 
     Attributes:
         key: its name on the command line and in the results.
@@ -15,7 +15,7 @@ class Method:
         changes: fields of the configuration that make it what it is.
         draft: what proposes: ``"first"``, the first draft that was named, of any kind; a kind, the
             draft of this kind; None, nothing of ours.
-        hugging_face: it is ``generate`` of `transformers`.
+        hugging_face: whether it is ``generate`` of `transformers`.
     """
 
     key: str
@@ -29,10 +29,10 @@ _STANDARD = dict(tree_attention=False, draft_cache="full", prefill_chunk=None)
 _FLASH = dict(tree_attention=False, draft_cache="full")
 _TREE = dict(tree_attention=True, draft_cache="full")
 
-#: in the order of the tables. ``standard`` to ``retrieval`` are the rows of SpecExtend's Table 4,
-#: each adding one technique to the one before. The paper's standard way materialises the attention
-#: of the prefill; ours never does, on our own kernel. What differs between the first two rows is
-#: that the standard one takes the prompt in one pass and not in chunks.
+#: Methods stand in the order of the tables. ``standard`` to ``retrieval`` are the rows of
+#: SpecExtend's Table 4, each adding one technique to the one before. The paper's standard way
+#: materialises the attention of the prefill; ours never does, on our own kernel. The first two rows
+#: differ in that the standard one takes the prompt in one pass and not in chunks.
 METHODS: dict[str, Method] = {
     method.key: method
     for method in (
@@ -54,5 +54,5 @@ METHODS: dict[str, Method] = {
     )
 }
 
-#: what every other run of a prompt has to equal
+#: every other run of a prompt has to equal this method's
 REFERENCE = "plain"

@@ -1,4 +1,4 @@
-"""Whether a draft itself finds what stands far above (SpecExtend's Table 1)."""
+"""Measure whether a draft itself finds what stands far above (SpecExtend's Table 1)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from .records import Needle
 
 
 class _Probe(CausalLMDraft):
-    """Takes part in every round as its draft would, but proposes nothing: what it thinks of the
-    next token is kept. So the loop writes token by token, and the working cache is what the loop
-    makes of it."""
+    """Take part in every round as the draft would, but propose nothing, and keep what it thinks of
+    the next token. So the loop writes token by token, with the working cache that it makes."""
 
     def begin(self, prompt, max_length, cache, graphs) -> None:
         super().begin(prompt, max_length, cache, graphs)
@@ -36,7 +35,7 @@ class _Probe(CausalLMDraft):
 
 
 class _Dictate(LogitsProcessor):
-    """Has the target write given tokens."""
+    """Make the target write given tokens."""
 
     def __init__(self, start: int, tokens: list[int]):
         self._start, self._tokens = start, tokens
@@ -51,7 +50,7 @@ class _Dictate(LogitsProcessor):
 def needle(
     model: PreTrainedModel, draft: CausalLMDraft, config: SpecConfig, ids: list[int], answer: list
 ) -> Needle:
-    """Accuracy and perplexity of the draft along an answer.
+    """Measure accuracy and perplexity of the draft along an answer.
 
     The loop runs as always, with the draft's cache as ``config`` says and chunks retrieved by the
     target's attention; the answer is dictated to the target, one token a round. The draft is asked
@@ -59,7 +58,7 @@ def needle(
 
     Args:
         model: the target.
-        draft: as the loop would use it.
+        draft: the draft as the loop would use it.
         ids: the prompt, which ends before the answer; at least 2 tokens.
     """
     vocab = model.config.get_text_config().vocab_size

@@ -1,11 +1,12 @@
-"""What the papers report, cell by cell, as data.
+"""Hold what the papers report, cell by cell, as data.
 
-SpecExtend: arXiv 2505.20776, version 4; one A100 80GB, fp16 (Llama-3.1: bf16), 256 new tokens,
-greedy, 20 inputs per length, each run twice. Tokens per second there are of whole runs, prefill
-included. LongSpec: arXiv 2502.17421; one A100 80GB, fp16, batch 1.
+SpecExtend is arXiv 2505.20776, version 4: one A100 80GB, fp16 (Llama-3.1: bf16), 256 new tokens,
+greedy, 20 inputs per length, each run twice. Its tokens per second are those of whole runs, prefill
+included. LongSpec is arXiv 2502.17421: one A100 80GB, fp16, batch 1.
 
-A line of a block is a row: what it is of, then its cells, divided by ``|``. A cell is acceptance
-length (emitted tokens per forward of the target), tokens per second, speed-up; "-" is not given.
+A line of a block is a row: it says what it belongs to, then come its cells, divided by ``|``. A
+cell is acceptance length (emitted tokens per forward of the target), tokens per second, speed-up;
+"-" is not given.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 
 class Cell(NamedTuple):
-    """A cell of a paper's table; None: not given there."""
+    """Hold a cell of a paper's table; what is not given there is None."""
 
     acceptance: float | None = None
     tokens_per_second: float | None = None
@@ -26,15 +27,15 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A row of a paper's table.
+    """Hold a row of a paper's table.
 
     Attributes:
         table: "SpecExtend, Table 2".
         data: data set of the prompts.
         target, draft: as the table calls them, keys of ``MODELS``; draft None without one.
         title: the row's own name.
-        methods: ours that do the same, keys of ``specextend.eval.methods``; none: we have none.
-        cells: by column: a length in tokens, a value of the swept option, or a data set.
+        methods: our methods that do the same, keys of ``specextend.eval.methods``; may be none.
+        cells: the cells by column: a length in tokens, a value of the swept option, or a data set.
         sweep: field of ``SpecConfig`` that the columns are values of.
     """
 
@@ -48,8 +49,8 @@ class PaperRow:
     sweep: str | None = None
 
 
-#: last components of hub ids, in lower case. The papers' own EAGLE heads for Llama-3.1 have no
-#: published name; the public ones for this target stand for them.
+#: Values are last components of hub ids, in lower case. The papers' own EAGLE heads for Llama-3.1
+#: have no published name; the public ones for this target stand for them.
 MODELS: dict[str, tuple[str, ...]] = {
     "V-7B": ("vicuna-7b-v1.5-16k",),
     "V-13B": ("vicuna-13b-v1.5-16k",),
@@ -119,8 +120,8 @@ BookSum | LC-7B | LC-7B EAGLE | no | 3.10 107.67 1.92 | 2.94 86.35 1.85 | 2.37 5
 BookSum | LC-7B | LC-7B EAGLE | yes | 3.07 106.86 1.91 | 2.97 90.48 1.94 | 2.88 71.50 2.03 | 2.92 52.35 2.59 | 2.83 34.65 2.84
 """  # noqa: E501
 
-# Vicuna-7B; speed-ups alone. TriForce and MagicDec, which we do not have as they are, are nearest
-# to the target as its own draft.
+# The target is Vicuna-7B; cells are speed-ups alone. TriForce and MagicDec, which we do not have as
+# they are, are nearest to the target as its own draft.
 _SPECEXTEND_3 = """
 GovReport | FlashDecoding | plain | 1.06 1.07 1.12 1.23 1.51
 GovReport | TriForce | - | 1.25 1.26 1.22 1.18 1.02
@@ -139,7 +140,7 @@ BookSum | Standard | standard | 1.57 1.14 1.08 1.05 1.30
 BookSum | Standard + SpecExtend | retrieval | 1.74 1.74 1.73 2.14 2.81
 """
 
-# Vicuna-7B and Vicuna-68M on GovReport; speed-ups over the first row.
+# The models are Vicuna-7B and Vicuna-68M, on GovReport; speed-ups are over the first row.
 _SPECEXTEND_4 = """
 Standard | standard | 3.75 127.34 | 2.83 87.34 | 1.92 47.41 | 1.78 27.54 | 1.72 17.60
 + FlashAttention | flash_prefill | 3.71 131.02 1.03 | 2.84 91.79 1.05 | 1.97 52.74 1.11 | 1.81 34.33 1.25 | 1.75 22.07 1.25
@@ -148,7 +149,7 @@ Standard | standard | 3.75 127.34 | 2.83 87.34 | 1.92 47.41 | 1.78 27.54 | 1.72 
 + Cross-model Retrieval | retrieval | 3.86 130.35 1.02 | 3.57 104.12 1.19 | 2.90 64.85 1.36 | 2.78 37.11 1.47 | 2.93 25.82 1.46
 """  # noqa: E501
 
-# Llama-3.1-8B-Instruct on GovReport.
+# The target is Llama-3.1-8B-Instruct, on GovReport.
 _SPECEXTEND_5 = """
 L3.1-8B EAGLE | no | 3.41 107.06 2.01 | 3.03 90.23 1.83 | 2.30 55.59 1.35 | 2.13 37.82 1.18 | 1.89 23.08 1.02
 L3.1-8B EAGLE | yes | 3.42 108.01 2.04 | 3.10 91.68 1.87 | 3.02 69.02 1.68 | 2.92 51.33 1.60 | 2.78 41.66 1.85
@@ -156,13 +157,13 @@ L3.1-8B EAGLE-3 | no | 5.10 146.59 2.76 | 4.65 119.91 2.44 | 1.82 47.30 1.15 | 1
 L3.1-8B EAGLE-3 | yes | 5.03 145.65 2.75 | 4.68 120.35 2.45 | 3.99 89.93 2.18 | 3.96 66.52 2.08 | 3.80 53.18 2.36
 """  # noqa: E501
 
-# Llama-3.1-8B-Instruct and EAGLE on PG-19: 32K, 64K, 128K.
+# The models are Llama-3.1-8B-Instruct and EAGLE, on PG-19 at 32K, 64K, 128K.
 _SPECEXTEND_6 = """
 no | 1.73 8.45 0.76 | 1.72 8.46 | 1.73 8.45
 yes | 2.73 23.05 2.08 | 2.71 22.76 | 2.72 22.59
 """
 
-# GovReport at 8K: value, then tokens per second with Vicuna-68M and with EAGLE.
+# Cells are a value, then tokens per second with Vicuna-68M and with EAGLE, on GovReport at 8K.
 _SPECEXTEND_8 = """
 budget | working cache | 64 32.52 39.10 | 128 32.91 39.95 | 256 33.65 41.53 | 512 33.53 42.77 | 1024 33.69 44.19 | 2048 32.36 45.33 | 4096 25.84 43.68 | 8192 24.32 33.10
 chunk_size | chunk | 1 31.05 48.05 | 2 32.27 49.49 | 4 32.97 49.55 | 8 33.39 49.18 | 16 33.41 48.92 | 32 33.52 49.68 | 64 33.23 48.25 | 128 33.20 47.48
@@ -172,7 +173,7 @@ retrieve_every | interval | 1 33.05 47.78 | 2 33.54 46.78 | 4 33.59 48.17 | 8 33
 
 
 def _kinds(draft: str, on: str) -> tuple[str, ...]:
-    """Our methods for a row "with SpecExtend: yes or no"."""
+    """Return our methods for a row "with SpecExtend: yes or no"."""
     if on == "no":
         return ("standard",)
     return ("retrieval", "eagle3" if "EAGLE-3" in draft else "eagle1")
@@ -235,8 +236,8 @@ def _specextend() -> dict[str, list[PaperRow]]:
 
 LONGBENCH = ("GovReport", "QMSum", "Multi-News", "LCC", "RepoBench-P")
 
-# Greedy. Speed-ups are over plain decoding with flash attention. The table's "LLaMA-3.1-8B" is, by
-# the published code and checkpoint, Llama-3-8B-Instruct-262k.
+# Decoding is greedy, and speed-ups are over plain decoding with flash attention. The table's
+# "LLaMA-3.1-8B" is, by the published code and checkpoint, Llama-3-8B-Instruct-262k.
 _LONGSPEC_1 = """
 V-7B | Vanilla HF | 1 25.25 | 1 18.12 | 1 27.29 | 1 25.25 | 1 19.18
 V-7B | Vanilla FA | 1 45.76 1.00 | 1 43.68 1.00 | 1 55.99 1.00 | 1 54.07 1.00 | 1 46.61 1.00
@@ -269,18 +270,18 @@ _LONGSPEC_1_METHODS = {
     "LongSpec": ("longspec",),
 }  # fmt: skip
 
-# Anchor-offset indices in training; the table does not name its model, its second row is that of
-# the 8B model in Table 1.
+# The rows are without and with anchor-offset indices in training. The table does not name its
+# model; its second row is that of the 8B model in Table 1.
 _LONGSPEC_2 = """
 without anchor-offset indices | 3.20 85.98 | 3.26 85.21
 with anchor-offset indices | 3.36 91.11 | 3.39 91.28
 """
 
-# LongChat-7B on GovReport, by length of the prompt: tokens per second and acceptance length.
+# Columns are lengths of the prompt, with LongChat-7B on GovReport.
 _LONGSPEC_5 = """
 4.01 116.65 | 3.97 115.52 | 3.97 114.54 | 4.12 113.47 | 4.45 115.13 | 3.97 103.68
 """
-#: lengths of ours that lie in the ranges of LongSpec's Table 5: 0-5K, 5-10K, ... 25-32K
+#: These lengths of ours lie in the ranges of LongSpec's Table 5: 0-5K, 5-10K, ... 25-32K.
 LONGSPEC_5_LENGTHS = (4096, 8192, 12288, 16384, 24576, 28672)
 
 

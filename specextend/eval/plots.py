@@ -1,7 +1,7 @@
-"""Plots of ``results.jsonl``, each as PNG and SVG.
+"""Draw ``results.jsonl`` as plots, each an SVG file.
 
-Text in SVG files is text, and the same results give the same bytes. A method has one colour in all
-plots; the same method with another draft has another stroke.
+Text in the files stays text, and the same results give the same bytes. A method has one colour in
+all plots; the same method with another draft has another stroke.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from .tables import (
     synthetic_label,
 )
 
-# Okabe and Ito's palette, which the colour-blind can tell apart, and greys for what is not ours.
+# The palette is Okabe and Ito's, which the colour-blind can tell apart; what is not ours is grey.
 _BLACK, _ORANGE, _SKY, _GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 _YELLOW, _BLUE, _RED, _PINK, _GREY = "#C7B400", "#0072B2", "#D55E00", "#CC79A7", "#8C8C8C"
-#: colour and marker of each method, the same in all plots
+#: A method has the same colour and marker in all plots.
 STYLE = {
     "hf": (_GREY, "o"),
     "hf_assisted": (_GREY, "s"),
@@ -89,16 +89,10 @@ def write(folder: Path | str) -> list[Path]:
                 figure = draw(table, results, source)
                 if figure is not None:
                     name = file_name(f"{stem}-{source}", results.header)
-                    files += _save(figure, Path(folder) / name)
-    return files
-
-
-def _save(figure, path: Path) -> list[Path]:
-    figure.draw_without_rendering()  # lays it out, once for both
-    figure.set_layout_engine("none")
-    files = [path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg")]
-    figure.savefig(files[0], dpi=160, metadata={"Software": None})
-    figure.savefig(files[1], metadata={"Date": None, "Creator": None})
+                    figure.draw_without_rendering()  # lays it out, once: labels stay where they are
+                    figure.set_layout_engine("none")
+                    files.append(Path(folder) / f"{name}.svg")
+                    figure.savefig(files[-1], metadata={"Date": None, "Creator": None})
     return files
 
 
@@ -118,7 +112,7 @@ def _runs(table: Rows) -> Iterable[Run]:
 
 
 def _stroke(method: str, draft: str | None):
-    """Of a line: solid, but for methods that go with several drafts."""
+    """Return the stroke of a line: solid, but for methods that go with several drafts."""
     known = METHODS.get(method)
     return _STROKES.get(draft, "-") if known is None or known.draft == "first" else "-"
 
@@ -127,7 +121,7 @@ def _stroke(method: str, draft: str | None):
 
 
 def _speed_and_acceptance(table: Rows, results: Results, source: str):
-    """Tokens per second and acceptance length against the prompt's length."""
+    """Draw tokens per second and acceptance length against the prompt's length."""
     if not table:
         return None
     figure = _figure(11, 4.6, "Speed and acceptance", results, source)
@@ -155,7 +149,7 @@ def _speed_and_acceptance(table: Rows, results: Results, source: str):
 def _lines_by_length(
     axes, table: Rows, columns: Sequence[int], value: Callable[[Run], float]
 ) -> list[tuple[float, float, str, str]]:
-    """Draw them.
+    """Draw a line for each row of the table.
 
     Returns:
         y and x of each line's end, its name, its colour.
@@ -186,7 +180,7 @@ def _length_axis(axes, columns: Sequence[int]) -> None:
 
 
 def _label_lines(axes, labels: Iterable[tuple[float, float, str, str]]) -> None:
-    """Names at the right ends of lines, moved apart where they would overlap."""
+    """Write names at the right ends of lines, moved apart where they would overlap."""
     labels = sorted(labels)
     if not labels:
         return
@@ -216,7 +210,7 @@ def _label_lines(axes, labels: Iterable[tuple[float, float, str, str]]) -> None:
 
 
 def _phases(table: Rows, results: Results, source: str):
-    """Where the time of a token goes: bars for each method, a panel for each length."""
+    """Draw where the time of a token goes: bars for each method, a panel for each length."""
     timed = {
         key: {n: [run for run in runs if run.seconds] for n, runs in by_length.items()}
         for key, by_length in table.items()
@@ -255,7 +249,7 @@ def _phases(table: Rows, results: Results, source: str):
 
 
 def _acceptance_by_position(table: Rows, results: Results, source: str):
-    """Share of rounds that accepted at least so many tokens; a panel for each length."""
+    """Draw the share of rounds that accepted at least so many tokens, a panel for each length."""
     known: Rows = {}
     for key, by_length in table.items():
         for length, runs in by_length.items():
@@ -298,8 +292,8 @@ def _acceptance_by_position(table: Rows, results: Results, source: str):
 
 
 def _retrieved_chunks(table: Rows, results: Results, source: str):
-    """What the draft sees of the context, from retrieval to retrieval: the longest prompt of each
-    method that retrieves."""
+    """Draw what the draft sees of the context, from retrieval to retrieval, for the longest prompt
+    of each method that retrieves."""
     shown = {}
     for key, by_length in table.items():
         runs = [run for runs in by_length.values() for run in runs if run.retrieved_chunks]
@@ -337,7 +331,7 @@ def _retrieved_chunks(table: Rows, results: Results, source: str):
 
 
 def _spans(ids: Sequence[int]) -> list[tuple[int, int]]:
-    """Ascending ids as first and last + 1 of each unbroken stretch."""
+    """Return first and last + 1 of each unbroken stretch of ascending ids."""
     spans: list[tuple[int, int]] = []
     for chunk in ids:
         if spans and spans[-1][1] == chunk:

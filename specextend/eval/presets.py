@@ -1,4 +1,4 @@
-"""The papers' settings by name, for ``specextend eval --preset``, each with its table's figures.
+"""Name the papers' settings, for ``specextend eval --preset``, each with its table's figures.
 
 A preset says what to run; the prompts are the user's own (``--prompts``), as are the models. The
 papers' figures stand beside ours only where target and draft are theirs.
@@ -15,19 +15,19 @@ from .records import Header
 
 @dataclass(frozen=True)
 class Preset:
-    """The setting of a paper's table.
+    """Describe the setting of a paper's table.
 
     Attributes:
-        name: on the command line.
-        about: one line.
+        name: its name on the command line.
+        about: what it is, in one line.
         stage: what runs.
         rows: the table.
         config: fields of ``SpecConfig``.
-        by_kind: of these, other values for drafts of a kind.
-        new_tokens: for each prompt.
-        dtype: of the models, on a GPU.
+        by_kind: other values of these fields, by the draft's kind.
+        new_tokens: how many are written for each prompt.
+        dtype: that of the models, on a GPU.
         baseline: the method that the paper's speed-ups are over.
-        with_prefill: the paper's tokens per second count the prefill's time.
+        with_prefill: whether the paper's tokens per second count the prefill's time.
         notes: what to know before comparing.
     """
 
@@ -48,12 +48,12 @@ class Preset:
         return self.rows[0].table
 
     def config_for(self, kind: str | None) -> dict:
-        """Fields of ``SpecConfig`` for a draft of this kind."""
+        """Return the fields of ``SpecConfig`` for a draft of this kind."""
         return {**self.config, **self.by_kind.get(kind or "", {})}
 
     def rows_for(self, header: Header) -> list[PaperRow]:
-        """Rows whose target and draft are those of these results, by the last component of their
-        names. Synthetic runs have nobody's models."""
+        """Return the rows whose target and draft are those of these results, by the last component
+        of their names. Synthetic runs have nobody's models."""
         if header.settings.get("synthetic"):
             return []
         target, drafts = (
@@ -69,12 +69,12 @@ class Preset:
 
 
 def last_name(name: str) -> str:
-    """Of a hub id or a folder, in lower case."""
+    """Return the last component of a hub id or a folder, in lower case."""
     return name.rstrip("/").rpartition("/")[2].lower()
 
 
 def find(name: str) -> Preset:
-    """The preset of this name.
+    """Return the preset of this name.
 
     Raises:
         ValueError: there is none; the names are listed.
@@ -84,9 +84,9 @@ def find(name: str) -> Preset:
     return PRESETS[name]
 
 
-# OPT-Tree of 50 nodes, 10 levels, threshold 0.7, over beams of 50; chunks of 32, no forced ones,
-# scored by the last layer's heads on average; a draft's prefill sees a window of 512 (the papers'
-# text and published code). Speculation is never turned off.
+# The papers' text and published code have an OPT-Tree of 50 nodes, 10 levels, threshold 0.7, over
+# beams of 50; chunks of 32, no forced ones, scored by the last layer's heads on average; a window
+# of 512 for a draft's prefill. Speculation is never turned off.
 _CONFIG = dict(
     tree_shape="opt", tree_nodes=50, tree_depth=10, tree_threshold=0.7, tree_top_k=50,
     tree_width=50, chunk_size=32, budget=1024, retrieve_every=4, sink_chunks=0, recent_chunks=0,

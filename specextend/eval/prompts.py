@@ -1,7 +1,7 @@
-"""Prompts by length: from files, or made to measure from documents.
+"""Make prompts by length: read them from files, or cut them to measure from documents.
 
-A made prompt has exactly the tokens that are asked for. Those with an answer end where it is about
-to be given, so that it can be told whether a draft knows it.
+A made prompt has exactly as many tokens as are asked for. Those with an answer end where it is
+about to be given, so that it can be told whether a draft knows it.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import assets
 
-RANDOM = "random"  # source of prompts for random models
+RANDOM = "random"  # the source of prompts for random models
 TEXTS = (".txt", ".md", ".py")
-CLOSING = 64  # tokens at the end of a record that stay when it is cut: an instruction stands there
-DEPTHS = (0.5, 0.1, 0.9, 0.3, 0.7)  # of what is asked for, one prompt after the other
-STEP = 500  # tokens between prompts that begin in the same document
-ORIGINAL = 0.55  # share of a prompt of repeated code that comes first; the copy is not finished
+CLOSING = 64  # a cut keeps so many tokens at the end of a record: an instruction stands there
+DEPTHS = (0.5, 0.1, 0.9, 0.3, 0.7)  # what is asked for stands here, one prompt after the other
+STEP = 500  # prompts that begin in the same document are so many tokens apart
+ORIGINAL = 0.55  # the original has this share of repeated code; the copy is not finished
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a method continues.
+    """Hold what a method continues.
 
     Attributes:
-        name: which one of its source and length.
+        name: which prompt of its source and length it is.
         source: see ``records.Run``.
         length: nominal tokens.
         ids: tokens.
@@ -46,7 +46,7 @@ class Prompt:
 
 
 def random_prompts(vocab: int, length: int, count: int, seed: int) -> list[Prompt]:
-    """Tokens without meaning, for models without one."""
+    """Draw tokens without meaning, for models without one."""
     prompts = []
     for i in range(count):
         rng = random.Random(f"{seed} {RANDOM} {length} {i}")
@@ -56,13 +56,13 @@ def random_prompts(vocab: int, length: int, count: int, seed: int) -> list[Promp
 
 
 def named_length(file: Path) -> int | None:
-    """Tokens by the name of a file, such as name_16K.jsonl or name_512.jsonl."""
+    """Return the tokens that a file's name tells, as in name_16K.jsonl or name_512.jsonl."""
     found = re.search(r"_(\d+)([kK]?)$", file.stem)
     return int(found[1]) * (1024 if found[2] else 1) if found else None
 
 
 def read_records(file: Path) -> list[str]:
-    """The texts of a file of JSON Lines.
+    """Read the texts of a file of JSON Lines.
 
     Raises:
         ValueError: a line is not an object with "text".
@@ -82,7 +82,7 @@ def read_records(file: Path) -> list[str]:
 
 
 def _kind(path: Path) -> tuple[str, list[Path]]:
-    """ "jsonl" or "folder", and the files."""
+    """Return "jsonl" or "folder", and the files."""
     if path.is_file():
         return ("jsonl" if path.suffix == ".jsonl" else "folder"), [path]
     if not path.is_dir():
@@ -94,8 +94,8 @@ def _kind(path: Path) -> tuple[str, list[Path]]:
 
 
 def read_documents(path: Path | None) -> list[tuple[str, str]]:
-    """Name and text of each document that prompts are made of; None: the modules of the standard
-    library that the embedded models have not seen."""
+    """Return name and text of each document that prompts are made of; ``path`` None: of the modules
+    of the standard library that the embedded models have not seen."""
     if path is None:
         return assets.held_out_documents()
     kind, files = _kind(path)
@@ -107,12 +107,12 @@ def read_documents(path: Path | None) -> list[tuple[str, str]]:
 
 
 class Prompts:
-    """Reads and makes prompts for one tokenizer.
+    """Read and make prompts for one tokenizer.
 
     Args:
-        tokenizer: of the target.
+        tokenizer: the target's.
         path: file or folder with texts; None: documents of the standard library.
-        seed: of what is drawn.
+        seed: that of what is drawn.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, path: Path | None, seed: int = 0):
@@ -129,7 +129,7 @@ class Prompts:
         return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
     def make(self, source: str, length: int, count: int) -> list[Prompt]:
-        """``count`` prompts of ``length`` tokens.
+        """Return ``count`` prompts of ``length`` tokens.
 
         Args:
             source: "prompts", those in the files, or a kind of ``options.GENERATED``.
@@ -174,7 +174,7 @@ class Prompts:
 
     @staticmethod
     def _texts(kind: str, files: list[Path], length: int) -> Iterator[tuple[str, str]]:
-        """Texts for prompts of a length: of the files that are named after it, if there are any."""
+        """Yield texts for prompts of a length, those of files named after it if there are any."""
         if kind == "jsonl":
             named = [file for file in files if named_length(file) == length]
             for file in named or [file for file in files if named_length(file) is None]:
@@ -187,7 +187,7 @@ class Prompts:
     # ---- made ------------------------------------------------------------------------------------
 
     def _text(self, count: int, first: int) -> list[int]:
-        """``count`` tokens of documents joined, from the ``first`` one on, around to the others."""
+        """Join ``count`` tokens of documents, from the ``first`` one on, around to the others."""
         if self._documents is None:
             self._documents = [d for d in read_documents(self.path) if d[1].strip()]
         documents, ids = self._documents, []
@@ -208,7 +208,7 @@ class Prompts:
 
     @property
     def _is_code(self) -> bool:
-        """Whether the documents are Python."""
+        """Tell whether the documents are Python."""
         self._text(1, 0)
         return all(name.endswith(".py") for name, _ in self._documents)
 
@@ -220,7 +220,7 @@ class Prompts:
         return Prompt(f"joined-{index}", "joined", length, ids)
 
     def _needle(self, length: int, index: int) -> Prompt:
-        """One fact in the midst of documents, asked for at the end."""
+        """Hide one fact in the midst of documents, and ask for it at the end."""
         rng, depth = self._random("needle", length, index), DEPTHS[index % len(DEPTHS)]
         name, value = f"{_word(rng)}_{_word(rng)}", f"{rng.randrange(10**7, 10**8)}"
         if self._is_code:
@@ -240,7 +240,7 @@ class Prompts:
         return Prompt(f"needle-{depth}-{index}", "needle", length, ids, answer)
 
     def _lookup(self, length: int, index: int) -> Prompt:
-        """As many keys with their values as there is room for, one of them asked for."""
+        """List as many keys with their values as there is room for, and ask for one of them."""
         rng, depth = self._random("lookup", length, index), DEPTHS[index % len(DEPTHS)]
         lines: list[tuple[str, str]] = []
         head, body, keys = self._encode("TABLE = {\n"), [], set()
@@ -262,7 +262,7 @@ class Prompts:
         return Prompt(f"lookup-{depth}-{index}", "lookup", length, ids, answer)
 
     def _code(self, length: int, index: int) -> Prompt:
-        """Documents, and the same once more with other names; the prompt ends within the copy."""
+        """Repeat documents with other names; the prompt ends within the copy."""
         rng = self._random("code", length, index)
         original = self._text(int(ORIGINAL * length), index)
         text = self._tokenizer.decode(original, clean_up_tokenization_spaces=False)
@@ -282,15 +282,15 @@ class Prompts:
         return room
 
     def _split(self, question: str, answer: str) -> tuple[list[int], list[int]]:
-        """Tokens of a question and of what follows it: those of both together, apart where the
-        question's own end."""
+        """Return the tokens of a question and of what follows it: both are encoded together, and
+        parted where the question's own tokens end."""
         whole, asked = self._encode(question + answer), self._encode(question)
         same = next((i for i, (a, b) in enumerate(zip(whole, asked, strict=False)) if a != b), None)
         at = min(len(whole), len(asked)) if same is None else same
         return whole[:at], whole[at:]
 
     def _line(self, ids: list[int], at: int) -> int:
-        """The next place at or before ``at`` where a line begins, if there is one close by."""
+        """Find the next place at or before ``at`` where a line begins, if one is close by."""
         for i in range(at, max(0, at - 256), -1):
             if "\n" in self._tokenizer.decode(ids[i - 1 : i]):
                 return i
@@ -301,12 +301,12 @@ _SYLLABLES = [c + v for c in "bdfgklmnprst" for v in "aeio"]
 
 
 def _word(rng: random.Random) -> str:
-    """A name that no text has."""
+    """Make up a name that no text has."""
     return "".join(rng.choice(_SYLLABLES) for _ in range(3))
 
 
 def _renamed(text: str, rng: random.Random) -> str:
-    """The same code with other names for what it defines; of prose, for some of its long words."""
+    """Rename what the code defines; in prose, some of the long words."""
     defined = set(re.findall(r"\b(?:def|class)\s+([A-Za-z]\w{2,})", text))
     names = sorted(defined - set(keyword.kwlist))  # "class for ..." stands in comments
     if not names:

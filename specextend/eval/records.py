@@ -1,4 +1,4 @@
-"""What ``specextend eval`` writes down, and reads again: the one home of the form of its results.
+"""Define the records that ``specextend eval`` writes down and reads again.
 
 ``results.jsonl`` in the output folder holds JSON Lines: a header, then a line for each run, written
 as soon as the run is over. Lengths are tokens, times seconds, memory bytes.
@@ -17,15 +17,15 @@ FILE = "results.jsonl"
 
 @dataclass(frozen=True)
 class Header:
-    """Where, when and how the runs were made.
+    """Say where, when and how the runs were made.
 
     Attributes:
         version, machine, torch, transformers, python, commit, command, device, threads, date: see
             ``specextend.machine.header``.
         target: name of the target.
         drafts: name of each draft by its kind.
-        dtype: of the models, without "torch.".
-        seed: of prompts and of sampling.
+        dtype: that of the models, without "torch.".
+        seed: that of prompts and of sampling.
         settings: what else decides about the runs: ``stages`` (each an ``options.Stage`` as a dict:
             sources, lengths, count, methods, sweep, runs), ``new_tokens``, ``warmup``,
             ``temperature``, ``documents`` (that prompts are made of, or None), ``config`` (fields
@@ -56,12 +56,12 @@ class Header:
 
 @dataclass(frozen=True)
 class Difference:
-    """Where a run's tokens part from those of the reference run.
+    """Say where a run's tokens part from those of the reference run.
 
     Attributes:
         at: index among the new tokens.
-        gap: how far apart the target sees the two tokens there: |difference of their logits|; None
-            where one text is only longer.
+        gap: how far apart the target sees the two tokens there, |difference of their logits|; None
+            where one text only ends earlier.
     """
 
     at: int
@@ -70,12 +70,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Needle:
-    """What the draft itself makes of an answer that stands far above.
+    """Say what the draft itself makes of an answer that stands far above.
 
     Attributes:
         accuracy: share of the answer's tokens that are the draft's first choice, the answer's own
             tokens standing before them.
-        perplexity: of the answer.
+        perplexity: that of the answer.
     """
 
     accuracy: float
@@ -84,36 +84,37 @@ class Needle:
 
 @dataclass(frozen=True)
 class Run:
-    """One generation.
+    """Record one generation.
 
     ``method``, ``draft`` and ``sweep`` together say what ran, see :attr:`row`: a method can be run
     with several drafts, and with options swept.
 
     Attributes:
         length: nominal tokens of the prompt.
-        prompt_tokens: actual ones.
+        prompt_tokens: its actual tokens.
         prompt: name of the prompt.
-        source: where it is from: ``"jsonl"``, ``"folder"``, ``"joined"``, ``"needle"``,
+        source: where the prompt is from: ``"jsonl"``, ``"folder"``, ``"joined"``, ``"needle"``,
             ``"lookup"``, ``"code"``; ``"random"`` for synthetic runs.
         method: key in ``methods.METHODS``.
         draft: kind of the draft: ``"model"``, ``"eagle1"``, ``"eagle3"``, ``"longspec"``,
             ``"ngram"``, ``"self"``; None without.
         sweep: fields of the configuration that were changed for a sweep; None outside of one.
-        repeat: from 0.
-        new_tokens: written.
-        prefill_seconds: of the target, first token included.
-        draft_prefill_seconds: None without a draft, and for Hugging Face's own.
-        decode_seconds: from the first token to the last.
-        tokens_per_second: of decoding.
+        repeat: which run of the same row and prompt it is, from 0.
+        new_tokens: how many were written.
+        prefill_seconds: the target's, first token included.
+        draft_prefill_seconds: the draft's; None without a draft, and for Hugging Face's own.
+        decode_seconds: time from the first token to the last.
+        tokens_per_second: speed of decoding.
         mean_acceptance_length: emitted tokens per forward of the target.
         acceptance_rate_per_position: share of rounds that accepted at least 1, 2, ... tokens.
         rounds: forwards of the target after the first token.
-        seconds: by phase, see ``specextend.stats.PHASES``; None for Hugging Face's own.
+        seconds: time by phase, see ``specextend.stats.PHASES``; None for Hugging Face's own.
         peak_memory_bytes: see ``Header.peak_memory``.
-        exact: the tokens are those of the reference run; None where there is none, or for it.
-        first_difference: where not.
+        exact: whether the tokens are those of the reference run; None where there is none, or for
+            it.
+        first_difference: where they part, if they do.
         retrieved_chunks: ids of each retrieval; None for methods that do not retrieve.
-        needle: of prompts with an answer, first repeat, drafts that are models; else None.
+        needle: for prompts with an answer, first repeat, drafts that are models; else None.
         synthetic: how drafts were imitated, ``{"acceptance": x}``; None for real ones.
         tokens: what was written; kept for the reference run of a prompt, else None.
     """
@@ -145,12 +146,12 @@ class Run:
 
     @property
     def row(self) -> tuple:
-        """What runs of one row of a table have in common: method, draft, swept fields."""
+        """Return what the runs of one row of a table share: method, draft, swept fields."""
         return self.method, self.draft, tuple(sorted((self.sweep or {}).items()))
 
     @property
     def key(self) -> tuple:
-        """What no two runs have in common."""
+        """Return what no two runs share."""
         return self.length, self.source, self.prompt, *self.row, self.repeat
 
 
@@ -158,13 +159,13 @@ _KINDS = {"header": Header, "run": Run}
 
 
 def to_json(record: Header | Run) -> str:
-    """One line, without its end."""
+    """Return a record as one line, without its end."""
     kind = next(name for name, cls in _KINDS.items() if isinstance(record, cls))
     return json.dumps({"type": kind, **asdict(record)})
 
 
 def from_json(line: str) -> Header | Run:
-    """What :func:`to_json` wrote.
+    """Read what :func:`to_json` wrote.
 
     Raises:
         ValueError: it is something else.
@@ -188,15 +189,17 @@ def from_json(line: str) -> Header | Run:
 
 @dataclass
 class Results:
-    """All that a folder's file holds."""
+    """Hold all that a folder's file has."""
 
     header: Header
     runs: list[Run]
 
     @staticmethod
     def read(folder: Path | str) -> Results:
-        """Read ``results.jsonl``. A last line without its end, of a run that was interrupted while
-        it was written down, does not count.
+        """Read ``results.jsonl``.
+
+        A last line without its end does not count: its run was interrupted while it was written
+        down.
 
         Raises:
             ValueError: the file is not one of ours; the line is named.
@@ -223,7 +226,7 @@ def _whole_lines(file: Path) -> Iterator[str]:
 
 
 class Writer:
-    """Adds lines to ``results.jsonl``, each of them on disk when ``write`` returns."""
+    """Add lines to ``results.jsonl``, each of them on disk when ``write`` returns."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)

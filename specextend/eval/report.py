@@ -1,4 +1,4 @@
-"""``results.md`` from ``results.jsonl``: what was measured, as tables.
+"""Make ``results.md``, what was measured as tables, from ``results.jsonl``.
 
 Every figure is a median over prompts and repeats with its quartiles, unless its table says
 otherwise. What was not run is "-".
@@ -37,8 +37,9 @@ HUGGING_FACE = "hf"
 
 
 def write(folder: Path | str) -> Path:
-    """Write ``results.md`` beside ``results.jsonl``; results of synthetic acceptance say so in the
-    file's name, too.
+    """Write ``results.md`` beside ``results.jsonl``.
+
+    Results of synthetic acceptance say so in the file's name, too.
 
     Returns:
         The file.
@@ -53,7 +54,7 @@ def write(folder: Path | str) -> Path:
 
 
 def _median(values: Iterable[float], form: str) -> tuple[str, str]:
-    """A median, and its quartiles where there is more than one value."""
+    """Return a median, and its quartiles where there is more than one value, as text."""
     values = list(values)
     low, middle, high = quartiles(values)
     spread = f"{low:{form}}–{high:{form}}" if len(values) > 1 else ""
@@ -71,7 +72,7 @@ def _speed(runs: Iterable[Run]) -> float:
 
 
 def _per_length(table: Rows, cell: Callable[[list[Run]], str | None]) -> str:
-    """Rows are methods, columns lengths; a row without a single cell is left out."""
+    """Make a table of methods by lengths; a row without a single cell is left out."""
     columns = lengths(table)
     body = []
     for key, by_length in table.items():
@@ -151,7 +152,7 @@ def _differences(runs: Iterable[Run]) -> str:
 
 
 def _sweep_tables(results: Results) -> Iterable[tuple[str, str]]:
-    """Title and table for each source, length, method and draft that options were swept on."""
+    """Yield title and table for each source, length, method and draft with swept options."""
     groups: dict[tuple, list[Run]] = {}
     for run in results.runs:
         if run.sweep:
@@ -179,7 +180,7 @@ def _sweep_tables(results: Results) -> Iterable[tuple[str, str]]:
 def _sweep_columns(
     runs: list[Run], base: list[Run], header: Header
 ) -> dict[str, list[tuple[str, str]]]:
-    """Value and cell, by swept field; the configuration as it is has a "*"."""
+    """Return value and cell by swept field; the value that was configured has a "*"."""
     fields: dict[str, dict] = {}
     for run in runs:
         name, value = (" × ".join(map(str, part)) for part in zip(*run.sweep.items(), strict=True))
@@ -248,7 +249,7 @@ _MEMORY = {
 
 
 def render(results: Results) -> str:
-    """The whole of ``results.md``."""
+    """Return the whole of ``results.md``."""
     header = results.header
     synthetic = synthetic_label(header)
     suffix = f" ({synthetic})" if synthetic else ""

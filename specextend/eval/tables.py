@@ -1,4 +1,4 @@
-"""What report and plots share: names, groups of runs, and Markdown's tables."""
+"""Hold what report and plots share: names, groups of runs, and Markdown's tables."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ ROUND = ("draft", "verify", "accept", "retrieve")
 
 
 def synthetic_label(header: Header) -> str | None:
-    """What has to be written on everything that was measured with a set acceptance."""
+    """Return what must stand on everything that was measured with a set acceptance, else None."""
     synthetic = header.settings.get("synthetic")
     return label(synthetic["acceptance"]) if synthetic else None
 
 
 def file_name(stem: str, header: Header) -> str:
-    """``stem``, with the label of synthetic acceptance behind it."""
+    """Return ``stem``, followed by the label of synthetic acceptance where it was set."""
     synthetic = synthetic_label(header)
     return f"{stem}-{synthetic.replace(', ', '-').replace(' ', '-')}" if synthetic else stem
 
 
 def row_title(method: str, draft: str | None) -> str:
-    """A method's name in tables and plots, with its draft where that does not go without saying."""
+    """Return a method's name in tables and plots, with its draft where the method has several."""
     known = METHODS.get(method)
     title = known.title if known else method
     named = known is None or known.draft == "first"
@@ -34,7 +34,7 @@ def row_title(method: str, draft: str | None) -> str:
 
 
 def sources(runs: Iterable[Run]) -> list[str]:
-    """Sources of the prompts, in the order that they were run in."""
+    """Return the sources of the prompts, in the order that they were run in."""
     return list(dict.fromkeys(run.source for run in runs))
 
 
@@ -42,7 +42,7 @@ Rows = dict[tuple[str, "str | None"], dict[int, list[Run]]]
 
 
 def rows(runs: Iterable[Run]) -> Rows:
-    """Runs outside of sweeps by method and draft, in the order of ``METHODS``, then by length."""
+    """Group runs outside of sweeps by method and draft, as ``METHODS`` has them, and by length."""
     order = {key: i for i, key in enumerate(METHODS)}
     found: Rows = {}
     for run in runs:
@@ -54,12 +54,12 @@ def rows(runs: Iterable[Run]) -> Rows:
 
 
 def lengths(table: Rows) -> list[int]:
-    """Of all rows, ascending."""
+    """Return the lengths of all rows, ascending."""
     return sorted({length for by_length in table.values() for length in by_length})
 
 
 def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
+    """Return lower quartile, median, upper quartile."""
     values = list(values)
     if len(values) == 1:
         return (values[0],) * 3
@@ -67,17 +67,17 @@ def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
 
 
 def size(tokens: int) -> str:
-    """A length as it is named: 16K."""
+    """Return a length as it is named: 16K."""
     return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
 
 
 def milliseconds_per_token(run: Run, phase: str) -> float:
-    """Of decoding, in one phase of the rounds."""
+    """Return what a token of decoding takes in one phase of the rounds."""
     return 1e3 * (run.seconds or {}).get(phase, 0.0) / max(1, run.new_tokens - 1)
 
 
 def needle_cell(runs: Iterable[Run]) -> str | None:
-    """Accuracy and perplexity over prompts; None where nothing was asked."""
+    """Return accuracy and perplexity over prompts; None where nothing was asked."""
     known = [run.needle for run in runs if run.needle is not None]
     if not known:
         return None
@@ -87,11 +87,11 @@ def needle_cell(runs: Iterable[Run]) -> str | None:
 
 
 def escape(text: str) -> str:
-    """Text for a cell of a table in Markdown."""
+    """Return text as a cell of a table in Markdown has it."""
     return text.replace("|", "\\|").replace("\n", " ")
 
 
 def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A table, its first column to the left, the others to the right."""
+    """Return a table, its first column aligned to the left, the others to the right."""
     lines = [header, [":--"] + ["--:"] * (len(header) - 1), *body]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,7 +1,9 @@
-"""The ops as Python functions, one module each: wrapper, fake kernel, documentation.
+"""Wrap the operators as Python functions; a module each has wrapper, documentation, fake kernel.
 
-Each calls ``torch.ops.specextend.<name>``, which ``import specextend._C`` alone registers. None
-reads a device-side length on the host, none synchronises, and all work under CUDA graph capture.
+Each function calls ``torch.ops.specextend.<name>``, which ``import specextend._C`` alone registers.
+None reads a device-side length on the host, none synchronises, and all work under CUDA graph
+capture. The examples in their documentation stand behind ``import torch`` and ``from specextend
+import ops``.
 """
 
 from . import cuda_missing

@@ -14,12 +14,12 @@ def chunk_scores(
     chunk_size: int,
     reduce: str = "mean",
 ) -> Tensor:
-    """How much attention one query row pays to each chunk of the context.
+    """Score each chunk of the context by the attention that one query row pays to it.
 
-    The scores of SpecExtend's cross-model retrieval (section 4.2), exact and as a by-product of the
-    verify pass: the softmax mass of chunk c under head h is ``exp(chunk_lse - lse)``. What is left
-    of a head's mass is that of the tree's keys, and goes to the chunk that the first of them falls
-    into once it is committed. Sums are fp64.
+    These are the scores of SpecExtend's cross-model retrieval (section 4.2), exact and as a
+    by-product of the verify pass: the softmax mass of chunk c under head h is
+    ``exp(chunk_lse - lse)``. What is left of a head's mass is that of the tree's keys, and goes to
+    the chunk that the first of them falls into once it is committed. Sums are fp64.
 
     Args:
         chunk_lse: [B, M, Hq, C] fp32, any strides with a unit last one (``tree_attention`` with
@@ -37,6 +37,13 @@ def chunk_scores(
         if that chunk is below C.
 
     Nothing is read on the host.
+
+    Example:
+        >>> chunk_lse = torch.tensor([0.5, 0.3, 0.0]).log().view(1, 1, 1, 3)  # [B, M, Hq, C]
+        >>> lse = torch.zeros(1, 1, 1)  # [B, M, Hq]: chunks have 0.8 of 1, the tree has the rest
+        >>> rows, prefix_lens = torch.tensor([[0], [64]], dtype=torch.int32)
+        >>> ops.chunk_scores(chunk_lse, lse, rows, prefix_lens, chunk_size=32)
+        tensor([[0.5000, 0.3000, 0.2000]])
     """
     return _chunk_scores(chunk_lse, lse, rows, prefix_lens, chunk_size=chunk_size, reduce=reduce)
 
@@ -59,10 +66,10 @@ def chunk_scores_keys(
     window: int = 0,
     reduce: str = "mean",
 ) -> Tensor:
-    """:func:`chunk_scores` by a pass of its own over the keys.
+    """Make the scores of :func:`chunk_scores` by a pass of its own over the keys.
 
-    For layers whose attention did not give the log-sum-exp of its chunks. The row sees all keys of
-    its sequence, among them, after compaction, those of the accepted path.
+    This serves layers whose attention did not give the log-sum-exp of its chunks. The row sees all
+    keys of its sequence, among them, after compaction, those of the accepted path.
 
     Args:
         q: [B, M, Hq, D], fp32, fp16 or bf16, any strides with a unit last one.
@@ -71,7 +78,7 @@ def chunk_scores_keys(
         rows: [B] int32, contiguous. The row of ``q`` to score for; clamped to [0, M).
         lens: [B] int32, contiguous. Keys of each sequence, clamped to [0, S].
         chunk_size: keys per chunk.
-        scale: of the logits; None: 1 / sqrt(D).
+        scale: factor of the logits; None: 1 / sqrt(D).
         softcap: c > 0 makes a logit s into c * tanh(s / c).
         window: w > 0 leaves only the newest w keys visible, the row standing at ``len - 1``.
         reduce: "mean" or "max" over the heads.
@@ -81,6 +88,12 @@ def chunk_scores_keys(
         none. With "mean" a row with keys sums to 1.
 
     Nothing is read on the host.
+
+    Example:
+        >>> q, k = torch.zeros(1, 1, 4, 16), torch.randn(1, 96, 2, 16)  # every key counts alike
+        >>> rows, lens = torch.tensor([[0], [80]], dtype=torch.int32)
+        >>> ops.chunk_scores_keys(q, k, rows, lens, chunk_size=32)
+        tensor([[0.4000, 0.4000, 0.2000]])
     """
     return _chunk_scores_keys(
         q,

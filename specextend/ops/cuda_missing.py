@@ -1,10 +1,10 @@
-"""What ops without a CUDA kernel say of CUDA tensors: torch's own error does not say what to do."""
+"""Refuse CUDA tensors for operators without a CUDA kernel: torch's own error gives no advice."""
 
 import torch
 
 from .. import _C
 
-_library = torch.library.Library("specextend", "IMPL")  # registrations live as long as this
+_library = torch.library.Library("specextend", "IMPL")  # registrations live as long as it does
 
 
 def _refusal(name: str):
@@ -24,7 +24,7 @@ def _refusal(name: str):
 
 
 def register() -> None:
-    """Give every op of the namespace that has no CUDA kernel one that says so."""
+    """Give every operator of the namespace that has no CUDA kernel one that says so."""
     for name in sorted(torch.ops.specextend):
         packet = getattr(torch.ops.specextend, name)
         for overload in packet.overloads():

@@ -7,9 +7,9 @@ _expand_tree = torch.ops.specextend.expand_tree.default
 def expand_tree(
     logits: Tensor, beam_logp: Tensor, *, top_k: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One level of beam expansion: each frontier node's best children, and the best of all.
+    """Expand a beam by one level: find each frontier node's best children, and the best of all.
 
-    The expansion of OPT-Tree (SpecExtend's draft tree) and EAGLE-2, in log space. A node's row
+    OPT-Tree (SpecExtend's draft tree) and EAGLE-2 expand like this, in log space. A node's row
     gives the same bits alone and among others, on any number of threads and any instruction set.
 
     Args:
@@ -29,6 +29,16 @@ def expand_tree(
         beam_logp_out: [B, width] fp32. Their ``cand_logp``.
 
     Nothing is read on the host.
+
+    Example:
+        >>> probs = torch.tensor([[[0.1, 0.6, 0.2, 0.1], [0.7, 0.1, 0.1, 0.1]]])  # [B, F, V]
+        >>> frontier = torch.tensor([[0.5, 0.5]]).log()  # [B, F]
+        >>> tokens, logp, beam, beam_logp = ops.expand_tree(probs.log(), frontier, top_k=2, width=3)
+        >>> tokens, logp.shape
+        (tensor([[[1, 2],
+                 [0, 1]]]), torch.Size([1, 2, 2]))
+        >>> beam, beam_logp.exp()
+        (tensor([[2, 0, 1]], dtype=torch.int32), tensor([[0.3500, 0.3000, 0.1000]]))
     """
     return _expand_tree(logits, beam_logp, top_k=top_k, width=width)
 

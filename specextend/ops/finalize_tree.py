@@ -7,10 +7,10 @@ _finalize_tree = torch.ops.specextend.finalize_tree.default
 def finalize_tree(
     logp: Tensor, parents: Tensor, *, num_nodes: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The best nodes over all expanded levels, as the tree to verify.
+    """Choose the best nodes of all expanded levels, as the tree to verify.
 
-    OPT-Tree's selection: the ``num_nodes`` candidates most probable given the root maximise the
-    expected number of accepted tokens. A candidate counts with the least log probability on its
+    This is OPT-Tree's selection: the ``num_nodes`` candidates most probable given the root maximise
+    the expected number of accepted tokens. A candidate counts with the least log probability on its
     path and ties go to the smaller depth, so the chosen set holds every chosen node's ancestors
     also where probabilities of 1 or 0 make ties.
 
@@ -32,6 +32,15 @@ def finalize_tree(
             of word j / 64 of row i: node j is i or an ancestor of i.
 
     Nothing is read on the host.
+
+    Example:
+        >>> logp = torch.tensor([[0.6, 0.3, 0.5, 0.1]]).log()  # [B, T]
+        >>> parents = torch.tensor([[-1, -1, 0, 2]], dtype=torch.int32)
+        >>> nodes, tree_parents, depths, mask = ops.finalize_tree(logp, parents, num_nodes=2)
+        >>> nodes, tree_parents
+        (tensor([[0, 2]], dtype=torch.int32), tensor([[-1,  0,  1]], dtype=torch.int32))
+        >>> depths[0].tolist(), mask[0, :, 0].tolist()
+        ([0, 1, 2], [1, 3, 7])
     """
     return _finalize_tree(logp, parents, num_nodes=num_nodes)
 

@@ -20,8 +20,8 @@ def gather_chunks(
 ) -> Tensor:
     """Copy the selected chunks of a draft's full cache to its working cache, in all layers.
 
-    The cache of cross-model retrieval (SpecExtend section 3.3). Chunk ``ids[i]`` goes to rows
-    [i * chunk_size, ...), and its keys are rotated by (new position - old position), so that a
+    This fills the cache of cross-model retrieval (SpecExtend section 3.3). Chunk ``ids[i]`` goes to
+    rows [i * chunk_size, ...), and its keys are rotated by (new position - old position), so that a
     draft trained on short inputs sees positions it knows. A chunk that keeps its position is copied
     bit by bit. Gather from the full cache each time: rounding does not pile up.
 
@@ -47,6 +47,17 @@ def gather_chunks(
 
     Angles are computed in fp64 and reduced, rotations in fp32, rounded once. The host does not wait
     for the device. On CUDA one launch serves up to 24 layers.
+
+    Example:
+        >>> full = torch.arange(12.0).view(1, 12, 1, 1).repeat(1, 1, 2, 16)  # row j of S = 12: j
+        >>> k_work, v_work = torch.zeros(2, 1, 8, 2, 16).unbind()  # [B, Sw, Hkv, D]
+        >>> ids = torch.tensor([[0, 2]], dtype=torch.int32)  # [B, budget]
+        >>> counts, lens = torch.tensor([[2], [12]], dtype=torch.int32)
+        >>> caches = [full], [full], [k_work], [v_work]
+        >>> ops.gather_chunks(*caches, ids, counts, lens, None, chunk_size=4)
+        tensor([8], dtype=torch.int32)
+        >>> v_work[0, :, 0, 0].tolist()
+        [0.0, 1.0, 2.0, 3.0, 8.0, 9.0, 10.0, 11.0]
     """
     return _gather_chunks(
         k_full,

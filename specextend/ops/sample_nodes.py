@@ -5,16 +5,15 @@ _sample_nodes = torch.ops.specextend.sample_nodes.default
 
 
 def sample_nodes(logits: Tensor, uniforms: Tensor | None = None) -> Tensor:
-    """The target's token at every node: the most probable one, or a draw.
+    """Choose the target's token at every node: the most probable one, or a draw.
 
     With ``uniforms`` the token is the first, in order of ids, whose cumulative probability under
     ``softmax(logits)`` exceeds the node's uniform number. The exponentials are fp32, their sums
     fp64 in fixed order (``csrc/vocab.h``): a row and a uniform number give the same token in any
-    batch, on any number of threads, on any instruction set and on any GPU, and a change of the
-    logits by rounding changes it only where the uniform number is as close as that to the boundary
-    between two tokens. With noise
-    that belongs to the position, sampled speculative output therefore equals sampled plain output
-    token by token.
+    batch, on any number of threads, on any instruction set and on any GPU. Logits that are rounded
+    differently change it only where the uniform number is as close as that to the boundary between
+    two tokens. With noise that belongs to the position, sampled speculative output therefore equals
+    sampled plain output token by token.
 
     Args:
         logits: [B, N, V], fp32, fp16 or bf16, any strides with a unit last one. Already processed
@@ -29,6 +28,13 @@ def sample_nodes(logits: Tensor, uniforms: Tensor | None = None) -> Tensor:
         in ``uniforms``.
 
     Nothing is read on the host.
+
+    Example:
+        >>> logits = torch.tensor([[[0.1, 0.6, 0.3], [0.5, 0.2, 0.3]]]).log()  # [B, N, V]
+        >>> ops.sample_nodes(logits)
+        tensor([[1, 0]])
+        >>> ops.sample_nodes(logits, torch.tensor([[0.8, 0.6]]))  # 0.7 < 0.8, and 0.5 < 0.6 < 0.7
+        tensor([[2, 1]])
     """
     return _sample_nodes(logits, uniforms)
 

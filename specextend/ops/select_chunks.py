@@ -13,7 +13,7 @@ def select_chunks(
     num_sinks: int = 0,
     num_recent: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Choose the chunks of the context that the draft shall see (SpecExtend section 4.2).
+    """Choose the chunks of the context that the draft is to see (SpecExtend section 4.2).
 
     Chunk c holds the keys [c * chunk_size, (c + 1) * chunk_size); the newest may be partial. The
     first ``num_sinks`` and the newest ``num_recent`` chunks are always chosen and count inside the
@@ -33,6 +33,12 @@ def select_chunks(
         counts: [B] int32. Chunks chosen.
 
     Nothing is read on the host.
+
+    Example:
+        >>> scores = torch.tensor([[0.1, 0.05, 0.3, 0.05, 0.4, 0.1]])  # [B, C]
+        >>> lens = torch.tensor([180], dtype=torch.int32)  # six chunks, the last one partial
+        >>> ops.select_chunks(scores, lens, chunk_size=32, budget=4, num_sinks=1, num_recent=1)
+        (tensor([[0, 2, 4, 5]], dtype=torch.int32), tensor([4], dtype=torch.int32))
     """
     return _select_chunks(
         scores,

@@ -20,12 +20,12 @@ def tree_attention(
     sinks: Tensor | None = None,
     chunk_size: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of tree nodes over a long prefix and their own ancestors, in one pass.
+    """Attend from tree nodes to a long prefix and to their own ancestors, in one pass.
 
-    Split-prefix tree attention (SpecExtend section 3.2, LongSpec's hybrid tree attention): the
-    prefix needs no mask, the tree's own keys a packed one, and nothing of size rows x prefix
-    exists. With M = 1 it is plain decoding. The log-sum-exp of each chunk of the prefix, which
-    cross-model retrieval scores chunks with (SpecExtend section 3.3), is a by-product.
+    This is split-prefix tree attention (SpecExtend section 3.2, LongSpec's hybrid tree attention):
+    the prefix needs no mask, the tree's own keys need a packed one, and nothing of size rows x
+    prefix exists. With M = 1 it is plain decoding. The log-sum-exp of each chunk of the prefix,
+    which cross-model retrieval scores chunks with (SpecExtend section 3.3), is a by-product.
 
     Args:
         q: [B, M, Hq, D], fp32, fp16 or bf16; D a multiple of 8 up to 256. Any strides with a unit
@@ -41,8 +41,8 @@ def tree_attention(
         window: above 0, a key is seen only at positions > position of the row - window. A prefix
             key's position is its row, that of tree key j is ``P + k_depths[j]``, that of row i
             ``P + q_depths[i]``.
-        q_depths, k_depths: [B, M] and [B, N] int32, contiguous, read with a window only. None: a
-            chain's, ``i + N - M`` and ``j``.
+        q_depths, k_depths: [B, M] and [B, N] int32, contiguous, read with a window only. None:
+            those of a chain, ``i + N - M`` and ``j``.
         sinks: [Hq] fp32. One more logit per head, which takes part in the softmax with no value.
         chunk_size: above 0, ``chunk_lse`` is returned.
 
@@ -55,7 +55,21 @@ def tree_attention(
 
     On the CPU a row's bits depend on its query and the keys that it sees, in their order, and on
     nothing else: not on threads, on other rows and sequences, on the strides, or on the slots
-    between its tree keys. A node of a tree so gets the bits of plain decoding.
+    between its tree keys. So a node of a tree gets the bits of plain decoding.
+
+    Example:
+        >>> q = torch.randn(1, 3, 4, 16)  # [B, M, Hq, D]: a root and two children
+        >>> k, v = torch.randn(2, 1, 64, 2, 16).unbind()  # [B, S, Hkv, D]
+        >>> prefix_lens = torch.tensor([40], dtype=torch.int32)
+        >>> mask = torch.tensor([[[0b001], [0b011], [0b101]]])  # [B, M, 1]
+        >>> out, lse, chunk_lse = ops.tree_attention(q, k, v, prefix_lens, mask, chunk_size=32)
+        >>> out.shape, lse.shape, chunk_lse.shape
+        (torch.Size([1, 3, 4, 16]), torch.Size([1, 3, 4]), torch.Size([1, 3, 4, 2]))
+        >>> seen = [*range(41), 42]  # by the second child: the prefix, the root, itself
+        >>> row, keys, values = (x.transpose(1, 2) for x in (q[:, 2:], k[:, seen], v[:, seen]))
+        >>> attend = torch.nn.functional.scaled_dot_product_attention
+        >>> dense = attend(row, keys, values, enable_gqa=True).transpose(1, 2)
+        >>> torch.testing.assert_close(out[:, 2:], dense)
     """
     return _tree_attention(
         q,

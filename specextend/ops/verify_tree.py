@@ -31,6 +31,16 @@ def verify_tree(
         next_root: [B] int64. The last token emitted.
 
     Nothing is read on the host.
+
+    Example:
+        >>> tokens = torch.tensor([[7, 11, 12, 13]])  # [B, N], the root first
+        >>> parents = torch.tensor([[-1, 0, 0, 1]], dtype=torch.int32)
+        >>> choices = torch.tensor([[11, 13, 5, 9]])  # the target's, after each node
+        >>> path, num_accepted, emitted, next_root = ops.verify_tree(tokens, parents, choices)
+        >>> path, num_accepted
+        (tensor([[ 0,  1,  3, -1]], dtype=torch.int32), tensor([2], dtype=torch.int32))
+        >>> emitted, next_root
+        (tensor([[11, 13,  9, -1]]), tensor([9]))
     """
     return _verify_tree(tokens, parents, target_tokens)
 

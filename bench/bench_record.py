@@ -1,18 +1,18 @@
-"""The one form of the benchmarks: what they run on, a line for each case, and a record.
+"""Print and record what benchmarks measure, in the one form that they share.
 
-A line is
+A header says what they run on. Then each case has a line:
 
     name of the case | median (p10..p90) unit | share of its bound | peer ratio, ... | remarks
 
-All numbers of a line come from one run, its contestants taking turns, so that a ratio holds on a
-busy machine too; compare times only between quiet ones. A ratio is how many times as long the peer
-takes. The bound is the time that the case's bytes or its arithmetic take, whichever is longer, at
-the rates that torch reaches on this machine, measured at the start of the run (for an op on a CPU:
-in turns with it). Caches are cold: emptied before each call on a CPU, and on a GPU by buffers that
-rotate through more than its L2.
+All numbers of a line come from one run in which its contestants take turns, so that a ratio holds
+on a busy machine too; compare times only between quiet ones. A ratio is how many times as long the
+peer takes. The bound is the time that the case's bytes or its arithmetic take, whichever is longer,
+at the rates that torch reaches on this machine, measured at the start of the run (for an operator
+on a CPU: in turns with it). Caches are cold: on a CPU they are emptied before each call, and on a
+GPU buffers rotate through more than its L2.
 
 The record (``--json``) has the header, the rates and the lines in seconds, bytes or tokens. It is
-written again behind each line: a run may be cut short.
+written again after each line, since a run may be cut short.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from specextend.machine import header  # noqa: E402
 from specextend.testing import Spread, time_calls, time_graphs  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-#: what a line's numbers are divided by to be printed
+#: A line's numbers are divided by these to be printed.
 UNITS = {"us": 1e-6, "ms": 1e-3, "MiB": 2.0**20, "tokens": 1.0}
-READ_BYTES = 256 << 20  # read to measure the bandwidth of a CPU, unless its caches are as large
+READ_BYTES = 256 << 20  # so much is read to measure a CPU's bandwidth, more with large caches
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """Its key in ``DTYPES``."""
+    """Return the key of a dtype in ``DTYPES``."""
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def numbers(text: str) -> list[int]:
-    """An option's value: whole numbers with commas between."""
+    """Parse an option's value, whole numbers with commas between."""
     return [int(x) for x in text.split(",") if x]
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """Options that all benchmarks have."""
+    """Make a parser with the options that all benchmarks have."""
     made = argparse.ArgumentParser(description=doc.splitlines()[0])
     here = "cuda" if _C.has_cuda and torch.cuda.is_available() else "cpu"
     made.add_argument("--device", choices=("cpu", "cuda"), default=here)
@@ -63,7 +63,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 
 def parse(made: argparse.ArgumentParser, given: list[str] | None = None) -> argparse.Namespace:
-    """The arguments, with the number of threads and the seed set as they want it."""
+    """Parse the arguments, and set the number of threads and the seed as they want it."""
     arguments = made.parse_args(given)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -76,13 +76,13 @@ def parse(made: argparse.ArgumentParser, given: list[str] | None = None) -> argp
 
 @dataclass
 class Yardstick:
-    """A call of torch's that moves or computes a known amount."""
+    """Hold a call of torch's that moves or computes a known amount."""
 
     call: Callable[[], object]
-    amount: float  # of bytes, or of operations
+    amount: float  # bytes, or operations
 
     def times(self, n: int) -> Yardstick:
-        """n calls as one: cold caches weigh less."""
+        """Join n calls to one, so that cold caches weigh less."""
 
         def call():
             for _ in range(n):
@@ -93,13 +93,13 @@ class Yardstick:
 
 @dataclass
 class Rates:
-    """What the machine reaches by torch's own means.
+    """Hold what the machine reaches by torch's own means.
 
     Attributes:
-        bandwidth: bytes per second; of reading on a CPU, of copying (read and written) on a GPU.
+        bandwidth: bytes per second, read on a CPU, copied (read and written) on a GPU.
         arithmetic: operations per second of a matrix product, by the keys of ``DTYPES``.
-        yardsticks: what they were measured by on a CPU, by "bandwidth" and those keys, to be
-            measured again in turns with a case: others may use the machine, and rates drift.
+        yardsticks: what measured them on a CPU, by "bandwidth" and those keys, to be measured
+            again in turns with a case: others may use the machine, and rates drift.
     """
 
     bandwidth: float
@@ -111,11 +111,11 @@ class Rates:
 
     @staticmethod
     def measure(device: str, seconds: float) -> Rates:
-        """``seconds`` for each; the best decile on a CPU, which others may use at the same time."""
+        """Measure each for ``seconds``; take the best decile on a CPU, which others may use too."""
         return _measure_gpu(seconds) if device == "cuda" else _measure_cpu(seconds)
 
     def bound(self, num_bytes: float, operations: float = 0.0, dtype: str = "fp32") -> Bound:
-        """Of a case with so much to do, or of several after each other: bounds can be added."""
+        """Return the bound of a case with so much to do; bounds of parts can be added."""
         reading = num_bytes / self.bandwidth
         computing = operations / self.arithmetic[dtype] if operations else 0.0
         return Bound(max(reading, computing), "arithmetic" if computing > reading else "bandwidth")
@@ -123,7 +123,7 @@ class Rates:
 
 @dataclass
 class Bound:
-    """What a case cannot go below, in seconds or bytes, and what sets it."""
+    """Hold what a case cannot go below, in seconds or bytes, and what sets it."""
 
     least: float
     kind: str
@@ -137,7 +137,7 @@ class Bound:
 
 
 def _measure_cpu(seconds: float) -> Rates:
-    """A sum over more than the caches hold; the fastest of some square matrices."""
+    """Time a sum over more than the caches hold, and the fastest of some square products."""
     x = torch.ones(max(READ_BYTES, 4 * cache_bytes()) // 4)
     rates = Rates(0.0, yardsticks={"bandwidth": Yardstick(x.sum, x.numel() * 4)})
     rates.bandwidth = x.numel() * 4 / time_calls(x.sum, seconds=seconds)[0].p10
@@ -152,7 +152,7 @@ def _measure_cpu(seconds: float) -> Rates:
                 rates.yardsticks[name] = product.times(math.ceil(0.02 / spread.median))
             if spread.median > 0.1:
                 break
-    # Half precision is computed in fp32 where that is faster.
+    # Kernels compute half precision in fp32 where that is faster.
     if rates.arithmetic["bf16"] < rates.arithmetic["fp32"]:
         rates.arithmetic["bf16"] = rates.arithmetic["fp32"]
         rates.yardsticks["bf16"] = rates.yardsticks["fp32"]
@@ -162,7 +162,7 @@ def _measure_cpu(seconds: float) -> Rates:
 
 
 def _measure_gpu(seconds: float) -> Rates:
-    """Copies of 2 GiB, bytes read and written; a matrix product of 8192."""
+    """Time copies of 2 GiB, bytes read and written, and a matrix product of 8192."""
     x = torch.ones(1 << 29, device="cuda")
     y = torch.empty_like(x)
     spread = time_graphs([lambda: y.copy_(x)], seconds=seconds)[0]
@@ -178,8 +178,8 @@ def _measure_gpu(seconds: float) -> Rates:
 
 
 def cache_bytes() -> int:
-    """Of all last-level caches of this machine's processor; 64 MiB where it does not say."""
-    caches: dict[str, int] = {}  # by the cores that share one
+    """Return the bytes of all last-level caches; 64 MiB where the processor does not say."""
+    caches: dict[str, int] = {}  # keys are the cores that share one
     for folder in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache"):
         levels = [(int((i / "level").read_text()), i) for i in folder.glob("index[0-9]*")]
         if not levels:
@@ -192,7 +192,7 @@ def cache_bytes() -> int:
 
 
 def cache_emptier() -> Callable[[], object]:
-    """A function that reads so much that nothing else is left in the caches."""
+    """Return a function that reads so much that nothing else is left in the caches."""
     return torch.ones(2 * cache_bytes() // 4, device="cpu").sum
 
 
@@ -200,7 +200,7 @@ def cache_emptier() -> Callable[[], object]:
 
 
 def embedded_pair(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple:
-    """Tokenizer, target and draft."""
+    """Load the embedded pair: tokenizer, target and draft."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
@@ -217,15 +217,15 @@ def embedded_pair(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tu
 
 
 class Report:
-    """Prints a run in this form, and keeps its record.
+    """Print a run line by line, and keep its record.
 
     Args:
-        arguments: of the benchmark, from :func:`parse`.
-        seconds: to measure each rate for; None: no case of this benchmark has a bound.
+        arguments: the benchmark's, from :func:`parse`.
+        seconds: how long each rate is measured; None: no case of this benchmark has a bound.
         settings: what holds for all cases, printed below the header.
 
     Attributes:
-        rates: that bounds refer to; None without.
+        rates: the rates that bounds refer to; None without bounds.
         record: ``header``, ``rates``, ``settings`` and ``cases``, as in the file.
     """
 
@@ -257,7 +257,7 @@ class Report:
         print(flush=True)
 
     def wants(self, case: str) -> bool:
-        """Whether ``--filter`` lets a case through."""
+        """Tell whether ``--filter`` lets a case through."""
         return self._filter in case
 
     def add(
@@ -274,10 +274,10 @@ class Report:
 
         Args:
             spread: its measurements, in seconds, bytes or tokens.
-            unit: to print them in, of ``UNITS``.
-            bound: that they are compared with.
+            unit: the unit to print them in, of ``UNITS``.
+            bound: what they are compared with.
             peers: the same work done by others, or in other ways, in the same run.
-            remarks: printed behind them.
+            remarks: what is printed at the end of the line.
             **facts: more for the record alone.
 
         Returns:
@@ -303,7 +303,7 @@ class Report:
         return entry
 
     def note(self, text: str, **facts) -> None:
-        """What follows from several cases: a printed line, and fields of the record."""
+        """Note what follows from several cases: print a line, and add fields to the record."""
         print(text, flush=True)
         self.record |= facts
         self.save()
@@ -339,12 +339,12 @@ def _summary(spread: Spread) -> dict:
 
 
 def _amount(spread: Spread, unit: str) -> str:
-    """Median, spread if there is one, and unit."""
+    """Return the median, the spread if there is one, and the unit."""
     median, p10, p90 = (digits(x / UNITS[unit]) for x in (spread.median, spread.p10, spread.p90))
     around = f" ({p10}..{p90})" if len(spread.samples) > 1 else ""
     return f"{median:>8}{around} {unit}".ljust(30)
 
 
 def digits(x: float) -> str:
-    """Three digits that count."""
+    """Return a number with three significant digits."""
     return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
