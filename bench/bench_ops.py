@@ -260,7 +260,7 @@ def attention_lines(quick: bool) -> Iterator[Callable[[], Line]]:
 
 
 def other_lines() -> Iterator[Callable[[], Line]]:
-    """The ops around the attention, at the sizes of an 8B target with a prefix of 16K."""
+    """Yield the operators around attention, at the sizes of an 8B target with a prefix of 16K."""
     layers, capacity, heads, dim, vocab = 32, 16384, 8, 128, 128256
     bf16, size = torch.bfloat16, 2
 

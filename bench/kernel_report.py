@@ -42,7 +42,7 @@ class Kernel:
 def parse(source: str, text: str) -> list[Kernel]:
     """Return the kernels that one compilation reported on, their names still mangled."""
     kernels: list[Kernel] = []
-    own = False  # the properties that follow are of the entry, not of a function that it calls
+    own = False  # whether what follows is said of the entry, not of a function that it calls
     for line in text.splitlines():
         if entry := re.search(r"Compiling entry function '(\S+)' for '(\w+)'", line):
             kernels.append(Kernel(source, entry[2], entry[1]))

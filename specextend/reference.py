@@ -39,7 +39,7 @@ def verify_tree(
 
 
 def sample_nodes(logits: Tensor, uniforms: Tensor | None = None) -> Tensor:
-    """Take the largest logit, or the first token whose cumulative probability exceeds uniform."""
+    """Take the largest logit, or the first token with a cumulative probability above uniform."""
     ids = torch.arange(logits.shape[-1], device=logits.device)
     undefined = logits.isnan().any(-1) | (logits == -torch.inf).all(-1)
     if uniforms is None:

@@ -146,7 +146,7 @@ def version_of(package: str) -> str:
 
 def describe(commit: str | None) -> dict:
     """Return machine, driver, versions, commit, command, and the commit of a carried module."""
-    carried = ROOT / "build" / "carry" / "module" / "commit"  # of tools/carry.py
+    carried = ROOT / "build" / "carry" / "module" / "commit"  # written by tools/carry.py
     query = "--query-gpu=name,driver_version,memory.total"
     return {
         "gpu": output_of("nvidia-smi", query, "--format=csv,noheader"),

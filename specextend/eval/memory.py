@@ -40,7 +40,7 @@ class PeakMemory:
         return self._high_water() if self.kind == "resident" else None
 
     def _reset(self) -> bool:
-        """Have Linux count the peak anew (proc_pid_clear_refs(5)); False where it does not."""
+        """Make Linux count the peak anew (proc_pid_clear_refs(5)); False where it does not."""
         try:
             (_PROCESS / "clear_refs").write_text("5")
         except OSError:

@@ -9,7 +9,7 @@ from .methods import METHODS
 from .records import Header, Run
 from .synthetic import label
 
-#: phases of a round, in its order
+#: A round has these phases, in this order.
 ROUND = ("draft", "verify", "accept", "retrieve")
 
 
