@@ -24,16 +24,16 @@ struct TreeAttentionParams {
   const int32_t* prefix_lens;  // [B]: P, clamped to [0, S - N]
   const uint64_t* mask;        // [B, M, ceil(N / 64)] packed visibility (tree.h); null: a chain
   const int32_t* q_depths;     // [B, M]: position of a row is P + depth; null: a chain's
-  const int32_t* k_depths;     // [B, N]: likewise for the tree's keys; both are read with a window only
-  const float* sinks;          // [Hq]: a logit that takes part in the softmax with no value; or null
-  void* out;                   // [B, M, Hq, D], contiguous; or null: v is not read
-  float* lse;                  // [B, M, Hq], natural log, over the keys alone (without the sink)
-  float* chunk_lse;            // [B, M, Hq, num_chunks] over the prefix's chunks, or null
-  int64_t capacity;            // S
+  const int32_t* k_depths;     // [B, N]: likewise for the tree's keys; both serve windows alone
+  const float* sinks;  // [Hq]: a logit that takes part in the softmax with no value; or null
+  void* out;           // [B, M, Hq, D], contiguous; or null: v is not read
+  float* lse;          // [B, M, Hq], natural log, over the keys alone (without the sink)
+  float* chunk_lse;    // [B, M, Hq, num_chunks] over the prefix's chunks, or null
+  int64_t capacity;    // S
   int batch, num_rows, num_tree_keys, num_heads, num_kv_heads, head_dim;
   int chunk_size, num_chunks;  // num_chunks = ceil(S / chunk_size)
   int window;                  // keys at positions > position - window are seen; 0: all
-  float scale, softcap;        // softcap 0: none, else logits become softcap * tanh(logit / softcap)
+  float scale, softcap;  // softcap 0: none, else logits become softcap * tanh(logit / softcap)
 };
 
 // Two partial attentions over disjoint key sets -> one. All tensors contiguous.
@@ -173,8 +173,8 @@ struct ChunkScoresParams {
   bool tree;     // a head's mass that no chunk has is that of tree keys behind the prefix
 };
 
-// Likewise from the keys alone, of which the row sees all: `attention` without values, outputs, tree
-// or sinks, its prefix being all keys.
+// Likewise from the keys alone, of which the row sees all: `attention` without values, outputs,
+// tree or sinks, its prefix being all keys.
 struct ChunkScoresKeysParams {
   TreeAttentionParams attention;
   const int32_t* rows;  // [B], clamped to [0, M)

@@ -22,7 +22,7 @@ constexpr int kCompactSm90Shared =
 __global__ void __launch_bounds__(32)
     compact_kv_sm90_kernel(const __grid_constant__ CompactKvParams p) {
   auto* const buffer =
-      reinterpret_cast<unsigned char(*)[kCompactSm90SegmentBytes]>(ptx::shared_memory());
+      reinterpret_cast<unsigned char (*)[kCompactSm90SegmentBytes]>(ptx::shared_memory());
   auto* const loaded = reinterpret_cast<uint64_t*>(buffer[kCompactSm90Rows]);
   const int lane = int(threadIdx.x);
   if (lane == 0) {
