@@ -1,6 +1,6 @@
 #pragma once
 
-// What host code may call in the CUDA object files; instantiated one per file in csrc/cuda/.
+// What host code may call in the CUDA object files; csrc/cuda/ instantiates it.
 
 #include <cuda_runtime_api.h>
 

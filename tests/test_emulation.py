@@ -482,7 +482,7 @@ class Mutation:
     Attributes:
         name: what is wrong.
         header: of ``csrc/``, in which the only ``old`` becomes ``new``.
-        sources: of ``csrc/``, that include it.
+        sources: of ``csrc/``, or by their own path, that include it.
         check: runs the op on data drawn from a seed, and compares.
         options: of the compiler.
         capability: of the device.
@@ -532,7 +532,7 @@ SELECT = {
 }
 GATHER = {
     "header": "kernels/gather_chunks.cuh",
-    "sources": ("cuda/gather_chunks_float.cu",),
+    "sources": ("cuda/gather_chunks.cu",),
     "check": gather_chunks_of,
 }
 SCORES = {
@@ -542,7 +542,7 @@ SCORES = {
 }
 TREE = {
     "header": "kernels/tree_attention.cuh",
-    "sources": ("cuda/tree_attention_bf16_d64.cu",),
+    "sources": (emulation.INSTANTIATIONS / "tree_attention_bf16_d64.cu",),
     "check": tree_attention_of,
 }
 MUTATIONS = [
@@ -551,7 +551,7 @@ MUTATIONS = [
         "kernels/merge_states.cuh",
         "static_cast<const Vector*>(p.o_b) + row * vectors",
         "static_cast<const Vector*>(p.o_b) + row * (vectors - 1)",
-        ("cuda/merge_states_float.cu", "cuda/merge_states_half.cu", "cuda/merge_states_bf16.cu"),
+        ("cuda/merge_states.cu",),
         merge_states_of,
     ),
     Mutation(
@@ -677,7 +677,7 @@ def test_one_block_for_all_sequences():
             "cuda/append_kv.cu",
             "cuda/chunk_scores.cu",
             "cuda/compact_kv.cu",
-            "cuda/gather_chunks_float.cu",
+            "cuda/gather_chunks.cu",
         ),
         gather_chunks_of,
     ).library()

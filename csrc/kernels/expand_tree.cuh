@@ -167,8 +167,7 @@ __global__ void __launch_bounds__(kExpandThreads)
 }
 
 // The best `width` candidates of every sequence. Grid: sequences.
-template <int kThreads>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kExpandThreads)
     expand_beam_kernel(const __grid_constant__ ExpandTreeParams p,
                        const __grid_constant__ ExpandTreeScratch scratch) {
   ExpandShared& shared = *reinterpret_cast<ExpandShared*>(ptx::shared_memory());
@@ -214,7 +213,7 @@ cudaError_t launch_expand_tree(const ExpandTreeParams& p, const ExpandTreeScratc
                  block_threads(num_lanes, kExpandThreads),
                  expand_shared_bytes(scratch.candidates, row_keys), stream, p, scratch);
   if (error != cudaSuccess) return error;
-  return launch(expand_beam_kernel<kExpandThreads>, unsigned(p.batch),
+  return launch(expand_beam_kernel, unsigned(p.batch),
                 block_threads(int64_t(p.frontier) * p.top_k, kExpandThreads),
                 expand_shared_bytes(scratch.beam, sort_capacity(p.width)), stream, p, scratch);
 }

@@ -57,8 +57,7 @@ __global__ void __launch_bounds__(kVocabThreads)
 }
 
 // The best key of every row, by a warp.
-template <int kThreads>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kVocabThreads)
     argmax_rows_kernel(const __grid_constant__ SampleNodesParams p,
                        const __grid_constant__ SampleNodesScratch scratch) {
   const int64_t num_blocks = num_vocab_blocks(p.vocab);
@@ -159,7 +158,7 @@ cudaError_t launch_sample_nodes(const SampleNodesParams& p, const SampleNodesScr
     if (error != cudaSuccess) return error;
     const int64_t lanes = int64_t(p.batch) * p.num_nodes * 32;
     const unsigned row_threads = block_threads(lanes, kVocabThreads);
-    return launch(argmax_rows_kernel<kVocabThreads>,
+    return launch(argmax_rows_kernel,
                   unsigned((lanes + row_threads - 1) / row_threads), row_threads, 0, stream, p,
                   scratch);
   }

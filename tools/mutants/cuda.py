@@ -25,6 +25,11 @@ def cuda(*names: str) -> tuple[str, ...]:
     return tuple(f"csrc/cuda/{name}.cu" for name in names)
 
 
+def instance(name: str) -> tuple[str, ...]:
+    """Of the sources that csrc/cuda/attention/instantiate.py writes."""
+    return (f"build/emulation/instantiations/{name}.cu",)
+
+
 def tests(name: str, *functions: str) -> tuple[str, ...]:
     """Of an op these, and then the others: whatever its file has for the emulation."""
     file = f"tests/test_{name}.py"
@@ -32,8 +37,8 @@ def tests(name: str, *functions: str) -> tuple[str, ...]:
 
 
 # One kernel of many: bf16 and head dimensions up to 64. With chunks it is another one.
-BF16 = cuda("tree_attention_bf16_d64")
-BF16_CHUNKS = cuda("tree_attention_bf16_d64_chunks")
+BF16 = instance("tree_attention_bf16_d64")
+BF16_CHUNKS = instance("tree_attention_bf16_d64_chunks")
 BOTH = BF16 + BF16_CHUNKS
 FIRST = ("tree_attention", "prefixes[emulated-63-dtype2]", "trees[emulated-33]")
 TILED = ("tree_attention", "schedules_do_not_change_bits[emulated-dtype2]", "trees[emulated-33]")
@@ -59,7 +64,7 @@ MUTANTS = [
         "if (bits % 16 == 0 && p.head_dim % kElements == 0) {",
         "if (bits % 8 == 0 && p.head_dim % kElements == 0) {",
         tests("merge_states", "unaligned_memory"),
-        cuda("merge_states_float", "merge_states_half"),
+        cuda("merge_states"),
     ),
     Mutant(
         "merge_states: rows of which the vectors do not divide the dimension are cut",
@@ -67,7 +72,7 @@ MUTANTS = [
         "if (bits % 16 == 0 && p.head_dim % kElements == 0) {",
         "if (bits % 16 == 0 && p.head_dim >= kElements) {",
         tests("merge_states", "random"),
-        cuda("merge_states_float", "merge_states_half", "merge_states_bf16"),
+        cuda("merge_states"),
     ),
     Mutant(
         "merge_states: the last block's rows behind the end are written",
@@ -75,7 +80,7 @@ MUTANTS = [
         "  if (row >= p.num_rows) return;\n",
         "",
         tests("merge_states", "random"),
-        cuda("merge_states_float"),
+        cuda("merge_states"),
     ),
     Mutant(
         "merge_states: a row gives its log-sum-exp to the next",
@@ -83,7 +88,7 @@ MUTANTS = [
         "p.lse[row] = w.lse;",
         "p.lse[row + 1 < p.num_rows ? row + 1 : row] = w.lse;",
         tests("merge_states", "random"),
-        cuda("merge_states_float"),
+        cuda("merge_states"),
     ),
     # ---- kv_rows.h, compact_kv, append_kv ----
     Mutant(
@@ -92,7 +97,7 @@ MUTANTS = [
         "b * t.stride_b + row * t.stride_s + head * t.stride_h",
         "b * t.stride_b + int32_t(row * t.stride_s) + head * t.stride_h",
         OFFSETS,
-        cuda("append_kv", "gather_chunks_float", "gather_chunks_half", "gather_chunks_bf16"),
+        cuda("append_kv", "gather_chunks"),
     ),
     Mutant(
         "kv_rows: a sequence's offset in 32 bits",
@@ -221,7 +226,7 @@ MUTANTS = [
         "      __syncthreads();  // the table of an earlier slot is no longer read\n",
         "",
         SEQUENCES,
-        cuda("gather_chunks_float", "gather_chunks_half", "gather_chunks_bf16"),
+        cuda("gather_chunks"),
     ),
     Mutant(
         "gather_chunks: the odd vector of a row that is not rotated is moved twice too far",
@@ -229,7 +234,7 @@ MUTANTS = [
         "step = first + half_ < vectors_ ? half_ : 0;",
         "step = first + half_ <= vectors_ ? half_ : 0;",
         tests("gather_chunks", "rotary_dims"),
-        cuda("gather_chunks_float", "gather_chunks_half", "gather_chunks_bf16"),
+        cuda("gather_chunks"),
     ),
     Mutant(
         "gather_chunks: values are rotated",
@@ -237,7 +242,7 @@ MUTANTS = [
         "which == 0 && p.rotary_dim > 0 ?",
         "p.rotary_dim > 0 ?",
         tests("gather_chunks", "layouts"),
-        cuda("gather_chunks_float"),
+        cuda("gather_chunks"),
     ),
     Mutant(
         "gather_chunks: every launch moves the first layers",
@@ -245,7 +250,7 @@ MUTANTS = [
         "std::copy(p.layers + begin, p.layers + end, g.layers);",
         "std::copy(p.layers, p.layers + (end - begin), g.layers);",
         tests("gather_chunks", "more_layers_than_one_launch_takes"),
-        cuda("gather_chunks_float", "gather_chunks_half", "gather_chunks_bf16"),
+        cuda("gather_chunks"),
     ),
     Mutant(
         "gather_chunks: a rotated half may begin anywhere",
@@ -253,7 +258,7 @@ MUTANTS = [
         "uint64_t bits = uint64_t(p.rotary_dim / 2 * element_size);",
         "uint64_t bits = 0;",
         tests("gather_chunks", "rotary_dims"),
-        cuda("gather_chunks_float", "gather_chunks_half", "gather_chunks_bf16"),
+        cuda("gather_chunks"),
     ),
     Mutant(
         "gather_chunks: rows that do not fit the working cache are written",
@@ -261,7 +266,7 @@ MUTANTS = [
         "return room < 0 ? 0 : rows < room ? rows : room;",
         "return room < 0 ? 0 : rows;",
         tests("gather_chunks", "rows_that_do_not_fit_are_dropped"),
-        cuda("gather_chunks_float", "gather_chunks_half", "gather_chunks_bf16"),
+        cuda("gather_chunks"),
     ),
     # ---- chunk_scores, select_chunks ----
     Mutant(
@@ -303,7 +308,7 @@ MUTANTS = [
         "atomicAdd(&bins[digit], 1u);",
         "bins[digit] += 1u;",
         tests("select_chunks") + tests("expand_tree"),
-        cuda("select_chunks", "expand_tree_float"),
+        cuda("select_chunks", "expand_tree"),
     ),
     Mutant(
         "select: a bin too late",
@@ -319,7 +324,7 @@ MUTANTS = [
         "place = atomicAdd(count, uint32_t(__popc(having)));",
         "place = *count, *count = place + uint32_t(__popc(having));",
         tests("expand_tree", "any_schedule"),
-        cuda("expand_tree_float", "expand_tree_half", "expand_tree_bf16"),
+        cuda("expand_tree"),
     ),
     Mutant(
         "select: a step of the sort begins before the last one has ended",
@@ -328,7 +333,7 @@ MUTANTS = [
         "      if (stride > 32) __syncthreads();\n"
         "      for (uint32_t i = threadIdx.x; i < padded / 2;",
         tests("expand_tree", "any_schedule", "random"),
-        cuda("expand_tree_float"),
+        cuda("expand_tree"),
     ),
     Mutant(
         "select: what pads a sort is the smallest",
@@ -336,7 +341,7 @@ MUTANTS = [
         "i < padded; i += blockDim.x) keys[i] = ~uint64_t(0);",
         "i < padded; i += blockDim.x) keys[i] = 0;",
         tests("expand_tree", "random"),
-        cuda("expand_tree_float"),
+        cuda("expand_tree"),
     ),
     Mutant(
         "select_chunks: of equal scores one too many",
@@ -362,7 +367,7 @@ MUTANTS = [
         "x = op(x, shared[warp]);\n  __syncthreads();\n",
         "x = op(x, shared[warp]);\n",
         tests("sample_nodes", "any_schedule") + tests("expand_tree", "any_schedule"),
-        cuda("sample_nodes_float", "expand_tree_float"),
+        cuda("sample_nodes", "expand_tree"),
         why_it_survives="those who call it have barriers of their own before they use the memory "
         "again; it is there for who has none",
     ),
@@ -372,7 +377,7 @@ MUTANTS = [
         "shared[threadIdx.x / 32] = x;\n  __syncthreads();\n",
         "shared[threadIdx.x / 32] = x;\n",
         tests("sample_nodes", "any_schedule", "draws"),
-        cuda("sample_nodes_float"),
+        cuda("sample_nodes"),
     ),
     Mutant(
         "sample_nodes: a row's offset in 32 bits",
@@ -380,7 +385,7 @@ MUTANTS = [
         "b * p.stride_b + node * p.stride_n;",
         "int(b * p.stride_b + node * p.stride_n);",
         OFFSETS,
-        cuda("sample_nodes_float"),
+        cuda("sample_nodes"),
     ),
     Mutant(
         "sample_nodes: of equal logits in a lane the last",
@@ -390,7 +395,7 @@ MUTANTS = [
         "        at = x[i] >= best ? i : at;\n        best = x[i] > best ? x[i] : best;\n      }\n"
         "      const int64_t index",
         tests("sample_nodes", "argmax_takes_the_first_of_equal_logits"),
-        cuda("sample_nodes_float", "sample_nodes_half", "sample_nodes_bf16"),
+        cuda("sample_nodes"),
     ),
     Mutant(
         "sample_nodes: NaN is no number, and no reason",
@@ -398,7 +403,7 @@ MUTANTS = [
         "nan ? kNanKey : rank_key(best, uint32_t(index))",
         "rank_key(best, uint32_t(index))",
         tests("sample_nodes", "no_choice"),
-        cuda("sample_nodes_float"),
+        cuda("sample_nodes"),
     ),
     Mutant(
         "sample_nodes: blocks are summed in units of their own maximum",
@@ -406,7 +411,7 @@ MUTANTS = [
         "        sums[run_place(i)] *= block_scale(refs[i], max);\n",
         "",
         tests("sample_nodes", "draws"),
-        cuda("sample_nodes_float"),
+        cuda("sample_nodes"),
     ),
     Mutant(
         "vocab: a draw reads the block before all threads have written it",
@@ -414,7 +419,7 @@ MUTANTS = [
         "    shared.values[run_place(j)] = value_of(block.index, j);\n  }\n  __syncthreads();\n",
         "    shared.values[run_place(j)] = value_of(block.index, j);\n  }\n",
         tests("sample_nodes", "any_schedule", "draws"),
-        cuda("sample_nodes_float"),
+        cuda("sample_nodes"),
     ),
     Mutant(
         "vocab: sums are read before all threads have scaled theirs",
@@ -422,7 +427,7 @@ MUTANTS = [
         "  const int64_t num_blocks = num_vocab_blocks(vocab);\n  __syncthreads();\n",
         "  const int64_t num_blocks = num_vocab_blocks(vocab);\n",
         tests("sample_nodes", "more_blocks_than_a_warp_has_runs", "any_schedule"),
-        cuda("sample_nodes_float"),
+        cuda("sample_nodes"),
     ),
     Mutant(
         "vocab: a run's first value is found at its own sum",
@@ -430,7 +435,7 @@ MUTANTS = [
         "found = before + next > threshold;",
         "found = before + next >= threshold;",
         tests("sample_nodes", "no_draw_of_probability_zero", "extreme_uniforms"),
-        cuda("sample_nodes_float", "sample_nodes_half", "sample_nodes_bf16"),
+        cuda("sample_nodes"),
     ),
     Mutant(
         "vocab: rounding that lets no value exceed gives the first one",
@@ -438,7 +443,7 @@ MUTANTS = [
         "      if (shared.values[run_place(j)] > 0.) last = j;\n",
         "",
         tests("sample_nodes", "extreme_uniforms"),
-        cuda("sample_nodes_float"),
+        cuda("sample_nodes"),
     ),
     Mutant(
         "expand_tree: a number is added to the sums before they are whole",
@@ -446,7 +451,7 @@ MUTANTS = [
         "    sums[run_place(i)] *= block_scale(refs[i], max);\n  }\n  __syncthreads();\n",
         "    sums[run_place(i)] *= block_scale(refs[i], max);\n  }\n",
         tests("expand_tree", "any_schedule", "random"),
-        cuda("expand_tree_float"),
+        cuda("expand_tree"),
     ),
     Mutant(
         "expand_tree: NaN keeps its bits",
@@ -454,7 +459,7 @@ MUTANTS = [
         "return x != x ? -INFINITY : x;",
         "return x;",
         tests("expand_tree", "nan_and_infinite_logits"),
-        cuda("expand_tree_float"),
+        cuda("expand_tree"),
     ),
     Mutant(
         "expand_tree: of the beam's nodes only log probabilities of the first sequence",
@@ -462,7 +467,7 @@ MUTANTS = [
         "p.cand_logp + b * num_candidates;",
         "p.cand_logp;",
         tests("expand_tree", "random"),
-        cuda("expand_tree_float"),
+        cuda("expand_tree"),
     ),
     # ---- trees ----
     Mutant(
@@ -859,7 +864,7 @@ MUTANTS = [
         "return clamp_between(p.prefix_lens[b], 0, p.capacity - p.num_tree_keys);",
         "return clamp_between(p.prefix_lens[b], 0, p.capacity);",
         tests("tree_attention", "prefix_lens_are_clamped"),
-        (*BF16, *cuda("attention_combine", "tree_attention")),
+        (*BF16, *cuda("attention/combine", "attention/portable")),
     ),
     Mutant(
         "attention_work: the sink counts in the log-sum-exp",
@@ -867,7 +872,7 @@ MUTANTS = [
         "return s.max == -INFINITY ? -INFINITY : (s.max + log2f(s.sum)) * kLn2;",
         "return s.max == -INFINITY ? 0.f : (s.max + log2f(s.sum)) * kLn2;",
         tests("tree_attention", "sinks[emulated-dtype2]", "rows_and_keys_differ"),
-        (*BF16, *cuda("attention_combine", "tree_attention")),
+        (*BF16, *cuda("attention/combine", "attention/portable")),
     ),
     Mutant(
         "attention_work: sinks are in base 2",
@@ -933,7 +938,7 @@ MUTANTS = [
         "",
         tests("tree_attention", "multiprocessors[emulated-dtype2]")
         + ("tests/test_hopper.py::test_one_block",),
-        cuda("attention_combine"),
+        cuda("attention/combine"),
     ),
     Mutant(
         "attention_combine: a lane's blocks behind the first are left out",
@@ -941,7 +946,7 @@ MUTANTS = [
         "block < r.blocks.end; block += 32) {\n    total = add",
         "block < min(r.blocks.end, r.blocks.begin + 32); block += 32) {\n    total = add",
         tests("tree_attention", "more_parts_than_lanes[emulated-dtype2]"),
-        cuda("attention_combine"),
+        cuda("attention/combine"),
     ),
     Mutant(
         "attention_combine: parts are added without their weights",
@@ -949,7 +954,7 @@ MUTANTS = [
         "max == -INFINITY ? 0.f : exp2f(max - total.max);",
         "max == -INFINITY ? 0.f : 1.f;",
         tests(*CUTS),
-        cuda("attention_combine"),
+        cuda("attention/combine"),
     ),
     Mutant(
         "attention_combine: a part without keys counts",
@@ -957,7 +962,7 @@ MUTANTS = [
         "max == -INFINITY ? 0.f : exp2f(max - total.max);",
         "exp2f(max - total.max);",
         tests("tree_attention", "masked_keys_may_hold_anything"),
-        cuda("attention_combine"),
+        cuda("attention/combine"),
     ),
     Mutant(
         "attention_combine: a chunk over three blocks loses the last",
@@ -967,7 +972,7 @@ MUTANTS = [
         tests(
             "tree_attention", "multiprocessors[emulated-dtype2]", "chunk_lse[emulated-256-dtype0]"
         ),
-        cuda("attention_combine"),
+        cuda("attention/combine"),
     ),
     Mutant(
         "attention_combine: chunks behind the prefix hold what memory held",
@@ -975,7 +980,7 @@ MUTANTS = [
         "i < c.num_chunks; i += 32) to[i] = -INFINITY;",
         "i + 1 < c.num_chunks; i += 32) to[i] = -INFINITY;",
         tests(*CHUNKED),
-        cuda("attention_combine"),
+        cuda("attention/combine"),
     ),
     Mutant(
         "tree_attention_float: keys are replaced while they are read",
@@ -983,7 +988,7 @@ MUTANTS = [
         "    const uint32_t readable = readable_keys(c, s, key);\n    __syncthreads();\n",
         "    const uint32_t readable = readable_keys(c, s, key);\n",
         tests("tree_attention", "schedules_do_not_change_bits[emulated-dtype0]"),
-        cuda("tree_attention"),
+        cuda("attention/portable"),
     ),
     Mutant(
         "tree_attention_float: values are read before they are there",
@@ -991,7 +996,7 @@ MUTANTS = [
         "c.v_stride_s, dim, readable);\n    __syncthreads();\n",
         "c.v_stride_s, dim, readable);\n",
         tests("tree_attention", "schedules_do_not_change_bits[emulated-dtype0]"),
-        cuda("tree_attention"),
+        cuda("attention/portable"),
     ),
     Mutant(
         "tree_attention_float: what was summed before is not rescaled",
@@ -999,7 +1004,7 @@ MUTANTS = [
         "total = {most, total.sum * before + sum};",
         "total = {most, total.sum + sum};",
         tests("tree_attention", "prefixes[emulated-127-dtype0]"),
-        cuda("tree_attention"),
+        cuda("attention/portable"),
     ),
     Mutant(
         "tree_attention_float: a key that nobody may read",
@@ -1007,7 +1012,7 @@ MUTANTS = [
         "readable >> key & 1 ? from[key * stride + d] : 0.f",
         "from[key * stride + d]",
         tests("tree_attention", "masked_keys_may_hold_anything[emulated-dtype0]"),
-        cuda("tree_attention"),
+        cuda("attention/portable"),
     ),
     Mutant(
         "launch: more shared memory than the device was asked for",
@@ -1023,7 +1028,7 @@ MUTANTS = [
         "at.logits = at.ring + at.slots * at.half;",
         "at.logits = at.ring + (at.slots - 1) * at.half;",
         tests(*CHUNKED),
-        (*BOTH, *cuda("tree_attention")),
+        (*BOTH, *cuda("attention/portable")),
     ),
     Mutant(
         "tree_attention: values have the strides of keys",
@@ -1062,9 +1067,9 @@ MUTANTS = [
 # ---- tree_attention on Hopper: in a library without portable kernels --------------------------
 
 # Of d64 a ring has six places, of d256 two.
-D64, D256 = cuda("tree_attention_d64_sm90"), cuda("tree_attention_d256_sm90")
+D64, D256 = instance("tree_attention_d64_sm90"), instance("tree_attention_d256_sm90")
 LARGE = ("tests/test_hopper.py::test_head_dims",)
-LAUNCH90 = cuda("tree_attention_sm90")
+LAUNCH90 = cuda("attention/hopper_sm90")
 ONE, PAIR, WINDOWED, OPTIONS, ALL = (
     ("tests/test_hopper.py" + name,)
     for name in (
@@ -1293,7 +1298,7 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: k's strides are not looked at",
-        "csrc/cuda/tree_attention_sm90.cu",
+        "csrc/cuda/attention/hopper_sm90.cu",
         "is_copied_by_boxes(p.k, p, p.k_stride_s, p.k_stride_h, p.k_stride_b) &&",
         "is_copied_by_boxes(p.k, p, 8, 8, 8) &&",
         ALL,
@@ -1301,7 +1306,7 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: v's strides are not looked at",
-        "csrc/cuda/tree_attention_sm90.cu",
+        "csrc/cuda/attention/hopper_sm90.cu",
         "is_copied_by_boxes(p.v, p, p.v_stride_s, p.v_stride_h, p.v_stride_b);",
         "is_copied_by_boxes(p.v, p, 8, 8, 8);",
         ALL,
@@ -1309,7 +1314,7 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: q's strides are not looked at",
-        "csrc/cuda/tree_attention_sm90.cu",
+        "csrc/cuda/attention/hopper_sm90.cu",
         "(p.q_stride_b | p.q_stride_m | p.q_stride_h) % 8 == 0 &&",
         "",
         ALL,
