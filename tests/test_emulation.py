@@ -541,7 +541,7 @@ SCORES = {
     "check": chunk_scores_of,
 }
 TREE = {
-    "header": "kernels/tree_attention.cuh",
+    "header": "kernels/attention/portable/tiles.cuh",
     "sources": (emulation.INSTANTIATIONS / "tree_attention_bf16_d64.cu",),
     "check": tree_attention_of,
 }
@@ -635,7 +635,7 @@ MUTATIONS = [
     ),
     Mutation(
         "tree_attention: warps that share keys do not meet",
-        old="ptx::named_barrier(1 + key_group_, kGroupThreads);",
+        old="ptx::named_barrier(1 + at_.key_group, Shape::kGroupThreads);",
         new="",
         **TREE,
     ),
@@ -649,19 +649,19 @@ MUTATIONS = [
         "tree_attention: the ring is given up while it is read",
         old="ptx::cp_async_wait<0>();\n    __syncthreads();",
         new="ptx::cp_async_wait<0>();",
-        **TREE,
+        **{**TREE, "header": "kernels/attention/portable/kernel.cuh"},
     ),
     Mutation(
         "tree_attention: strides swapped",
-        old="at.row * p_.q_stride_m + at.head * p_.q_stride_h",
-        new="at.row * p_.q_stride_h + at.head * p_.q_stride_m",
+        old="from.row * at_.p.q_stride_m + from.head * at_.p.q_stride_h",
+        new="from.row * at_.p.q_stride_h + from.head * at_.p.q_stride_m",
         **TREE,
     ),
     Mutation(
         "tree_attention: a mask's bits are shifted",
         old="mask_bit(mask, int(slot))",
         new="(slot > 0 && mask_bit(mask, int(slot) - 1))",
-        **{**TREE, "header": "kernels/attention_work.cuh"},
+        **{**TREE, "header": "kernels/attention/masks.cuh"},
     ),
 ]
 

@@ -12,13 +12,21 @@ MERGE, COMPACT, SM90, APPEND, GATHER, SCORES, SELECT, CHUNKS, SAMPLE, VOCAB, EXP
         "chunk_scores", "select", "select_chunks", "sample_nodes", "vocab", "expand_tree",
     )
 )  # fmt: skip
-FINALIZE, VERIFY, REJECTION, TREE, FLOAT, WORK, COMBINE, HOPPER = (
-    f"{KERNELS}/{name}.cuh"
-    for name in (
-        "finalize_tree", "verify_tree", "verify_tree_rejection", "tree_attention",
-        "tree_attention_float", "attention_work", "attention_combine", "tree_attention_sm90",
-    )
-)  # fmt: skip
+FINALIZE, VERIFY, REJECTION = (
+    f"{KERNELS}/{name}.cuh" for name in ("finalize_tree", "verify_tree", "verify_tree_rejection")
+)
+FLOAT, SOFTMAX, MASKS, SEGMENTS, CHUNK_LSE, COMBINE = (
+    f"{KERNELS}/attention/{name}.cuh"
+    for name in ("float", "softmax", "masks", "segments", "chunks", "combine")
+)
+TILES, OWN_MASKS, OWN_SOFTMAX, OWN_CHUNKS, GROUPS, BLOCK = (
+    f"{KERNELS}/attention/portable/{name}.cuh"
+    for name in ("tiles", "masks", "softmax", "chunks", "groups", "kernel")
+)
+HOPPER_SHARED, PRODUCER, HOPPER_MASKS, HOPPER_SOFTMAX, ROWS, CONSUMER, HOPPER = (
+    f"{KERNELS}/attention/hopper/{name}.cuh"
+    for name in ("shared", "producer", "masks", "softmax", "rows", "consumer", "kernel")
+)
 
 
 def cuda(*names: str) -> tuple[str, ...]:
@@ -481,24 +489,25 @@ MUTANTS = [
     Mutant(
         "finalize_tree: ranks of parents that are not there yet",
         FINALIZE,
-        "    parents[i] = parent >= 0 && parent < i ? parent : -1;\n  }\n  __syncthreads();\n",
-        "    parents[i] = parent >= 0 && parent < i ? parent : -1;\n  }\n",
+        "    pool.parents[i] = parent >= 0 && parent < i ? parent : -1;\n  }\n  __syncthreads();\n",
+        "    pool.parents[i] = parent >= 0 && parent < i ? parent : -1;\n  }\n",
         tests("finalize_tree", "any_schedule", "random_pools"),
         cuda("finalize_tree"),
     ),
     Mutant(
         "finalize_tree: masks of parents that are not there yet",
         FINALIZE,
-        "depths[slot] = node >= 0 ? int32_t(uint32_t(ranks[node])) : 0;\n  }\n  __syncthreads();",
-        "depths[slot] = node >= 0 ? int32_t(uint32_t(ranks[node])) : 0;\n  }",
+        "depths[slot] = node >= 0 ? int32_t(uint32_t(pool.ranks[node])) : 0;\n  }\n"
+        "  __syncthreads();",
+        "depths[slot] = node >= 0 ? int32_t(uint32_t(pool.ranks[node])) : 0;\n  }",
         tests("finalize_tree", "any_schedule", "random_pools"),
         cuda("finalize_tree"),
     ),
     Mutant(
         "finalize_tree: slots of nodes that are not there yet",
         FINALIZE,
-        "slots[i] = int32_t(slot);  // the root is slot 0\n      }\n    }\n    __syncthreads();",
-        "slots[i] = int32_t(slot);  // the root is slot 0\n      }\n    }",
+        "slots[i] = int32_t(slot);  // the root is slot 0\n    }\n  }\n  __syncthreads();",
+        "slots[i] = int32_t(slot);  // the root is slot 0\n    }\n  }",
         tests("finalize_tree", "any_schedule", "random_pools"),
         cuda("finalize_tree"),
     ),
@@ -611,88 +620,88 @@ MUTANTS = [
     # ---- tree_attention, the portable family ----
     Mutant(
         "tree_attention: a key's offset in 32 bits",
-        TREE,
-        "s_.kv_head * (of_values ? p_.v_stride_h : p_.k_stride_h) + key * stride;",
-        "s_.kv_head * (of_values ? p_.v_stride_h : p_.k_stride_h) + int32_t(key * stride);",
+        TILES,
+        "at_.s.kv_head * (of_values ? p.v_stride_h : p.k_stride_h) + key * stride;",
+        "at_.s.kv_head * (of_values ? p.v_stride_h : p.k_stride_h) + int32_t(key * stride);",
         OFFSETS,
         BF16,
     ),
     Mutant(
         "tree_attention: a query's offset in 32 bits",
-        TREE,
-        "q + at.row * p_.q_stride_m + at.head * p_.q_stride_h + vector * 8",
-        "q + int32_t(at.row * p_.q_stride_m) + at.head * p_.q_stride_h + vector * 8",
+        TILES,
+        "q + from.row * at_.p.q_stride_m + from.head * at_.p.q_stride_h + vector * 8",
+        "q + int32_t(from.row * at_.p.q_stride_m) + from.head * at_.p.q_stride_h + vector * 8",
         OFFSETS,
         BF16,
     ),
     Mutant(
         "tree_attention: a group of 15 prefix keys and one tree key without a mask",
-        TREE,
-        "if (key < s_.all_see_from || key + 16 > s_.prefix || p_.softcap > 0)",
-        "if (key < s_.all_see_from || key + 15 > s_.prefix || p_.softcap > 0)",
+        BLOCK,
+        "if (key < at_.s.all_see_from || key + 16 > at_.s.prefix || at_.p.softcap > 0)",
+        "if (key < at_.s.all_see_from || key + 15 > at_.s.prefix || at_.p.softcap > 0)",
         tests("tree_attention", "one_key_from_a_whole_tile[emulated-15-dtype2]"),
         BF16,
     ),
     Mutant(
         "tree_attention: keys behind a window without a mask",
-        TREE,
-        "if (key < s_.all_see_from || key + 16 > s_.prefix || p_.softcap > 0)",
-        "if (key + 16 < s_.all_see_from || key + 16 > s_.prefix || p_.softcap > 0)",
+        BLOCK,
+        "if (key < at_.s.all_see_from || key + 16 > at_.s.prefix || at_.p.softcap > 0)",
+        "if (key + 16 < at_.s.all_see_from || key + 16 > at_.s.prefix || at_.p.softcap > 0)",
         tests(*WINDOWS),
         BF16,
     ),
     Mutant(
         "tree_attention: warps of a key group do not meet behind a wait",
-        TREE,
-        "    if constexpr (kRowWarps == 1) {\n      __syncwarp();\n    } else {",
-        "    if constexpr (kRowWarps == 1) {\n    } else {",
+        TILES,
+        "    if constexpr (Shape::kRowWarps == 1) {\n      __syncwarp();\n    } else {",
+        "    if constexpr (Shape::kRowWarps == 1) {\n    } else {",
         tests(*TILED),
         BF16,
     ),
     Mutant(
         "tree_attention: warps that share keys do not meet",
-        TREE,
-        "      ptx::named_barrier(1 + key_group_, kGroupThreads);\n",
+        TILES,
+        "      ptx::named_barrier(1 + at_.key_group, Shape::kGroupThreads);\n",
         "",
         tests(*TILED),
         BF16,
     ),
     Mutant(
         "tree_attention: key groups share a barrier",
-        TREE,
-        "ptx::named_barrier(1 + key_group_, kGroupThreads);",
-        "ptx::named_barrier(1, kGroupThreads);",
+        TILES,
+        "ptx::named_barrier(1 + at_.key_group, Shape::kGroupThreads);",
+        "ptx::named_barrier(1, Shape::kGroupThreads);",
         tests(*TILED),
         BF16,
     ),
     Mutant(
         "tree_attention: the queries' place is filled while they are read",
-        TREE,
-        "        for (int j = 0; j < 4; ++j) q_[i][d][j] ^= sign;\n      }\n    }\n"
+        TILES,
+        "        for (int j = 0; j < 4; ++j) q[i][d][j] ^= sign;\n      }\n    }\n"
         "    __syncthreads();",
-        "        for (int j = 0; j < 4; ++j) q_[i][d][j] ^= sign;\n      }\n    }",
+        "        for (int j = 0; j < 4; ++j) q[i][d][j] ^= sign;\n      }\n    }",
         tests(*TILED),
         BF16,
     ),
     Mutant(
         "tree_attention: a half tile more is asked for than there is room for",
-        TREE,
-        "request_half(first_half(tile) + kAhead + 1);",
-        "request_half(first_half(tile) + kAhead + 2);",
+        BLOCK,
+        "request_half(tiles_.first_half(tile) + kAhead + 1);",
+        "request_half(tiles_.first_half(tile) + kAhead + 2);",
         tests(*TILED),
         BF16,
     ),
     Mutant(
         "tree_attention: outputs are not rescaled when a larger logit comes",
-        TREE,
-        "          out_[i][d][2 * half] *= scale;\n",
+        OWN_SOFTMAX,
+        "          out[i][d][2 * half] *= scale;\n",
         "",
         tests("tree_attention", "large_logits[emulated]", "prefixes[emulated-1000-dtype2]"),
         BF16,
     ),
     Mutant(
         "tree_attention: sums are not rescaled when a larger logit comes",
-        TREE,
+        OWN_SOFTMAX,
         "        sum(i, half) *= scale;\n",
         "",
         tests("tree_attention", "large_logits[emulated]", "prefixes[emulated-1000-dtype2]"),
@@ -700,7 +709,7 @@ MUTANTS = [
     ),
     Mutant(
         "tree_attention: a row's maximum is that of a thread",
-        TREE,
+        OWN_SOFTMAX,
         "most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));\n        const float before",
         "const float before",
         tests(*FIRST),
@@ -708,31 +717,31 @@ MUTANTS = [
     ),
     Mutant(
         "tree_attention: the softcap's factor is the scaled one",
-        TREE,
-        "outer = p_.softcap * kLog2E;",
-        "outer = p_.softcap;",
+        OWN_MASKS,
+        "outer = p.softcap * kLog2E;",
+        "outer = p.softcap;",
         tests("tree_attention", "softcap[emulated-0.5-dtype2]"),
         BF16,
     ),
     Mutant(
         "tree_attention: a negative scale counts as positive",
-        TREE,
-        "const uint32_t sign = p_.scale < 0 ? 0x80008000u : 0;",
+        TILES,
+        "const uint32_t sign = at_.p.scale < 0 ? 0x80008000u : 0;",
         "const uint32_t sign = 0;",
         tests("tree_attention", "scale"),
         BF16,
     ),
     Mutant(
         "tree_attention: a tile's columns behind the head dimension are what they are",
-        TREE,
-        "(vector + j * kAcross) * 8 < p_.head_dim);\n          ptx::cp_async_16(",
+        TILES,
+        "(vector + j * kAcross) * 8 < at_.p.head_dim);\n          ptx::cp_async_16(",
         "(vector + j * kAcross) * 8 < kDim);\n          ptx::cp_async_16(",
         tests("tree_attention", "head_dims[emulated-40]", "head_dims[emulated-8]"),
         BF16,
     ),
     Mutant(
         "tree_attention: partial sums before all key groups have theirs",
-        TREE,
+        BLOCK,
         "    __syncthreads();  // nobody reads the ring any more\n",
         "",
         tests(*TILED),
@@ -740,31 +749,31 @@ MUTANTS = [
     ),
     Mutant(
         "tree_attention: a unit's rows behind the last are written",
-        TREE,
-        "if (int(threadIdx.x) < s_.num_rows) {",
+        GROUPS,
+        "if (int(threadIdx.x) < at_.s.num_rows) {",
         "if (int(threadIdx.x) < kRows) {",
         tests(*FIRST),
         BF16,
     ),
     Mutant(
         "tree_attention: chunks of the part before",
-        TREE,
-        "emit_chunks(p_, s_, tile / part_tiles, part_tiles * kTileKeys,",
-        "emit_chunks(p_, s_, (tile + 1) / part_tiles, part_tiles * kTileKeys,",
+        OWN_CHUNKS,
+        "emit_chunks(at_.p, at_.s, tile / part_tiles, part_tiles * Shape::kTileKeys,",
+        "emit_chunks(at_.p, at_.s, (tile + 1) / part_tiles, part_tiles * Shape::kTileKeys,",
         tests(*CHUNKED),
         BF16_CHUNKS,
     ),
     Mutant(
         "tree_attention: chunks are made before all warps have their logits",
-        TREE,
-        "    __syncthreads();\n    emit_chunks(p_",
-        "    emit_chunks(p_",
+        OWN_CHUNKS,
+        "    __syncthreads();\n    emit_chunks(at_.p",
+        "    emit_chunks(at_.p",
         tests(*CHUNKED),
         BF16_CHUNKS,
     ),
     Mutant(
         "tree_attention: logits are overwritten while chunks are made of them",
-        TREE,
+        OWN_CHUNKS,
         "return sum_keys(row, begin, end); });\n    __syncthreads();",
         "return sum_keys(row, begin, end); });",
         tests(*CHUNKED),
@@ -772,15 +781,15 @@ MUTANTS = [
     ),
     Mutant(
         "tree_attention: tree keys count in a chunk",
-        TREE,
-        "int(clamp_between(s_.prefix - key, 0, 16))",
-        "int(clamp_between(s_.prefix - key + 1, 0, 16))",
+        OWN_CHUNKS,
+        "int(clamp_between(at_.s.prefix - at_.first_key(tile), 0, 16))",
+        "int(clamp_between(at_.s.prefix - at_.first_key(tile) + 1, 0, 16))",
         tests(*CHUNKED),
         BF16_CHUNKS,
     ),
     Mutant(
         "attention_work: one chunk too many at the prefix's end",
-        WORK,
+        CHUNK_LSE,
         "int(uint32_t(min(part_end, prefix) - 1) / uint32_t(c.chunk_size))",
         "int(uint32_t(min(part_end, prefix)) / uint32_t(c.chunk_size))",
         tests("tree_attention", "the_last_chunk_is_full[emulated-16-dtype2]"),
@@ -788,7 +797,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: what a chunk carries from part to part is lost",
-        WORK,
+        CHUNK_LSE,
         "if (begin < part_key && part > 0) sum = add",
         "if (begin < part_key && part > 1) sum = add",
         tests("tree_attention", "window[emulated-64-dtype2]", "chunk_lse[emulated-1000-dtype2]"),
@@ -796,7 +805,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: the edge at a segment's begin takes the place of that at its end",
-        WORK,
+        CHUNK_LSE,
         "(partial * 2 + !cut_before) * rows + row",
         "(partial * 2 + cut_before) * rows + row",
         tests("tree_attention", "multiprocessors[emulated-dtype2]", "window[emulated-129-dtype2]"),
@@ -804,7 +813,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: a window is one short",
-        WORK,
+        MASKS,
         "return p.window ? prefix + depth - p.window + 1 : 0;",
         "return p.window ? prefix + depth - p.window + 2 : 0;",
         tests(*WINDOWS),
@@ -812,7 +821,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: the keys of a window begin at the first row's, whatever depths are",
-        WORK,
+        MASKS,
         "  if (!p.q_depths) return row_depth(p, b, 0);\n",
         "  return row_depth(p, b, 0);\n",
         tests(*WINDOWS),
@@ -820,7 +829,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: rows of a block are taken to see what its first row sees",
-        WORK,
+        SEGMENTS,
         "most = max(most, row_depth(c, b, row));",
         "most = max(most, row_depth(c, b, begin));",
         tests(*WINDOWS),
@@ -828,7 +837,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: a tree key's slot is taken for its depth",
-        WORK,
+        MASKS,
         "prefix + (depths ? depths[slot] : slot) >= first",
         "prefix + slot >= first",
         tests("tree_attention", "window[emulated-1-dtype2]"),
@@ -836,7 +845,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: a chain's row does not see itself",
-        WORK,
+        MASKS,
         "mask_bit(mask, int(slot)) : slot <= last)",
         "mask_bit(mask, int(slot)) : slot < last)",
         tests("tree_attention", "chain_is_causal_sdpa", "prefixes[emulated-63-dtype2]"),
@@ -844,7 +853,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: masks of the first sequence",
-        WORK,
+        MASKS,
         "p.mask + (int64_t(b) * p.num_rows + row) * mask_words(p.num_tree_keys) : nullptr;",
         "p.mask + int64_t(row) * mask_words(p.num_tree_keys) : nullptr;",
         tests("tree_attention", "batch[emulated-dtype2]"),
@@ -852,7 +861,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: keys that one row alone sees are not read",
-        WORK,
+        SEGMENTS,
         "row < s.row_end; row += 32) {\n    tree |= mask_bits32",
         "row + 1 < s.row_end; row += 32) {\n    tree |= mask_bits32",
         tests(*FIRST),
@@ -860,7 +869,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: the prefix is not clamped to the cache",
-        WORK,
+        MASKS,
         "return clamp_between(p.prefix_lens[b], 0, p.capacity - p.num_tree_keys);",
         "return clamp_between(p.prefix_lens[b], 0, p.capacity);",
         tests("tree_attention", "prefix_lens_are_clamped"),
@@ -868,7 +877,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: the sink counts in the log-sum-exp",
-        WORK,
+        SOFTMAX,
         "return s.max == -INFINITY ? -INFINITY : (s.max + log2f(s.sum)) * kLn2;",
         "return s.max == -INFINITY ? 0.f : (s.max + log2f(s.sum)) * kLn2;",
         tests("tree_attention", "sinks[emulated-dtype2]", "rows_and_keys_differ"),
@@ -876,7 +885,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: sinks are in base 2",
-        WORK,
+        SOFTMAX,
         "exp2f(p.sinks[head] * kLog2E - s.max)",
         "exp2f(p.sinks[head] - s.max)",
         tests("tree_attention", "sinks[emulated-dtype2]"),
@@ -884,7 +893,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: sinks are counted twice",
-        WORK,
+        SOFTMAX,
         "return 1.f / (s.sum + sink);",
         "return 1.f / (s.sum + 2 * sink);",
         tests("tree_attention", "sinks[emulated-dtype2]"),
@@ -892,7 +901,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: the softmax of two parts is that of the first",
-        WORK,
+        SOFTMAX,
         "return {max, a.sum * exp2f(a.max - max) + b.sum * exp2f(b.max - max)};",
         "return {max, a.sum * exp2f(a.max - max) + b.sum};",
         tests(*FIRST),
@@ -900,7 +909,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: blocks take up the next unit while warps read the last one's",
-        WORK,
+        SEGMENTS,
         "    f();\n    __syncthreads();\n",
         "    f();\n",
         tests(*CUTS),
@@ -908,7 +917,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: warps begin a unit before it is described",
-        WORK,
+        SEGMENTS,
         "    if (first_warp) state.advance(c);\n    __syncthreads();\n",
         "    if (first_warp) state.advance(c);\n",
         tests(*CUTS),
@@ -916,7 +925,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: lanes read where the block is while one of them moves it",
-        WORK,
+        SEGMENTS,
         "      const Segment found = segment_of(begin, length - kUnitOverhead, run);\n"
         "      __syncwarp();\n",
         "      const Segment found = segment_of(begin, length - kUnitOverhead, run);\n",
@@ -925,7 +934,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: sequences behind the first 32 begin where the first did",
-        WORK,
+        SEGMENTS,
         "total += __shfl_sync(kAllLanes, end, min(31, c.batch - 1 - first));",
         "total += __shfl_sync(kAllLanes, end, 0);",
         tests("tree_attention", "many_sequences"),
@@ -985,24 +994,24 @@ MUTANTS = [
     Mutant(
         "tree_attention_float: keys are replaced while they are read",
         FLOAT,
-        "    const uint32_t readable = readable_keys(c, s, key);\n    __syncthreads();\n",
-        "    const uint32_t readable = readable_keys(c, s, key);\n",
+        "      const uint32_t readable = readable_keys(c_, s_, key);\n      __syncthreads();\n",
+        "      const uint32_t readable = readable_keys(c_, s_, key);\n",
         tests("tree_attention", "schedules_do_not_change_bits[emulated-dtype0]"),
         cuda("attention/portable"),
     ),
     Mutant(
         "tree_attention_float: values are read before they are there",
         FLOAT,
-        "c.v_stride_s, dim, readable);\n    __syncthreads();\n",
-        "c.v_stride_s, dim, readable);\n",
+        "__syncthreads();\n      add_values(rescale);",
+        "add_values(rescale);",
         tests("tree_attention", "schedules_do_not_change_bits[emulated-dtype0]"),
         cuda("attention/portable"),
     ),
     Mutant(
         "tree_attention_float: what was summed before is not rescaled",
         FLOAT,
-        "total = {most, total.sum * before + sum};",
-        "total = {most, total.sum + sum};",
+        "total_ = {most, total_.sum * rescale + sum};",
+        "total_ = {most, total_.sum + sum};",
         tests("tree_attention", "prefixes[emulated-127-dtype0]"),
         cuda("attention/portable"),
     ),
@@ -1080,7 +1089,7 @@ ONE, PAIR, WINDOWED, OPTIONS, ALL = (
 MUTANTS += [
     Mutant(
         "hopper: a place is filled before its keys have been multiplied",
-        HOPPER,
+        PRODUCER,
         "        wait_for(&barriers.empty_k[ring.stage], ring.parity ^ 1);\n",
         "",
         (*LARGE, *ALL),
@@ -1088,7 +1097,7 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: a place is filled before its values have been multiplied",
-        HOPPER,
+        PRODUCER,
         "        wait_for(&barriers.empty_v[ring.stage], ring.parity ^ 1);\n",
         "",
         (*LARGE, *ALL),
@@ -1096,25 +1105,25 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: keys are multiplied before they are there",
-        HOPPER,
-        "      for (int t = 1; t < tiles; ++t) {\n"
-        "        wait_for(&barriers.full_k[ring.stage], ring.parity);\n",
-        "      for (int t = 1; t < tiles; ++t) {\n",
+        CONSUMER,
+        "    for (int t = 1; t < tiles; ++t) {\n"
+        "      wait_for(&barriers_.full_k[ring_.stage], ring_.parity);\n",
+        "    for (int t = 1; t < tiles; ++t) {\n",
         (*ONE, *ALL),
         D64,
     ),
     Mutant(
         "hopper: the last values are multiplied before they are there",
-        HOPPER,
-        "        ring.advance();\n      }\n"
-        "      wait_for(&barriers.full_v[before.stage], before.parity);\n",
-        "        ring.advance();\n      }\n",
+        CONSUMER,
+        "      ring_.advance();\n    }\n"
+        "    wait_for(&barriers_.full_v[before.stage], before.parity);\n",
+        "      ring_.advance();\n    }\n",
         (*ONE, *ALL),
         D64,
     ),
     Mutant(
         "hopper: a job is overwritten while it is read",
-        HOPPER,
+        PRODUCER,
         "      wait_for(&barriers.taken[jobs.stage], jobs.parity ^ 1);\n",
         "",
         (*ONE, *ALL),
@@ -1122,7 +1131,7 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: a mask is overwritten while it is read",
-        HOPPER,
+        HOPPER_MASKS,
         "        wait_for(&barriers.seen_read, seen.parity ^ 1);\n",
         "",
         (*ONE, *ALL),
@@ -1130,15 +1139,15 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: a mask is used before it is written",
-        HOPPER,
-        "        wait_for(&barriers.seen_ready, seen.parity);\n",
+        CONSUMER,
+        "      wait_for(&barriers_.seen_ready, seen_.parity);\n",
         "",
         (*ONE, *ALL),
         D64,
     ),
     Mutant(
         "hopper: the mask is told to be ready by a lane that is ahead",
-        HOPPER,
+        HOPPER_MASKS,
         "        hopper::publish_shared();\n        __syncwarp();\n        if (lane == 0)",
         "        hopper::publish_shared();\n        if (lane == 0)",
         (*ONE, *ALL),
@@ -1146,7 +1155,7 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: cleared values without a proxy fence",
-        HOPPER,
+        HOPPER_MASKS,
         "        hopper::publish_shared();\n        __syncwarp();",
         "        __syncwarp();",
         ("tests/test_hopper.py::test_masked_values_may_be_anything", *ONE),
@@ -1154,25 +1163,25 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: queries without a proxy fence",
-        HOPPER,
-        "job.row_begin + own_rows, thread, queries);\n    hopper::publish_shared();\n",
-        "job.row_begin + own_rows, thread, queries);\n",
+        CONSUMER,
+        "queries_);\n    hopper::publish_shared();\n",
+        "queries_);\n",
         ONE,
         D64,
     ),
     Mutant(
         "hopper: queries are multiplied before all threads have written theirs",
-        HOPPER,
-        "hopper::publish_shared();\n    ptx::named_barrier(kOwnRowsBarrier + warpgroup, 128);\n",
+        CONSUMER,
+        "hopper::publish_shared();\n    ptx::named_barrier(kOwnRowsBarrier + warpgroup_, 128);\n",
         "hopper::publish_shared();\n",
         (*ONE, *ALL),
         D64,
     ),
     Mutant(
         "hopper: queries are overwritten while they are multiplied",
-        HOPPER,
-        "    ptx::named_barrier(kOwnRowsBarrier + warpgroup, 128);  // nobody",
-        "    // nobody",
+        CONSUMER,
+        "any more.\n    ptx::named_barrier(kOwnRowsBarrier + warpgroup_, 128);\n",
+        "any more.\n",
         (*ONE, *ALL),
         D64,
     ),
@@ -1210,23 +1219,23 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: logits are used before their product has ended",
-        HOPPER,
-        "        hopper::wait_products<1>();\n",
+        CONSUMER,
+        "      hopper::wait_products<1>();\n",
         "",
         (*ONE, *ALL),
         D64,
     ),
     Mutant(
         "hopper: outputs are rescaled before the product of values has ended",
-        HOPPER,
-        "        weigh(t);\n        hopper::wait_products<0>();\n",
-        "        weigh(t);\n",
+        CONSUMER,
+        "      weigh(job, t);\n      hopper::wait_products<0>();\n",
+        "      weigh(job, t);\n",
         (*ONE, *ALL),
         D64,
     ),
     Mutant(
         "hopper: a place is given back before all lanes have read it",
-        HOPPER,
+        HOPPER_SHARED,
         "void release(uint64_t* empty, int cluster) {\n  __syncwarp();\n",
         "void release(uint64_t* empty, int cluster) {\n",
         (*LARGE, *ALL),
@@ -1234,7 +1243,7 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: the second block copies the first one's half",
-        HOPPER,
+        PRODUCER,
         "const int first = rank * (Shape::kKeys / 2);",
         "const int first = 0 * (Shape::kKeys / 2);",
         PAIR,
@@ -1242,7 +1251,7 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: the tile that the tree begins in counts as plain",
-        HOPPER,
+        PRODUCER,
         "tile(state.prefix / kKeys)};",
         "tile(divide_up(state.prefix, kKeys))};",
         ONE,
@@ -1250,7 +1259,7 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: the tile that a window ends in counts as plain",
-        HOPPER,
+        PRODUCER,
         "tile(divide_up(state.all_see_from, kKeys)),",
         "tile(state.all_see_from / kKeys),",
         WINDOWED,
@@ -1258,7 +1267,7 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: what was summed before is not rescaled",
-        HOPPER,
+        HOPPER_SOFTMAX,
         "    sum[r] *= correction[r];\n",
         "",
         ONE,
@@ -1266,7 +1275,7 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: values that nobody sees are not cleared",
-        HOPPER,
+        HOPPER_MASKS,
         "rest = ~readable_keys(p, at, key + first); rest != 0;",
         "rest = 0 & ~readable_keys(p, at, key + first); rest != 0;",
         ("tests/test_hopper.py::test_masked_values_may_be_anything", *ALL),
@@ -1274,7 +1283,7 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: a chunk's columns one short",
-        HOPPER,
+        HOPPER_SOFTMAX,
         "if (i / 2 % 2 != r || fragment_column(thread, i) >= columns) continue;",
         "if (i / 2 % 2 != r || fragment_column(thread, i) + 1 >= columns) continue;",
         (*PAIR, *ALL),
@@ -1282,7 +1291,7 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: one chunk too many at the prefix's end",
-        HOPPER,
+        HOPPER_SOFTMAX,
         "if (c * kChunk >= columns) continue;",
         "if (c * kChunk > columns) continue;",
         (*PAIR, *ALL),
@@ -1290,9 +1299,9 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: partial results of another warpgroup",
-        HOPPER,
-        "store_rows<T, kDim>(c, job, rank * kHopperBlockRows + own_rows,",
-        "store_rows<T, kDim>(c, job, rank * kHopperBlockRows,",
+        CONSUMER,
+        "store_rows<T, kDim>(c_, job, rank_ * kHopperBlockRows + own_rows_,",
+        "store_rows<T, kDim>(c_, job, rank_ * kHopperBlockRows,",
         (*ONE, *ALL),
         D64,
     ),

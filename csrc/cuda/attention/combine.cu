@@ -1,4 +1,4 @@
-#include "kernels/attention_combine.cuh"
+#include "kernels/attention/combine.cuh"
 
 namespace specextend {
 

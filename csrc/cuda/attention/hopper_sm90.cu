@@ -2,14 +2,11 @@
 #include <cuda_fp16.h>
 
 #include "attention_plan.h"
-#include "kernels/attention_launch.cuh"
+#include "kernels/attention/call.cuh"
+#include "kernels/attention/launch.cuh"
 #include "launch.h"
 
 namespace specextend {
-
-// In files of their own, a head dimension each.
-template <typename T, int kDim, int kChunk>
-cudaError_t launch_hopper_attention(const AttentionCall& call, int cluster, cudaStream_t stream);
 
 namespace {
 

@@ -40,14 +40,14 @@ def text(header: str, instantiation: str, arguments: list[str]) -> str:
 
 def sources() -> Iterator[tuple[str, str]]:
     """Yield the name and the text of every file; a name that ends in _sm90 is Hopper's."""
-    header = "kernels/tree_attention.cuh"
+    header = "kernels/attention/portable/kernel.cuh"
     launch = "launch_attention<{}>(const AttentionCall&, cudaStream_t)"
     for dim in DIMS:
         for name, kind in TYPES.items():
             for suffix, chunks in (("", "false"), ("_chunks", "true")):
                 content = text(header, launch, [f"{kind}, {dim}, {chunks}"])
                 yield f"tree_attention_{name}_d{dim}{suffix}.cu", content
-    header = "kernels/tree_attention_sm90.cuh"
+    header = "kernels/attention/hopper/kernel.cuh"
     launch = "launch_hopper_attention<{}>(const AttentionCall&, int, cudaStream_t)"
     for dim in HOPPER_DIMS:
         chunks = (0, HOPPER_CHUNK) if dim <= HOPPER_CHUNK_DIM else (0,)

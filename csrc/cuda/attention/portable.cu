@@ -4,8 +4,9 @@
 #include <utility>
 
 #include "attention_plan.h"
-#include "kernels/attention_launch.cuh"
-#include "kernels/tree_attention_float.cuh"
+#include "kernels/attention/call.cuh"
+#include "kernels/attention/float.cuh"
+#include "kernels/attention/launch.cuh"
 #include "launch.h"
 
 namespace specextend {

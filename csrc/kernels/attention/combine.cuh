@@ -1,24 +1,31 @@
 #pragma once
 
+// The second kernel of attention: the combine adds up the partials of units that are split between
+// blocks, and completes the chunks.
+
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
-#include "kernels/attention_launch.cuh"
-#include "kernels/attention_work.cuh"
+#include "kernels/attention/call.cuh"
+#include "kernels/attention/launch.cuh"
+#include "kernels/attention/masks.cuh"
+#include "kernels/attention/pack.cuh"
+#include "kernels/attention/softmax.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/ptx.cuh"
+#include "work_partition.h"
 
 namespace specextend {
 
 constexpr int kCombineThreads = 128;
 
-// What an output row needs to find its parts.
+// Where the partials of an output row are.
 struct CombineRow {
-  int b, unit;   // unit of the sequence
+  int b, unit;   // the sequence, and its unit
   PackedRow at;  // query row and head
-  int row;       // of the unit
-  Range blocks;  // that have parts of the unit
+  int row;       // the row's index in the unit
+  Range blocks;  // the blocks that have parts of the unit
   int64_t unit_begin, num_tiles, run;
 
   __device__ __forceinline__ CombineRow(const AttentionCall& c, int64_t index) : at(c, 0, 0) {
@@ -36,13 +43,14 @@ struct CombineRow {
     run = run_length(c.cut, lines[c.batch]);
     blocks = blocks_of(unit_begin, num_tiles, run);
   }
-  // The row's place in the arrays of partials.
+  // Returns the row's place in the arrays of partials.
   __device__ __forceinline__ int64_t partial_row(const AttentionCall& c, int64_t block) const {
     return partial_of(block, block == blocks.begin) * c.cut.rows_per_block + row;
   }
 };
 
-// The row's output and log-sum-exp from its parts. By whole warps.
+// Writes the row's output and log-sum-exp from its partials, which are rescaled to a common
+// maximum. By whole warps.
 template <typename T>
 __device__ __forceinline__ void combine_parts(const AttentionCall& c, const CombineRow& r) {
   const int lane = int(threadIdx.x % 32);
@@ -78,8 +86,9 @@ __device__ __forceinline__ void combine_parts(const AttentionCall& c, const Comb
   }
 }
 
-// Chunks that lie in the parts of several blocks: the first of these has its begin at its own end,
-// others all or the rest of it at their begin. By whole warps, a lane per such chunk.
+// Writes the chunks that lie in the parts of several blocks: the first of these has the chunk's
+// begin at its own end, others have all or the rest of it at their begin. By whole warps, a lane
+// per chunk.
 __device__ __forceinline__ void combine_chunks(const AttentionCall& c, const CombineRow& r,
                                                int64_t prefix, Range tiles) {
   const int64_t size = c.chunk_size, rows = c.cut.rows_per_block;
@@ -106,7 +115,8 @@ __device__ __forceinline__ void combine_chunks(const AttentionCall& c, const Com
   }
 }
 
-// Chunks without any key that the row's sequence sees: behind the prefix, or before all windows.
+// Writes -inf to chunks without any key that the row's sequence sees: they lie behind the prefix,
+// or before all windows. By whole warps.
 __device__ __forceinline__ void clear_chunks(const AttentionCall& c, const CombineRow& r,
                                              int64_t prefix, Range tiles) {
   float* const to = c.chunk_lse + r.at.output(c, r.b) * c.num_chunks;
@@ -117,7 +127,7 @@ __device__ __forceinline__ void clear_chunks(const AttentionCall& c, const Combi
   for (int64_t i = end + threadIdx.x % 32; i < c.num_chunks; i += 32) to[i] = -INFINITY;
 }
 
-// A warp per output row.
+// Each warp serves an output row.
 template <typename T>
 __global__ void __launch_bounds__(kCombineThreads)
     attention_combine_kernel(const __grid_constant__ AttentionCall c) {
