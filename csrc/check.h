@@ -1,7 +1,7 @@
 #pragma once
 
-// Argument checks shared by all ops. A failed check names the op, the argument, what was wanted and
-// what was got, before anything is allocated or written.
+// The argument checks that all ops share. A failed check names the op, the argument, what was
+// wanted and what was got, before anything is allocated or written.
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>

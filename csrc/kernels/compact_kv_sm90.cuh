@@ -10,8 +10,8 @@
 
 namespace specextend {
 
-constexpr int kCompactSm90Rows = 16;            // rows in shared memory at a time, one per lane
-constexpr int kCompactSm90SegmentBytes = 1024;  // of each
+constexpr int kCompactSm90Rows = 16;  // so many rows are in shared memory at a time, one per lane
+constexpr int kCompactSm90SegmentBytes = 1024;  // each row's segment has so many
 constexpr int kCompactSm90Shared =
     kCompactSm90Rows * kCompactSm90SegmentBytes + int(sizeof(uint64_t));
 

@@ -10,8 +10,9 @@
 
 namespace specextend {
 
-// An uninitialised contiguous tensor on the device of `like`. torch::stable::empty does the same in
-// microseconds, through the dispatcher and a boxed list; an op of a few microseconds feels that.
+// Returns an uninitialised contiguous tensor on the device of `like`. torch::stable::empty does the
+// same in microseconds, through the dispatcher and a boxed list; an op of a few microseconds feels
+// that.
 inline torch::stable::Tensor allocate(const torch::stable::Tensor& like,
                                       std::initializer_list<int64_t> sizes,
                                       torch::headeronly::ScalarType type) {

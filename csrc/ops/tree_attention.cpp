@@ -40,7 +40,7 @@ struct Prepared {
   DType dtype;
 };
 
-// An integer tensor of the host's choosing beside q: dtype, shape, device, contiguity.
+// Checks an integer tensor beside q: dtype, shape, device, contiguity.
 void check_side(const char* name, const Tensor& t, ScalarType type,
                 std::initializer_list<int64_t> shape, const Tensor& q) {
   check_dtype(kOp, name, t, type);
@@ -49,7 +49,7 @@ void check_side(const char* name, const Tensor& t, ScalarType type,
   check_same_device(kOp, name, t, "q", q);
 }
 
-// Everything that does not depend on the device: checks, allocation, parameters.
+// Does everything that does not depend on the device: checks, allocation, parameters.
 Prepared prepare(const Arguments& a) {
   check_dim(kOp, "q", a.q, 4, "[B, M, Hq, D]");
   check_dim(kOp, "k", a.k, 4, "[B, S, Hkv, D]");
@@ -134,13 +134,14 @@ std::tuple<Tensor, Tensor, Tensor> tree_attention_cpu(
 }
 
 #ifdef SPECEXTEND_HAS_CUDA
-// Kernels of one family.
+// The functions of one family of kernels.
 struct Family {
   decltype(&plan_tree_attention) plan;
   decltype(&launch_tree_attention) launch;
 };
 
-// Hopper's own where there are any for the call, else the portable ones; or what was asked for.
+// Returns Hopper's own kernels where there are any for the call, else the portable ones; or those
+// that were asked for.
 Family choose_family([[maybe_unused]] const Prepared& r, [[maybe_unused]] int32_t device) {
   const AttentionFamily wanted = attention_family(kOp);
 #ifdef SPECEXTEND_HAS_SM90A
