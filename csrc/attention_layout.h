@@ -1,7 +1,8 @@
 #pragma once
 
 // The shapes of the portable kernels of tree attention, and where things lie in the shared memory
-// of their blocks. Shared by host and device code; no CUDA header, so that any machine can plan.
+// of their blocks. Host and device code share this; it has no CUDA header, so that any machine can
+// plan.
 
 #include <initializer_list>
 
@@ -9,7 +10,7 @@
 
 namespace specextend {
 
-// In shared memory, for a SegmentState and a PartialSum (attention_work.cuh).
+// A SegmentState and a PartialSum (kernels/attention/) take so many bytes of shared memory.
 constexpr int kSegmentStateBytes = 256;
 constexpr int kPartialSumBytes = 8;
 
@@ -17,9 +18,10 @@ constexpr int kPartialSumBytes = 8;
 
 constexpr int kAttentionThreads = 128;
 constexpr int kAttentionBlocksPerSm = 2;
-constexpr int kAttentionShared = 99 * 1024;  // bytes that a block can have from sm_86 on, but sm_87
+constexpr int kAttentionShared =
+    99 * 1024;  // bytes: a block can have them from sm_86 on, not on sm_87
 
-// The head dimension that a kernel is compiled for; D is 8 to 256.
+// Returns the head dimension of the kernel that serves D, which is 8 to 256.
 constexpr int attention_dim(int head_dim) {
   for (int dim : {64, 80, 96, 128, 192}) {
     if (head_dim <= dim) return dim;
@@ -27,7 +29,7 @@ constexpr int attention_dim(int head_dim) {
   return 256;
 }
 
-// Rows of a block (tree rows x group) where a KV head has `packed` of them.
+// Returns the rows of a block (tree rows x group) where a KV head has `packed` of them.
 constexpr int attention_rows(int packed) { return packed <= 16 ? 16 : packed <= 32 ? 32 : 64; }
 
 // Warps of 32 rows halve what is read from shared memory; above 128 dimensions their sums would not
@@ -41,12 +43,13 @@ constexpr int attention_tile_keys(int dim, int rows) {
   return 16 * 4 / attention_row_warps(dim, rows);
 }
 
-// Keys whose sums are kept, by group, before log-sum-exps of chunks are made of them; with chunks
-// that are not whole groups the logits of one tile are kept.
+// The softmax of each group is kept for so many keys before log-sum-exps of chunks are made of
+// them; with chunks that are not whole groups the logits of one tile are kept.
 constexpr int kAttentionPartKeys = 256;
 
-// Shared memory of a block, in bytes from its begin, where its SegmentState is. The output of all
-// warps, 4 bytes an element, takes the place of ring and logits at the end of a segment.
+// Where things lie in the shared memory of a block, in bytes from its begin, where its SegmentState
+// is. The output of all warps, 4 bytes an element, takes the place of ring and logits at the end of
+// a segment.
 struct AttentionLayout {
   int sums, carry, own_values, ring, half, slots, ahead, logits, logits_pitch, part_pitch,
       output_pitch, bytes;
@@ -81,12 +84,12 @@ constexpr AttentionLayout attention_layout(int dim, int rows, bool chunks) {
 
 constexpr int kFloatAttentionThreads = 128;
 constexpr int kFloatAttentionRows = 16;      // eight threads each
-constexpr int kFloatAttentionTileKeys = 32;  // four of each of these threads
+constexpr int kFloatAttentionTileKeys = 32;  // each of these threads has four
 constexpr int kFloatAttentionTilePitch = kFloatAttentionTileKeys + 1;
 constexpr int kFloatAttentionMaxDim = 256;
 
-// In floats behind the SegmentState. Rows are odd in length, so that threads that read one column
-// of different rows read different banks.
+// Where things lie behind the SegmentState, in floats. Rows are odd in length, so that threads that
+// read one column of different rows read different banks.
 struct FloatAttentionLayout {
   int pitch, carry, queries, keys, logits, weights, end;
 };

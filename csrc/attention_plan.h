@@ -1,7 +1,7 @@
 #pragma once
 
-// How tree attention is laid out on a GPU, from shapes and a few numbers of the device alone. What
-// launches on a GPU, and what predicts and tests on a machine without one.
+// How tree attention is laid out on a GPU, from shapes and a few numbers of the device alone. The
+// launch uses this, and so do predictions and tests on a machine without a GPU.
 
 #include <cstdint>
 
@@ -14,17 +14,18 @@ namespace specextend {
 
 struct GpuLimits {
   int multiprocessors;
-  int shared_bytes;  // of a multiprocessor
+  int shared_bytes;  // a multiprocessor's shared memory
   int major, minor;  // compute capability
 };
 
-// Rows of a KV head: tree rows x group.
+// Returns the rows of a KV head: tree rows x group.
 inline int packed_rows(const TreeAttentionParams& p) {
   return p.num_rows * (p.num_heads / p.num_kv_heads);
 }
 
 // --- the portable family ---
 
+// Returns the shared memory of a block.
 inline int portable_block_bytes(const TreeAttentionParams& p, DType dtype) {
   if (dtype == DType::kFloat32) return float_attention_bytes(p.head_dim);
   return attention_layout(attention_dim(p.head_dim), attention_rows(packed_rows(p)),
@@ -32,13 +33,14 @@ inline int portable_block_bytes(const TreeAttentionParams& p, DType dtype) {
       .bytes;
 }
 
-// Blocks that a multiprocessor holds at a time.
+// Returns how many blocks a multiprocessor holds at a time (its occupancy).
 inline int portable_blocks_per_sm(const TreeAttentionParams& p, DType dtype, const GpuLimits& gpu) {
-  constexpr int kReserved = 1024;  // bytes of every block, for the system
+  constexpr int kReserved = 1024;  // bytes that the system takes of every block
   const int fitting = gpu.shared_bytes / (portable_block_bytes(p, dtype) + kReserved);
   return int(clamp_between(fitting, 1, kAttentionBlocksPerSm));
 }
 
+// Returns the work partition of the portable kernels.
 inline WorkCut portable_cut(const TreeAttentionParams& p, DType dtype, const GpuLimits& gpu) {
   WorkCut cut{};
   cut.batch = p.batch;
@@ -61,7 +63,8 @@ inline WorkCut portable_cut(const TreeAttentionParams& p, DType dtype, const Gpu
 
 // --- the Hopper family ---
 
-// Whether it has a kernel for these shapes. Where the tensors lie in memory is another question.
+// Returns whether the family has a kernel for these shapes. Where the tensors lie in memory is
+// another question.
 inline bool hopper_serves(const TreeAttentionParams& p, DType dtype) {
   const bool chunks = p.chunk_lse != nullptr;
   return dtype != DType::kFloat32 && packed_rows(p) > kHopperMinRows && p.softcap == 0 &&
@@ -69,12 +72,12 @@ inline bool hopper_serves(const TreeAttentionParams& p, DType dtype) {
          p.batch > 0 && p.capacity > 0;
 }
 
-// Blocks of a cluster, which share keys and values.
+// Returns the number of blocks of a cluster, which share keys and values.
 inline int hopper_cluster(const TreeAttentionParams& p) {
   return packed_rows(p) > kHopperBlockRows ? 2 : 1;
 }
 
-// A block of the cut is a cluster.
+// Returns the work partition of the Hopper kernel. A block of the cut is a cluster.
 inline WorkCut hopper_cut(const TreeAttentionParams& p, const GpuLimits& gpu) {
   const int cluster = hopper_cluster(p);
   WorkCut cut{};
@@ -91,14 +94,15 @@ inline WorkCut hopper_cut(const TreeAttentionParams& p, const GpuLimits& gpu) {
 
 // --- what a cut comes to ---
 
-// For sequences of one length.
+// How work is spread over blocks, where all sequences have one length.
 struct WorkTotals {
-  int64_t run;       // positions of the line that a block has at most
+  int64_t run;       // a block has at most so many positions of the line
   int64_t busy;      // blocks that have tiles
   int64_t partials;  // results that wait for the combine
   int64_t most;      // partials of one unit
 };
 
+// Adds up what a cut makes of the keys that every sequence sees.
 inline WorkTotals total_work(const WorkCut& cut, Range keys) {
   const Range tiles = tiles_of(keys, cut.tile_keys);
   const int64_t count = tiles.end - tiles.begin, length = unit_length(tiles);

@@ -1,7 +1,7 @@
 #pragma once
 
-// Argument checks shared by all ops. A failed check names the op, the argument, what was wanted and
-// what was got, before anything is allocated or written.
+// The argument checks that all ops share. A failed check names the op, the argument, what was
+// wanted and what was got, before anything is allocated or written.
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -35,7 +35,9 @@ inline std::string dtype_string(ScalarType type) {
 }
 
 inline std::string device_string(const Tensor& t) {
-  return t.is_cpu() ? "cpu" : t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
+  return t.is_cpu()    ? "cpu"
+         : t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index())
+                       : "another device";
 }
 
 inline void check_shape(const char* op, const char* name, const Tensor& t,
@@ -58,34 +60,36 @@ inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType want) {
-  STD_TORCH_CHECK(t.scalar_type() == want, op, ": ", name, " must be ", dtype_string(want), ", got ",
-                  dtype_string(t.scalar_type()));
+  STD_TORCH_CHECK(t.scalar_type() == want, op, ": ", name, " must be ", dtype_string(want),
+                  ", got ", dtype_string(t.scalar_type()));
 }
 
 inline void check_float(const char* op, const char* name, const Tensor& t) {
   const ScalarType s = t.scalar_type();
-  STD_TORCH_CHECK(s == ScalarType::Float || s == ScalarType::Half || s == ScalarType::BFloat16, op, ": ",
-                  name, " must be float32, float16 or bfloat16, got ", dtype_string(s));
+  STD_TORCH_CHECK(s == ScalarType::Float || s == ScalarType::Half || s == ScalarType::BFloat16, op,
+                  ": ", name, " must be float32, float16 or bfloat16, got ", dtype_string(s));
 }
 
-inline void check_same_device(const char* op, const char* name, const Tensor& t, const char* other_name,
-                              const Tensor& other) {
+inline void check_same_device(const char* op, const char* name, const Tensor& t,
+                              const char* other_name, const Tensor& other) {
   STD_TORCH_CHECK(t.is_cpu() == other.is_cpu() && t.is_cuda() == other.is_cuda() &&
                       (t.is_cpu() || t.get_device_index() == other.get_device_index()),
-                  op, ": ", name, " must be on the device of ", other_name, " (", device_string(other),
-                  "), got ", device_string(t));
+                  op, ": ", name, " must be on the device of ", other_name, " (",
+                  device_string(other), "), got ", device_string(t));
 }
 
 inline void check_unit_last_stride(const char* op, const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() > 0 && (t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1), op, ": ", name,
-                  " must have a last stride of 1, got ", t.dim() > 0 ? t.stride(t.dim() - 1) : 0);
+  STD_TORCH_CHECK(t.dim() > 0 && (t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1), op, ": ",
+                  name, " must have a last stride of 1, got ",
+                  t.dim() > 0 ? t.stride(t.dim() - 1) : 0);
 }
 
 inline void check_contiguous(const char* op, const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
 }
 
-inline void check_range(const char* op, const char* name, int64_t value, int64_t low, int64_t high) {
+inline void check_range(const char* op, const char* name, int64_t value, int64_t low,
+                        int64_t high) {
   STD_TORCH_CHECK(low <= value && value <= high, op, ": ", name, " must be in [", low, ", ", high,
                   "], got ", value);
 }

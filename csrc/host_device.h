@@ -8,7 +8,7 @@
 
 namespace specextend {
 
-// a * b, rounded: not fused into the sum that it goes to.
+// Returns a * b, rounded: the product is not fused into the sum that it goes to.
 SPECEXTEND_HOST_DEVICE float rounded_product(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fmul_rn(a, b);

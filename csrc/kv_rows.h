@@ -1,7 +1,7 @@
 #pragma once
 
-// Which row of a KV cache goes where, and how its key is rotated on the way. Shared by host and
-// device code.
+// Which row of a KV cache goes where, and how its key is rotated on the way. Host and device code
+// share this.
 
 #include <cmath>
 #include <cstdint>
@@ -11,30 +11,30 @@
 
 namespace specextend {
 
-// The first byte of a row of one head.
+// Returns the first byte of a row of one head.
 SPECEXTEND_HOST_DEVICE char* kv_row(const KvRows& t, int64_t b, int64_t row, int64_t head) {
   return static_cast<char*>(t.data) + b * t.stride_b + row * t.stride_s + head * t.stride_h;
 }
 
-// The largest power of two, at most 16, that divides all of `bits`.
+// Returns the largest power of two, at most 16, that divides all of `bits`.
 inline int alignment_of(uint64_t bits) {
   bits |= 16;
   return int(bits & (~bits + 1));
 }
 
-// What every address of a row is a sum of.
+// Returns the bits of all numbers that an address of a row is a sum of.
 inline uint64_t address_bits(const KvRows& t) {
   return reinterpret_cast<uintptr_t>(t.data) | uint64_t(t.stride_b) | uint64_t(t.stride_s) |
          uint64_t(t.stride_h);
 }
 
-// compact_kv: how many nodes of the path count, the root among them.
+// compact_kv: returns how many nodes of the path count, the root among them.
 SPECEXTEND_HOST_DEVICE int compact_count(const CompactKvParams& p, int b) {
   const int accepted = p.num_accepted[b];
   return accepted < 0 ? 0 : accepted < p.path_len ? accepted + 1 : p.path_len;
 }
 
-// compact_kv: the row that goes to row P + i, or -1 where none does: node i is in its place
+// compact_kv: returns the row that goes to row P + i, or -1 where none does: node i is in its place
 // already, or is no node of this cache.
 SPECEXTEND_HOST_DEVICE int64_t compact_source(const CompactKvParams& p, int b, int i) {
   const int32_t prefix = p.prefix_lens[b], node = p.path[int64_t(b) * p.path_len + i];
@@ -42,8 +42,8 @@ SPECEXTEND_HOST_DEVICE int64_t compact_source(const CompactKvParams& p, int b, i
   return prefix >= 0 && node > i && row < p.capacity ? row : -1;
 }
 
-// compact_kv: the largest power of two, at most 16, that divides every address of a row and its
-// size.
+// compact_kv: returns the largest power of two, at most 16, that divides every address of a row and
+// its size.
 inline int compact_alignment(const CompactKvParams& p) {
   uint64_t bits =
       uint64_t(p.stride_b) | uint64_t(p.stride_s) | uint64_t(p.stride_h) | uint64_t(p.row_bytes);
@@ -51,13 +51,13 @@ inline int compact_alignment(const CompactKvParams& p) {
   return alignment_of(bits);
 }
 
-// append_kv: how many of the new rows have room behind the first lens[b].
+// append_kv: returns how many of the new rows have room behind the first lens[b].
 SPECEXTEND_HOST_DEVICE int append_count(const AppendKvParams& p, int b) {
   const int64_t room = p.lens[b] < 0 ? 0 : p.capacity - p.lens[b];
   return room < 0 ? 0 : room < p.num_rows ? int(room) : p.num_rows;
 }
 
-// append_kv: likewise compact_alignment, of old and new rows.
+// append_kv: returns the same as compact_alignment, for old and new rows.
 inline int append_alignment(const AppendKvParams& p) {
   uint64_t bits = 0;
   for (int i = 0; i < 2; ++i) {
@@ -66,13 +66,13 @@ inline int append_alignment(const AppendKvParams& p) {
   return alignment_of(bits);
 }
 
-// gather_chunks: how many slots of the working cache are filled.
+// gather_chunks: returns how many slots of the working cache are filled.
 SPECEXTEND_HOST_DEVICE int gather_count(const GatherChunksParams& p, int b) {
   const int count = p.counts[b];
   return count < 0 ? 0 : count < p.budget ? count : p.budget;
 }
 
-// gather_chunks: tokens of the chunk in this slot; 0 if there is no such chunk.
+// gather_chunks: returns the tokens of the chunk in this slot; 0 if there is no such chunk.
 SPECEXTEND_HOST_DEVICE int64_t gather_chunk_length(const GatherChunksParams& p, int b, int slot) {
   const int32_t id = p.ids[int64_t(b) * p.budget + slot];
   const int64_t len = p.lens[b] < p.capacity ? p.lens[b] : p.capacity;
@@ -80,14 +80,15 @@ SPECEXTEND_HOST_DEVICE int64_t gather_chunk_length(const GatherChunksParams& p, 
   return id < 0 || rest < 0 ? 0 : rest < p.chunk_size ? rest : p.chunk_size;
 }
 
-// gather_chunks: rows of this slot that fit the working cache.
+// gather_chunks: returns how many rows of this slot fit the working cache.
 SPECEXTEND_HOST_DEVICE int64_t gather_rows(const GatherChunksParams& p, int b, int slot) {
   const int64_t room = p.work_capacity - int64_t(slot) * p.chunk_size;
   const int64_t rows = gather_chunk_length(p, b, slot);
   return room < 0 ? 0 : rows < room ? rows : room;
 }
 
-// gather_chunks: rows of the working cache in use. Only the last chunk may be partial.
+// gather_chunks: returns how many rows of the working cache are in use. Only the last chunk may be
+// partial.
 SPECEXTEND_HOST_DEVICE int64_t gather_length(const GatherChunksParams& p, int b) {
   const int count = gather_count(p, b);
   if (count == 0) return 0;
@@ -95,8 +96,9 @@ SPECEXTEND_HOST_DEVICE int64_t gather_length(const GatherChunksParams& p, int b)
   return rows < p.work_capacity ? rows : p.work_capacity;
 }
 
-// gather_chunks: new position minus old position, the same for all keys of a slot. Positions are
-// compact; they begin at 0, or, right-aligned, end where the last selected chunk ends.
+// gather_chunks: returns new position minus old position, which is the same for all keys of a slot.
+// Positions are compact; they begin at 0, or, right-aligned, end where the last selected chunk
+// ends.
 SPECEXTEND_HOST_DEVICE int64_t gather_shift(const GatherChunksParams& p, int b, int slot) {
   const int32_t* ids = p.ids + int64_t(b) * p.budget;
   int64_t chunks = int64_t(slot) - ids[slot];
@@ -107,7 +109,8 @@ SPECEXTEND_HOST_DEVICE int64_t gather_shift(const GatherChunksParams& p, int b, 
   return chunks * p.chunk_size;
 }
 
-// gather_chunks: likewise compact_alignment, of all layers, a rotated half of a row among them.
+// gather_chunks: returns the same as compact_alignment for all layers, a rotated half of a row
+// among them.
 inline int gather_alignment(const GatherChunksParams& p, int64_t element_size) {
   uint64_t bits = uint64_t(p.rotary_dim / 2 * element_size);
   for (int i = 0; i < p.num_layers; ++i) {
@@ -124,14 +127,15 @@ struct Rotation {
   float cos, sin;
 };
 
-// Rotation of one pair of dimensions by `shift` positions. In double: shift * inv_freq reaches 1e6
-// radians, where neighbouring fp32 numbers are 0.06 apart.
+// Returns the rotation of one pair of dimensions by `shift` positions (rotary embedding). The angle
+// is a double: shift * inv_freq reaches 1e6 radians, where neighbouring fp32 numbers are 0.06
+// apart.
 SPECEXTEND_HOST_DEVICE Rotation rotation(int64_t shift, float inv_freq) {
   const double angle = double(shift) * double(inv_freq);
   return {float(cos(angle)), float(sin(angle))};
 }
 
-// The pair (a, b), rotated. With the bits of the CPU's kernels, which fuse nothing either.
+// Rotates the pair (a, b). The bits are those of the CPU's kernels, which fuse nothing either.
 SPECEXTEND_HOST_DEVICE void rotate_pair(Rotation r, float& a, float& b) {
   const float x = rounded_product(a, r.cos) - rounded_product(b, r.sin);
   b = rounded_product(b, r.cos) + rounded_product(a, r.sin);

@@ -1,6 +1,6 @@
 #pragma once
 
-// What host code may call in the CUDA object files; instantiated one per file in csrc/cuda/.
+// What host code may call in the CUDA object files; csrc/cuda/ instantiates it.
 
 #include <cuda_runtime_api.h>
 
@@ -32,26 +32,27 @@ cudaError_t launch_verify_tree(const VerifyTreeParams& p, cudaStream_t stream);
 
 cudaError_t launch_compact_kv(const CompactKvParams& p, cudaStream_t stream);
 
-// With the bulk copies of Hopper, for caches of 16-byte alignment; on compute capability 9.0.
+// Does the same with the bulk copies of Hopper, for caches of 16-byte alignment, on compute
+// capability 9.0.
 cudaError_t launch_compact_kv_sm90(const CompactKvParams& p, cudaStream_t stream);
 
 // How an attention is laid out on a device, from shapes alone.
 struct AttentionPlan {
   WorkCut cut;
   size_t workspace_bytes;  // scratch memory of the launch, bounded by the grid
-  bool early_combine;      // the device lets a kernel begin before the one before it has ended
+  bool early_combine;      // a kernel may begin before the one in front of it has ended
 };
 
 cudaError_t plan_tree_attention(const TreeAttentionParams& p, DType dtype, int device,
                                 AttentionPlan* plan);
 
-// Two kernels. `workspace` is aligned to 16 bytes and may hold anything. With chunk_lse wanted,
-// p.out may be null: values are not read then, and p.v is not used.
+// Launches two kernels. `workspace` is aligned to 16 bytes and may hold anything. With chunk_lse
+// wanted, p.out may be null: values are not read then, and p.v is not used.
 cudaError_t launch_tree_attention(const TreeAttentionParams& p, DType dtype,
                                   const AttentionPlan& plan, void* workspace, cudaStream_t stream);
 
-// The same by the Hopper family, on compute capability 9.0, for the calls that it serves: 16-bit
-// floats, more than 64 rows of a KV head, memory that tensor copies take.
+// These do the same by the Hopper family, on compute capability 9.0, for the calls that it serves:
+// 16-bit floats, more than 64 rows of a KV head, memory that tensor copies take.
 bool tree_attention_sm90_serves(const TreeAttentionParams& p, DType dtype);
 cudaError_t plan_tree_attention_sm90(const TreeAttentionParams& p, DType dtype, int device,
                                      AttentionPlan* plan);
@@ -62,11 +63,12 @@ cudaError_t launch_tree_attention_sm90(const TreeAttentionParams& p, DType dtype
 template <typename T>
 cudaError_t launch_gather_chunks(const GatherChunksParams& p, cudaStream_t stream);
 
-// `partials`: working memory of chunk_scores_partials doubles.
+// `partials` is working memory of chunk_scores_partials doubles.
 int64_t chunk_scores_partials(const ChunkScoresParams& p);
 cudaError_t launch_chunk_scores(const ChunkScoresParams& p, double* partials, cudaStream_t stream);
 
-// Of q [B, M, Hq, D] the rows [B] that the device names, clamped to [0, M) -> picked [B, Hq, D].
+// Copies those rows of q [B, M, Hq, D] that the device names, [B], clamped to [0, M), to picked
+// [B, Hq, D].
 cudaError_t launch_pick_rows(const TreeAttentionParams& p, DType dtype, const int32_t* rows,
                              void* picked, cudaStream_t stream);
 

@@ -8,7 +8,7 @@
 
 namespace specextend {
 
-// `archs`: the architectures that specextend was built for.
+// Returns what to do about an error. `archs` names the architectures that specextend was built for.
 inline std::string launch_remedy(cudaError_t error, const char* archs) {
   switch (error) {
     case cudaErrorNoKernelImageForDevice:
@@ -48,6 +48,7 @@ inline std::string launch_remedy(cudaError_t error, const char* archs) {
   }
 }
 
+// Returns the error text of an op.
 inline std::string launch_error(const char* op, cudaError_t error, const char* description,
                                 const char* archs) {
   return std::string(op) + ": the CUDA launch failed: " + description + " (error " +

@@ -1,6 +1,6 @@
 #pragma once
 
-// Merging of two partial softmaxes. Shared by host and device code.
+// How two partial softmaxes (split attention) become one. Host and device code share this.
 
 #include <cmath>
 
@@ -12,8 +12,8 @@ struct MergeWeights {
   float a, b, lse;
 };
 
-// Weights of two partial softmaxes; both empty -> (0, 0, -inf), never NaN. +inf, which some
-// libraries write for an empty set, is read as empty.
+// Returns the weights of two partial softmaxes; both empty -> (0, 0, -inf), never NaN. +inf, which
+// some libraries write for an empty set, is read as empty.
 SPECEXTEND_HOST_DEVICE MergeWeights merge_weights(float lse_a, float lse_b) {
   if (lse_a == INFINITY) lse_a = -INFINITY;
   if (lse_b == INFINITY) lse_b = -INFINITY;
@@ -23,8 +23,8 @@ SPECEXTEND_HOST_DEVICE MergeWeights merge_weights(float lse_a, float lse_b) {
   return {a * inv, b * inv, m + logf(a + b)};
 }
 
-// The values of two parts as one. Products are not fused into the sum, so that exchanging the parts
-// changes no bit. A part of weight 0 may hold anything.
+// Returns the values of two parts as one. Products are not fused into the sum, so that exchanging
+// the parts changes no bit. A part of weight 0 may hold anything.
 SPECEXTEND_HOST_DEVICE float merge_values(const MergeWeights& w, float a, float b) {
   const float x = rounded_product(w.a, a), y = rounded_product(w.b, b);
   return (w.a == 0.f ? 0.f : x) + (w.b == 0.f ? 0.f : y);

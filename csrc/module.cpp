@@ -100,11 +100,12 @@ num_rows: rows of the tree, the root included; all sequences have prefix_len key
 shared_bytes: shared memory of a multiprocessor. major, minor: compute capability.
 
 Returns a dict: family ("hopper" or "portable"); packed_rows of a KV head (num_rows x group) and
-padded_rows, which are computed; tile_keys; units, row blocks of KV heads, each of which passes over
-the keys; cluster, the blocks that share a pass; grid, the blocks that are launched, busy, those that
-get work, and waves, the grid in units of what the GPU holds at a time; run, the tiles that a cluster
-gets at most, being begun counted as two, and min_run, which it gets at least; partials, results that
-the combine puts together, most_partials, those of one unit, and partial_rows, their rows.)");
+padded_rows, which are computed; tile_keys; units, row blocks of KV heads, each of which passes
+over the keys; cluster, the blocks that share a pass; grid, the blocks that are launched, busy,
+those that get work, and waves, the grid in units of what the GPU holds at a time; run, the tiles
+that a cluster gets at most, being begun counted as two, and min_run, which it gets at least;
+partials, results that the combine puts together, most_partials, those of one unit, and
+partial_rows, their rows.)");
   m.def(
       "cpu_isas",
       [] {

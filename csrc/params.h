@@ -1,8 +1,8 @@
 #pragma once
 
-// Plain parameters of every kernel, CPU and CUDA. Letters: B batch, M query rows, N tree keys,
-// S cache capacity, P prefix length, Hq and Hkv heads, D head dim, V vocabulary, L layers.
-// Strides are in elements; the last dimension of a tensor with strides has stride 1.
+// The plain parameters of every kernel, on the CPU and in CUDA. Letters: B batch, M query rows, N
+// tree keys, S cache capacity, P prefix length, Hq and Hkv heads, D head dim, V vocabulary, L
+// layers. Strides are in elements; the last dimension of a tensor with strides has stride 1.
 
 #include <cstdint>
 
@@ -10,10 +10,10 @@ namespace specextend {
 
 enum class DType : int { kFloat32, kFloat16, kBFloat16 };
 
-constexpr int kMaxCaches = 256;         // caches that one launch of compact_kv serves
-constexpr int kMaxRotatedPairs = 4096;  // of gather_chunks: their table fits shared memory
+constexpr int kMaxCaches = 256;         // one launch of compact_kv serves no more caches
+constexpr int kMaxRotatedPairs = 4096;  // the table of gather_chunks fits shared memory
 
-// Attention of M rows against a prefix, which all of them see, and N tree keys behind it.
+// tree_attention: M rows attend to a prefix, which all of them see, and to N tree keys behind it.
 struct TreeAttentionParams {
   const void* q;  // [B, M, Hq, D]
   const void* k;  // [B, S, Hkv, D]; rows [0, P) are the prefix, rows [P, P + N) the tree's own
@@ -24,19 +24,20 @@ struct TreeAttentionParams {
   const int32_t* prefix_lens;  // [B]: P, clamped to [0, S - N]
   const uint64_t* mask;        // [B, M, ceil(N / 64)] packed visibility (tree.h); null: a chain
   const int32_t* q_depths;     // [B, M]: position of a row is P + depth; null: a chain's
-  const int32_t* k_depths;     // [B, N]: likewise of the tree's keys; both for windows only
-  const float* sinks;          // [Hq]: a logit of the softmax that has no value; or null
-  void* out;                   // [B, M, Hq, D], contiguous; or null: v is not read
-  float* lse;                  // [B, M, Hq], natural log, over the keys alone (without the sink)
-  float* chunk_lse;            // [B, M, Hq, num_chunks] over the prefix's chunks, or null
-  int64_t capacity;            // S
+  const int32_t* k_depths;     // [B, N]: likewise for the tree's keys; both serve windows alone
+  const float* sinks;  // [Hq]: a logit that takes part in the softmax with no value; or null
+  void* out;           // [B, M, Hq, D], contiguous; or null: v is not read
+  float* lse;          // [B, M, Hq], natural log, over the keys alone (without the sink)
+  float* chunk_lse;    // [B, M, Hq, num_chunks] over the prefix's chunks, or null
+  int64_t capacity;    // S
   int batch, num_rows, num_tree_keys, num_heads, num_kv_heads, head_dim;
   int chunk_size, num_chunks;  // num_chunks = ceil(S / chunk_size)
   int window;                  // keys at positions > position - window are seen; 0: all
-  float scale, softcap;        // softcap > 0: logits become softcap * tanh(logit / softcap)
+  float scale, softcap;  // softcap 0: none, else logits become softcap * tanh(logit / softcap)
 };
 
-// Two partial attentions over disjoint key sets -> one. All tensors contiguous.
+// merge_states: two partial attentions over disjoint key sets become one. All tensors are
+// contiguous.
 struct MergeStatesParams {
   const void* o_a;     // [rows, D]
   const float* lse_a;  // [rows], natural log; -inf or +inf marks an empty key set
@@ -48,7 +49,8 @@ struct MergeStatesParams {
   int head_dim;
 };
 
-// Rows P + path[i] move to P + i, i <= num_accepted, in every cache (K and V of all layers).
+// compact_kv: rows P + path[i] move to P + i, i <= num_accepted, in every cache (K and V of all
+// layers).
 struct CompactKvParams {
   void* caches[kMaxCaches];     // [B, S, Hkv, D] each, all of one shape and with the same strides
   const int32_t* prefix_lens;   // [B]: P
@@ -60,13 +62,14 @@ struct CompactKvParams {
   int num_caches, batch, path_len, num_kv_heads;
 };
 
-// A tensor [B, S, Hkv, D] whose rows are moved.
+// A tensor [B, S, Hkv, D] whose rows the ops on caches move.
 struct KvRows {
   void* data;
   int64_t stride_b, stride_s, stride_h;  // bytes
 };
 
-// New keys and values to rows [len, len + M) of their caches. Of each pair: keys, values.
+// append_kv: new keys and values go to rows [len, len + M) of their caches. Each pair is keys,
+// values.
 struct AppendKvParams {
   KvRows caches[2];      // [B, S, Hkv, D]
   KvRows rows[2];        // [B, M, Hkv, D]
@@ -76,7 +79,7 @@ struct AppendKvParams {
   int batch, num_rows, num_kv_heads;
 };
 
-// The caches of one layer of gather_chunks. Of each pair: keys, values.
+// gather_chunks: these are the caches of one layer. Each pair is keys, values.
 struct GatherLayer {
   KvRows full[2];        // [B, S, Hkv, D]
   KvRows work[2];        // [B, Sw, Hkv, D]
@@ -85,7 +88,8 @@ struct GatherLayer {
   const float* inv_freq;  // [R / 2]
 };
 
-// Chunk ids[i] of the full caches to rows [i * chunk_size, ...) of the working caches.
+// gather_chunks: chunk ids[i] of the full caches goes to rows [i * chunk_size, ...) of the working
+// caches.
 struct GatherChunksParams {
   const GatherLayer* layers;  // on the host
   const int32_t* ids;         // [B, budget], ascending
@@ -100,7 +104,8 @@ struct GatherChunksParams {
   bool right_aligned;  // positions end where the last chunk ends, else begin at 0
 };
 
-// Longest path of a tree along the target's own choices. All tensors contiguous.
+// verify_tree: finds the longest path of a tree along the target's own choices. All tensors are
+// contiguous.
 struct VerifyTreeParams {
   const int64_t* tokens;         // [B, N], root first
   const int32_t* parents;        // [B, N], in any order but for the root, which is node 0
@@ -112,7 +117,7 @@ struct VerifyTreeParams {
   int batch, num_nodes;
 };
 
-// One token per row of logits: the largest, or drawn with a uniform number.
+// sample_nodes: takes one token per row of logits, the largest, or draws it with a uniform number.
 struct SampleNodesParams {
   const void* logits;  // [B, N, V]
   int64_t stride_b, stride_n;
@@ -123,7 +128,8 @@ struct SampleNodesParams {
   int batch, num_nodes;
 };
 
-// The top_k children of every frontier node, and the best `width` of all: the next frontier.
+// expand_tree: finds the top_k children of every frontier node (one level of a beam search), and
+// the best `width` of all, the next frontier.
 struct ExpandTreeParams {
   const void* logits;  // [B, F, V]
   int64_t stride_b, stride_f;
@@ -136,7 +142,8 @@ struct ExpandTreeParams {
   int batch, frontier, top_k, width;
 };
 
-// The best nodes of a pool of candidates, as a tree. All tensors contiguous.
+// finalize_tree: makes a tree of the best nodes of a pool of candidates. All tensors are
+// contiguous.
 struct FinalizeTreeParams {
   const float* logp;       // [B, T] cumulative
   const int32_t* parents;  // [B, T] pool indices below their own; -1: the root
@@ -147,7 +154,8 @@ struct FinalizeTreeParams {
   int batch, num_candidates, num_nodes;
 };
 
-// Softmax mass of every chunk of the prefix for one query row per sequence, over the heads.
+// chunk_scores: adds the softmax mass of every chunk of the prefix up over the heads, for one query
+// row per sequence.
 struct ChunkScoresParams {
   const float* chunk_lse;  // [B, M, Hq, C]
   const float* lse;        // [B, M, Hq]; -inf, +inf or NaN: the head sees nothing and adds nothing
@@ -161,8 +169,8 @@ struct ChunkScoresParams {
   bool tree;     // a head's mass that no chunk has is that of tree keys behind the prefix
 };
 
-// Likewise from the keys alone, of which the row sees all: `attention` without values, outputs,
-// tree or sinks, its prefix being all keys.
+// chunk_scores.keys: makes the same from the keys alone, of which the row sees all. `attention` has
+// no values, outputs, tree or sinks, and its prefix is all keys.
 struct ChunkScoresKeysParams {
   TreeAttentionParams attention;
   const int32_t* rows;  // [B], clamped to [0, M)
@@ -170,7 +178,8 @@ struct ChunkScoresKeysParams {
   bool largest;
 };
 
-// The best chunks within a budget, the first and the newest ones always. All tensors contiguous.
+// select_chunks: chooses the best chunks within a budget, the first and the newest ones always. All
+// tensors are contiguous.
 struct SelectChunksParams {
   const float* scores;  // [B, C]
   const int32_t* lens;  // [B] keys; ceil(len / chunk_size) chunks hold some

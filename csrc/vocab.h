@@ -1,7 +1,7 @@
 #pragma once
 
 // How sums over a vocabulary are formed: alike on every device and instruction set, so that a row
-// and a uniform number give the same token on all of them. Shared by host and device code.
+// and a uniform number give the same token on all of them. Host and device code share this.
 //
 // A row is cut into blocks, the last one shorter, and every block into lanes: element j of a block
 // belongs to lane j % kVocabLanes. A lane adds its elements in order; lanes are folded, halves onto
@@ -25,16 +25,16 @@ SPECEXTEND_HOST_DEVICE int64_t num_vocab_blocks(int64_t vocab) {
   return (vocab + kVocabBlock - 1) / kVocabBlock;
 }
 
-// On a GPU, cumulative sums are taken by warps whose lanes have a run each: the place of value i in
-// memory where that meets no bank twice.
+// Returns the place of value i in memory. On a GPU, warps take cumulative sums, a run per lane; in
+// these places they meet no bank twice.
 SPECEXTEND_HOST_DEVICE int64_t run_place(int64_t i) { return i + i / kVocabRun; }
 
 // The fp32 exponential: Cody-Waite reduction by multiples of log 2 (its high part has 9 bits, so
 // the product is exact) and a minimax polynomial for (exp(r) - 1 - r) / r^2 on |r| <= log(2) / 2,
 // of relative error 3e-9.
 struct Exp32 {
-  static constexpr float kRound =
-      0x1.8p23f;  // adding it leaves the nearest integer in the low bits
+  // Adding it leaves the nearest integer in the low bits.
+  static constexpr float kRound = 0x1.8p23f;
   static constexpr float kLog2E = 0x1.715476p+0f;
   static constexpr float kLn2High = 0x1.63p-1f, kLn2Low = -0x1.bd0106p-13f;
   static constexpr float kP0 = 0x1.fffffcp-2f, kP1 = 0x1.555492p-3f, kP2 = 0x1.5558f2p-5f,
@@ -42,7 +42,7 @@ struct Exp32 {
   static constexpr float kLeast = -87.f;  // 0 below
 };
 
-// exp(x) for x <= 0 within 1 ulp or so; 0 below -87 and for NaN.
+// Returns exp(x) for x <= 0 within 1 ulp or so; 0 below -87 and for NaN.
 SPECEXTEND_HOST_DEVICE float exp_nonpositive(float x) {
   const float shifted = rounded_product(x, Exp32::kLog2E) + Exp32::kRound;
   const float n = shifted - Exp32::kRound;
@@ -60,7 +60,8 @@ SPECEXTEND_HOST_DEVICE float exp_nonpositive(float x) {
   return x >= Exp32::kLeast ? p : 0.f;
 }
 
-// exp(x) for x <= 0 within 2 ulp; 0 below -708. The same reduction, and the Taylor polynomial.
+// Returns exp(x) for x <= 0 within 2 ulp, 0 below -708, by the same reduction and the Taylor
+// polynomial.
 SPECEXTEND_HOST_DEVICE double exp_nonpositive(double x) {
   if (!(x >= -708.)) return 0.;
   constexpr double kRound = 0x1.8p52;
@@ -89,13 +90,15 @@ SPECEXTEND_HOST_DEVICE double exp_nonpositive(double x) {
   return p;
 }
 
-// What a block's sum, in units of exp(ref), counts in units of exp(max). max is finite.
+// Returns what a block's sum, in units of exp(ref), is rescaled with to units of exp(max). max is
+// finite.
 SPECEXTEND_HOST_DEVICE double block_scale(float ref, float max) {
   return ref == max ? 1. : exp_nonpositive(double(ref) - double(max));
 }
 
-// A draw takes the first token whose cumulative sum exceeds this. It is below the total, so that
-// there is one also where u is 1 or rounding made it so. total > 0.
+// Returns the threshold of a draw (inverse CDF): it takes the first token whose cumulative sum
+// exceeds this. The threshold is below the total, so that there is such a token also where u is 1
+// or rounding made it so. total > 0.
 SPECEXTEND_HOST_DEVICE double draw_threshold(double u, double total) {
   uint64_t bits;
   memcpy(&bits, &total, sizeof(bits));

@@ -1,6 +1,6 @@
 #pragma once
 
-// Working memory of the CUDA kernels of the tree ops, each laid out in one piece.
+// The working memory of the CUDA kernels of the tree ops; each kernel's is laid out in one piece.
 
 #include <cstddef>
 #include <cstdint>
@@ -31,17 +31,17 @@ class Workspace {
   int64_t bytes_ = 0;
 };
 
-// Keys that are sorted in shared memory; more are in global memory.
+// So many keys are sorted in shared memory; more are sorted in global memory.
 constexpr int64_t kSharedKeys = 4096;
 
-// Places that n keys take to be sorted: a power of two.
+// Returns how many places n keys take to be sorted: a power of two.
 SPECEXTEND_HOST_DEVICE int64_t sort_capacity(int64_t n) {
   int64_t capacity = 1;
   while (capacity < n) capacity *= 2;
   return capacity;
 }
 
-// For each row, and in it for each block of vocab.h.
+// The scratch of sample_nodes: for each row, and in it for each block of vocab.h.
 struct SampleNodesScratch {
   uint64_t* keys;  // [B * N, blocks], without uniforms
   float* refs;     // [B * N, blocks], with uniforms
@@ -63,13 +63,13 @@ inline SampleNodesScratch lay_out(const SampleNodesParams& p, Workspace& w) {
 struct ExpandTreeScratch {
   float* refs;           // [B * F, blocks]
   double* sums;          // [B * F, run_place(blocks)]
-  uint64_t* lane_keys;   // [B * F, blocks, kVocabLanes]: of each lane's best element
+  uint64_t* lane_keys;   // [B * F, blocks, kVocabLanes]: the key of each lane's best element
   uint64_t* candidates;  // [B * F, sort_capacity(expand_candidates)], or null: in shared memory
   uint64_t* beam;        // [B, sort_capacity(width)], or null: in shared memory
 };
 
-// A row's best top_k elements lie in the top_k lanes whose best elements are the best: at most so
-// many elements are looked at.
+// Returns how many elements of a row are looked at, at most: its best top_k elements lie in the
+// top_k lanes whose best elements are the best.
 SPECEXTEND_HOST_DEVICE int64_t expand_candidates(int64_t vocab, int64_t top_k) {
   const int64_t elements = top_k * kVocabLaneElements;
   return elements < vocab ? elements : vocab;

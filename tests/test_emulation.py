@@ -503,7 +503,7 @@ class Mutation:
     Attributes:
         name: what is wrong.
         header: of ``csrc/``, in which the only ``old`` becomes ``new``.
-        sources: of ``csrc/``, that include it.
+        sources: of ``csrc/``, or by their own path, that include it.
         check: runs the op on data drawn from a seed, and compares.
         options: of the compiler.
         capability: of the device.
@@ -553,7 +553,7 @@ SELECT = {
 }
 GATHER = {
     "header": "kernels/gather_chunks.cuh",
-    "sources": ("cuda/gather_chunks_float.cu",),
+    "sources": ("cuda/gather_chunks.cu",),
     "check": gather_chunks_of,
 }
 SCORES = {
@@ -562,8 +562,8 @@ SCORES = {
     "check": chunk_scores_of,
 }
 TREE = {
-    "header": "kernels/tree_attention.cuh",
-    "sources": ("cuda/tree_attention_bf16_d64.cu",),
+    "header": "kernels/attention/portable/tiles.cuh",
+    "sources": (emulation.INSTANTIATIONS / "tree_attention_bf16_d64.cu",),
     "check": tree_attention_of,
 }
 MUTATIONS = [
@@ -572,7 +572,7 @@ MUTATIONS = [
         "kernels/merge_states.cuh",
         "static_cast<const Vector*>(p.o_b) + row * vectors",
         "static_cast<const Vector*>(p.o_b) + row * (vectors - 1)",
-        ("cuda/merge_states_float.cu", "cuda/merge_states_half.cu", "cuda/merge_states_bf16.cu"),
+        ("cuda/merge_states.cu",),
         merge_states_of,
     ),
     Mutation(
@@ -656,7 +656,7 @@ MUTATIONS = [
     ),
     Mutation(
         "tree_attention: warps that share keys do not meet",
-        old="ptx::named_barrier(1 + key_group_, kGroupThreads);",
+        old="ptx::named_barrier(1 + at_.key_group, Shape::kGroupThreads);",
         new="",
         **TREE,
     ),
@@ -670,19 +670,19 @@ MUTATIONS = [
         "tree_attention: the ring is given up while it is read",
         old="ptx::cp_async_wait<0>();\n    __syncthreads();",
         new="ptx::cp_async_wait<0>();",
-        **TREE,
+        **{**TREE, "header": "kernels/attention/portable/kernel.cuh"},
     ),
     Mutation(
         "tree_attention: strides swapped",
-        old="at.row * p_.q_stride_m + at.head * p_.q_stride_h",
-        new="at.row * p_.q_stride_h + at.head * p_.q_stride_m",
+        old="from.row * at_.p.q_stride_m + from.head * at_.p.q_stride_h",
+        new="from.row * at_.p.q_stride_h + from.head * at_.p.q_stride_m",
         **TREE,
     ),
     Mutation(
         "tree_attention: a mask's bits are shifted",
         old="mask_bit(mask, int(slot))",
         new="(slot > 0 && mask_bit(mask, int(slot) - 1))",
-        **{**TREE, "header": "kernels/attention_work.cuh"},
+        **{**TREE, "header": "kernels/attention/masks.cuh"},
     ),
 ]
 
@@ -698,7 +698,7 @@ def test_one_block_for_all_sequences():
             "cuda/append_kv.cu",
             "cuda/chunk_scores.cu",
             "cuda/compact_kv.cu",
-            "cuda/gather_chunks_float.cu",
+            "cuda/gather_chunks.cu",
         ),
         gather_chunks_of,
     ).library()

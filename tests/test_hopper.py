@@ -32,12 +32,13 @@ def library() -> emulation.Library:
     csrc, namespace = ROOT / "csrc", "specextend_emulated_hopper"
     own = [
         csrc / "ops/tree_attention.cpp",
-        *sorted((csrc / "cuda").glob("tree_attention*_sm90.cu")),
+        csrc / "cuda/attention/hopper_sm90.cu",
+        *(path for path in emulation.instantiations() if path.stem.endswith("_sm90")),
         ROOT / "tests/no_portable_attention.cpp",
         HERE / "namespace.cpp",
     ]
     options = ["-DSPECEXTEND_HAS_SM90A", f'-DSPECEXTEND_EMULATION_NAMESPACE=\\"{namespace}\\"']
-    shared = [*RUNTIME, csrc / "cuda/attention_combine.cu"]
+    shared = [*RUNTIME, csrc / "cuda/attention/combine.cu"]
     try:
         return emulation.Library(emulation.build(namespace, shared, own, options), namespace)
     except emulation.ToolMissing as missing:

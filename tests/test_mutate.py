@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import emulation
 import pytest
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
@@ -38,6 +39,7 @@ class TestLists:
         assert len(set(planted)) == len(planted)
 
     def test_tests_and_sources_are_there(self):
+        emulation.instantiations()
         for area, mutant in EACH:
             assert mutant.tests, mutant.name
             for test in mutant.tests:

@@ -13,7 +13,7 @@
 namespace specextend {
 
 constexpr int kAppendThreads = 128;
-constexpr int kAppendInFlight = 4;  // vectors that a thread has read and not yet written
+constexpr int kAppendInFlight = 4;  // a thread has read so many vectors and not yet written them
 
 // A block copies some of the new rows, of all heads. Grid: groups of rows; keys and values;
 // sequences.

@@ -1,7 +1,7 @@
 #pragma once
 
-// Reductions and scans over the threads of a block, in fixed order. All threads call; blocks are of
-// whole warps.
+// Reductions and scans over the threads of a block, in fixed order. All threads call them; a block
+// consists of whole warps.
 
 #include <cuda_runtime.h>
 
@@ -10,14 +10,14 @@
 namespace specextend {
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
-constexpr int kMaxWarps = 32;  // of a block
+constexpr int kMaxWarps = 32;  // a block has no more
 
-// Threads of a block for `count` items: whole warps, no more than there is work for.
+// Returns the threads of a block for `count` items: whole warps, no more than there is work for.
 inline unsigned block_threads(int64_t count, int most) {
   return unsigned(count < most ? (count + 31) / 32 * 32 : most);
 }
 
-// All threads get op(...op(op(x of warp 0, x of warp 1)...). `shared` holds kMaxWarps.
+// Returns to all threads op(...op(op(x of warp 0, x of warp 1)...). `shared` holds kMaxWarps.
 template <typename T, typename Op>
 __device__ __forceinline__ T block_reduce(T x, T* shared, Op op) {
 #pragma unroll
@@ -30,7 +30,7 @@ __device__ __forceinline__ T block_reduce(T x, T* shared, Op op) {
   return x;
 }
 
-// The sum over the warp's lanes up to this one.
+// Returns the sum over the warp's lanes up to this one.
 template <typename T>
 __device__ __forceinline__ T warp_sum_upto(T x) {
 #pragma unroll
@@ -41,7 +41,7 @@ __device__ __forceinline__ T warp_sum_upto(T x) {
   return x;
 }
 
-// The sum over the threads before this one. `shared` holds kMaxWarps.
+// Returns the sum over the threads before this one. `shared` holds kMaxWarps.
 template <typename T>
 __device__ __forceinline__ T block_sum_before(T x, T* shared) {
   const T upto = warp_sum_upto(x);

@@ -14,8 +14,8 @@
 namespace specextend {
 
 constexpr int kScoreWarps = 8;
-constexpr int kScoreTile = 32;     // chunks of a block: one per lane
-constexpr int kScoreInFlight = 4;  // heads of which a warp has read and not yet added a tile
+constexpr int kScoreTile = 32;     // a block has so many chunks, one per lane
+constexpr int kScoreInFlight = 4;  // a warp has read a tile of so many heads and not yet added it
 constexpr int kTreeMassWarps = 32;
 
 inline int64_t score_tiles(int num_chunks) {
@@ -39,7 +39,7 @@ struct ScoreRow {
   }
 };
 
-// Neither infinite nor NaN.
+// Returns whether a head's log-sum-exp is neither infinite nor NaN.
 __device__ __forceinline__ bool sees_keys(float lse) { return fabsf(lse) < INFINITY; }
 
 __device__ __forceinline__ double sum_of_warp(double x) {
@@ -53,9 +53,9 @@ __device__ __forceinline__ void add_mass(double& to, double mass) {
   to = kLargest ? fmax(to, mass) : to + mass;
 }
 
-// Scores of the whole chunks, 0 for the others; and, if there is a tree, the mass of each head in
-// this tile: partials [B, Hq, tiles]. Each warp adds up its heads, then warps are added, in order.
-// Grid: tiles, 1, sequences.
+// Writes the scores of the whole chunks, 0 for the others; and, if there is a tree, the mass of
+// each head in this tile: partials [B, Hq, tiles]. Each warp adds up its heads, then warps are
+// added, in order. Grid: tiles, 1, sequences.
 template <bool kLargest>
 __global__ void __launch_bounds__(32 * kScoreWarps)
     chunk_mass_kernel(const __grid_constant__ ChunkScoresParams p, double* partials) {
@@ -104,8 +104,8 @@ __global__ void __launch_bounds__(32 * kScoreWarps)
   }
 }
 
-// The score of the chunk that the first tree key falls into: of each head what the whole chunks
-// leave, or the chunk's own mass if rounding left less. Grid: sequences.
+// Writes the score of the chunk that the first tree key falls into. Each head gives what the whole
+// chunks leave of its mass, or the chunk's own mass if rounding left less. Grid: sequences.
 template <bool kLargest>
 __global__ void __launch_bounds__(32 * kTreeMassWarps)
     tree_mass_kernel(const __grid_constant__ ChunkScoresParams p, const double* partials,
@@ -138,7 +138,8 @@ __global__ void __launch_bounds__(32 * kTreeMassWarps)
   p.scores[b * p.num_chunks + row.num_whole] = float(total * scale);
 }
 
-// Query rows [B, M, Hq, D] at the device's indices -> [B, Hq, D]. Grid: heads, 1, sequences.
+// Copies the query rows of [B, M, Hq, D] at the device's indices to [B, Hq, D]. Grid: heads, 1,
+// sequences.
 template <typename Element>
 __global__ void pick_rows_kernel(const __grid_constant__ TreeAttentionParams p, const int32_t* rows,
                                  Element* picked) {

@@ -12,7 +12,7 @@
 namespace specextend {
 
 constexpr int kCompactThreads = 128;
-constexpr int kCompactInFlight = 8;  // rows that a thread has read and not yet written
+constexpr int kCompactInFlight = 8;  // a thread has read so many rows and not yet written them
 
 // A thread moves the same bytes of all rows of the path, in path order, some rows at a time, so
 // that threads never meet: a row that is written lies before all rows still to be read, and nobody

@@ -10,8 +10,8 @@
 
 namespace specextend {
 
-constexpr int kCompactSm90Rows = 16;            // rows in shared memory at a time, one per lane
-constexpr int kCompactSm90SegmentBytes = 1024;  // of each
+constexpr int kCompactSm90Rows = 16;  // so many rows are in shared memory at a time, one per lane
+constexpr int kCompactSm90SegmentBytes = 1024;  // each row's segment has so many
 constexpr int kCompactSm90Shared =
     kCompactSm90Rows * kCompactSm90SegmentBytes + int(sizeof(uint64_t));
 
@@ -22,7 +22,7 @@ constexpr int kCompactSm90Shared =
 __global__ void __launch_bounds__(32)
     compact_kv_sm90_kernel(const __grid_constant__ CompactKvParams p) {
   auto* const buffer =
-      reinterpret_cast<unsigned char(*)[kCompactSm90SegmentBytes]>(ptx::shared_memory());
+      reinterpret_cast<unsigned char (*)[kCompactSm90SegmentBytes]>(ptx::shared_memory());
   auto* const loaded = reinterpret_cast<uint64_t*>(buffer[kCompactSm90Rows]);
   const int lane = int(threadIdx.x);
   if (lane == 0) {

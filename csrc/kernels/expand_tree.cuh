@@ -28,8 +28,8 @@ __device__ __forceinline__ const T* logits_row(const ExpandTreeParams& p, int b,
 
 __device__ __forceinline__ float without_nan(float x) { return x != x ? -INFINITY : x; }
 
-// Largest element and sum of exponentials of every block, best key of each of its lanes. Grid:
-// blocks of a row, frontier nodes, sequences.
+// Finds the largest element and the sum of exponentials of every block, and the best key of each of
+// its lanes. Grid: blocks of a row, frontier nodes, sequences.
 template <typename T>
 __global__ void __launch_bounds__(kVocabThreads)
     expand_blocks_kernel(const __grid_constant__ ExpandTreeParams p,
@@ -71,12 +71,13 @@ struct ExpandShared {
   uint32_t num_keys;
 };
 
-// Behind the struct: keys, unless they are in global memory.
+// Returns where keys are, behind the struct, unless they are in global memory.
 __device__ __forceinline__ uint64_t* shared_keys() {
   return reinterpret_cast<uint64_t*>(ptx::shared_memory() + sizeof(ExpandShared));
 }
 
-// Log of the softmax at the row's largest logit. Logits of +inf share all the probability.
+// Returns the log of the softmax at the row's largest logit. Logits of +inf share all the
+// probability.
 template <typename T>
 __device__ __forceinline__ double log_of_first(const ExpandTreeParams& p, const T* logits,
                                                const float* refs, double* sums, float max,
@@ -103,7 +104,8 @@ __device__ __forceinline__ double log_of_first(const ExpandTreeParams& p, const 
   return shared.log_first;
 }
 
-// The top_k elements of every row, with the log of their probabilities. Grid: nodes, sequences.
+// Writes the top_k elements of every row, with the log of their probabilities. Grid: nodes,
+// sequences.
 template <typename T>
 __global__ void __launch_bounds__(kExpandThreads)
     expand_rows_kernel(const __grid_constant__ ExpandTreeParams p,
@@ -166,9 +168,8 @@ __global__ void __launch_bounds__(kExpandThreads)
   }
 }
 
-// The best `width` candidates of every sequence. Grid: sequences.
-template <int kThreads>
-__global__ void __launch_bounds__(kThreads)
+// Writes the best `width` candidates of every sequence. Grid: sequences.
+__global__ void __launch_bounds__(kExpandThreads)
     expand_beam_kernel(const __grid_constant__ ExpandTreeParams p,
                        const __grid_constant__ ExpandTreeScratch scratch) {
   ExpandShared& shared = *reinterpret_cast<ExpandShared*>(ptx::shared_memory());
@@ -214,7 +215,7 @@ cudaError_t launch_expand_tree(const ExpandTreeParams& p, const ExpandTreeScratc
                  block_threads(num_lanes, kExpandThreads),
                  expand_shared_bytes(scratch.candidates, row_keys), stream, p, scratch);
   if (error != cudaSuccess) return error;
-  return launch(expand_beam_kernel<kExpandThreads>, unsigned(p.batch),
+  return launch(expand_beam_kernel, unsigned(p.batch),
                 block_threads(int64_t(p.frontier) * p.top_k, kExpandThreads),
                 expand_shared_bytes(scratch.beam, sort_capacity(p.width)), stream, p, scratch);
 }

@@ -14,14 +14,15 @@
 namespace specextend {
 
 constexpr int kGatherThreads = 128;
-constexpr int kGatherInFlight = 4;  // pairs of vectors that a thread has read and not yet written
-constexpr int kGatherLayers = 24;   // that one launch serves: what fits 4 KB of parameters
+constexpr int kGatherInFlight =
+    4;  // a thread has read so many pairs of vectors, and not yet written
+constexpr int kGatherLayers = 24;  // one launch serves so many: they fit 4 KB of parameters
 
 struct GatherLaunch {
   GatherChunksParams params;  // work_lens is null after the first launch; layers is not read
   GatherLayer layers[kGatherLayers];
-  unsigned num_groups;  // of a slot's rows
-  int rows_per_block;   // of a group
+  unsigned num_groups;  // the rows of a slot are so many groups
+  int rows_per_block;   // a group has so many rows
 };
 static_assert(sizeof(GatherLaunch) <= 4096, "more than a kernel's parameters may take");
 
@@ -38,7 +39,7 @@ struct GatherItem {
   int pair;
 };
 
-// Some rows of one slot of one layer, keys or values, as items: of each head the rotated pairs and
+// Some rows of one slot of one layer, keys or values, as items. Each head has the rotated pairs,
 // then the rest, which is cut in halves so that threads side by side touch vectors side by side.
 template <typename T, int kElements>
 class GatherRows {
@@ -59,7 +60,7 @@ class GatherRows {
 
   __device__ unsigned count() const { return count_; }
 
-  // n < count()
+  // Returns item n, n < count().
   __device__ GatherItem item(unsigned n) const {
     const unsigned per_head = rotated_ + half_;
     const unsigned row = n / per_row_, head = n % per_row_ / per_head, i = n % per_head;
@@ -166,14 +167,14 @@ __global__ void __launch_bounds__(kGatherThreads)
   }
 }
 
-// Layers [begin, end), at most kGatherLayers of them.
+// Launches for layers [begin, end), at most kGatherLayers of them.
 template <typename T, int kElements>
 cudaError_t launch_gather_layers(const GatherChunksParams& p, int begin, int end,
                                  cudaStream_t stream) {
   GatherLaunch g{p, {}, 1, 1};
   std::copy(p.layers + begin, p.layers + end, g.layers);
   if (begin > 0) g.params.work_lens = nullptr;
-  int64_t vectors = 1;  // of a row of all heads, at most
+  int64_t vectors = 1;  // a row of all heads has at most so many
   for (int i = begin; i < end; ++i) {
     for (int which = 0; which < 2; ++which) {
       const GatherLayer& layer = p.layers[i];

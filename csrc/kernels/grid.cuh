@@ -2,9 +2,9 @@
 
 namespace specextend {
 
-constexpr unsigned kMaxGridZ = 65535;  // blocks; kernels stride over what is beyond
+constexpr unsigned kMaxGridZ = 65535;  // a grid has no more blocks; kernels stride over the rest
 
-// Blocks along z for `count` items.
+// Returns the blocks along z for `count` items.
 inline unsigned grid_z(int count) {
   return unsigned(count) < kMaxGridZ ? unsigned(count) : kMaxGridZ;
 }

@@ -29,7 +29,7 @@ using Element = std::conditional_t<std::is_same_v<T, __half>, cute::half_t, cute
 
 // --- products of a warpgroup: asynchronous, each a group of its own ---
 
-// Until at most kPending of the warpgroup's newest products are under way.
+// Waits until at most kPending of the warpgroup's newest products are under way.
 template <int kPending>
 __device__ __forceinline__ void wait_products() {
   cute::warpgroup_wait<kPending>();
@@ -42,7 +42,7 @@ __device__ __forceinline__ void fence_registers(float (&x)[kN]) {
   for (int i = 0; i < kN; ++i) cute::warpgroup_fence_operand(x[i]);
 }
 
-// s [64, kKeys] = q [64, kDim] * k [kKeys, kDim]^T, both in shared memory.
+// Begins s [64, kKeys] = q [64, kDim] * k [kKeys, kDim]^T, both in shared memory.
 template <int kKeys, int kDim, typename T>
 __device__ __forceinline__ void multiply_queries(float (&s)[kKeys / 2], const T* q, const T* k) {
   using namespace cute;
@@ -69,7 +69,7 @@ __device__ __forceinline__ void multiply_queries(float (&s)[kKeys / 2], const T*
   warpgroup_commit_batch();
 }
 
-// o [64, kDim] += p [64, kKeys] * v [kKeys, kDim], p in registers, v in shared memory.
+// Begins o [64, kDim] += p [64, kKeys] * v [kKeys, kDim], p in registers, v in shared memory.
 template <int kKeys, int kDim, typename T>
 __device__ __forceinline__ void multiply_values(float (&o)[kDim / 2], uint32_t (&p)[kKeys / 4],
                                                 const T* v) {
@@ -133,15 +133,15 @@ __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
   cute::prefetch_tma_descriptor(&map);
 }
 
-// The box at [batch, row, head, column] of the mapped tensor to shared memory; outside of the
-// tensor are zeros. Its bytes, all of them, count towards the current phase of `barrier`.
+// Copies the box at [batch, row, head, column] of the mapped tensor to shared memory; outside of
+// the tensor are zeros. Its bytes, all of them, count towards the current phase of `barrier`.
 template <typename T>
 __device__ __forceinline__ void copy_box(T* shared, const TensorMap& map, uint64_t* barrier,
                                          Keep keep, int column, int row, int head, int batch) {
   cute::SM90_TMA_LOAD_4D::copy(&map, barrier, uint64_t(keep), shared, column, row, head, batch);
 }
 
-// The same to the same place in both blocks of a cluster of two, and to the barrier in each.
+// Copies likewise to the same place in both blocks of a cluster of two; the bytes count in each.
 template <typename T>
 __device__ __forceinline__ void copy_box_to_both(T* shared, const TensorMap& map, uint64_t* barrier,
                                                  Keep keep, int column, int row, int head,

@@ -1,6 +1,6 @@
 #pragma once
 
-// How kernels are launched: an API call and not <<<>>>, so that a host compiler reads it too.
+// How kernels are launched: by an API call and not <<<>>>, so that a host compiler reads it too.
 
 #include <cuda_runtime.h>
 
@@ -9,7 +9,7 @@
 
 namespace specextend {
 
-constexpr size_t kSharedWithoutAsking = 48 * 1024;  // bytes; more has to be asked for
+constexpr size_t kSharedWithoutAsking = 48 * 1024;  // bytes; a kernel has to ask for more
 
 template <typename... Params, typename... Args>
 cudaError_t launch_with(cudaLaunchAttribute* attributes, unsigned num_attributes,
@@ -20,7 +20,7 @@ cudaError_t launch_with(cudaLaunchAttribute* attributes, unsigned num_attributes
     cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
-    // All of it that a multiprocessor has: else it may have none for a second block.
+    // The kernel prefers all that a multiprocessor has: else there may be none for a second block.
     error = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
                                  cudaSharedmemCarveoutMaxShared);
     if (error != cudaSuccess) return error;
@@ -54,7 +54,7 @@ cudaError_t launch_early(bool early, void (*kernel)(Params...), dim3 grid, dim3 
                      std::forward<Args>(args)...);
 }
 
-// In clusters of `cluster` blocks along x; from sm_90 on.
+// Launches clusters of `cluster` blocks along x; from sm_90 on.
 template <typename... Params, typename... Args>
 cudaError_t launch_clusters(unsigned cluster, void (*kernel)(Params...), dim3 grid, dim3 block,
                             size_t shared_bytes, cudaStream_t stream, Args&&... args) {

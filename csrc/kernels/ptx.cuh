@@ -1,8 +1,9 @@
 #pragma once
 
-// All inline PTX: one wrapper per instruction. Wrappers exist for the architectures that have the
-// instruction, so that a kernel which uses one does not compile for others. tests/emulation has a
-// header of the same name and functions that stands in for this one on the host.
+// This is all inline PTX, one wrapper per instruction. Wrappers exist for the architectures that
+// have the instruction, so that a kernel which uses one does not compile for others.
+// tests/emulation has a header of the same name and functions that stands in for this one on the
+// host.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -12,7 +13,7 @@
 
 namespace specextend::ptx {
 
-// The dynamic shared memory of the block: all the shared memory that kernels use.
+// Returns the dynamic shared memory of the block: all the shared memory that kernels use.
 __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(1024) unsigned char specextend_shared_memory[];
   return specextend_shared_memory;
@@ -24,8 +25,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 
 // --- cp.async: global to shared memory without registers ---
 
-// 16 bytes, past L1; both addresses are multiples of 16. With `valid` false, zeros are written and
-// nothing is read.
+// Copies 16 bytes, past L1; both addresses are multiples of 16. With `valid` false, zeros are
+// written and nothing is read.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
                :
@@ -34,12 +35,13 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
                : "memory");
 }
 
-// What the thread has asked for since the last commit is one group.
+// Makes one group of what the thread has asked for since the last commit.
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" : : : "memory");
 }
 
-// Until at most kPending of the thread's newest groups are under way. Others' copies need a barrier.
+// Waits until at most kPending of the thread's newest groups are under way. Others' copies need a
+// barrier.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kPending) : "memory");
@@ -47,8 +49,8 @@ __device__ __forceinline__ void cp_async_wait() {
 
 // --- tensor cores. Fragments are those of the PTX manual, section "Matrix fragments for mma" ---
 
-// Four 8x8 matrices of 16-bit elements; thread 8 i + r gives the address of row r of matrix i.
-// Of matrix i, thread t gets elements 2 (t % 4) and the next of row t / 4.
+// Loads four 8x8 matrices of 16-bit elements; thread 8 i + r gives the address of row r of matrix
+// i. Thread t gets elements 2 (t % 4) and the next of row t / 4 of each matrix.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -56,7 +58,7 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-// The same, each matrix transposed on the way.
+// Does the same, and transposes each matrix on the way.
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -64,8 +66,8 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
                : "memory");
 }
 
-// d [16, 8] += a [16, 16] (by rows) * b [16, 8] (by columns), summed in fp32. T says what the 16-bit
-// elements are.
+// Computes d [16, 8] += a [16, 16] (by rows) * b [16, 8] (by columns), summed in fp32. T says what
+// the 16-bit elements are.
 template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                              uint32_t b1);
@@ -73,8 +75,7 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
 template <>
 __device__ __forceinline__ void mma_m16n8k16<__half>(float (&d)[4], const uint32_t (&a)[4],
                                                      uint32_t b0, uint32_t b1) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -83,8 +84,7 @@ __device__ __forceinline__ void mma_m16n8k16<__half>(float (&d)[4], const uint32
 template <>
 __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4],
                                                             uint32_t b0, uint32_t b1) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -92,14 +92,14 @@ __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const
 
 // --- small instructions ---
 
-// 2^x, to about 2 ulp; results below 2^-126 are 0; 2^-inf is 0.
+// Returns 2^x, to about 2 ulp; results below 2^-126 are 0; 2^-inf is 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// Threads of the block that call it with this `id` (1 to 15) wait until `threads` of them have come.
+// Waits until `threads` threads of the block have called it with this `id` (1 to 15).
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("barrier.sync %0, %1;" : : "r"(id), "r"(threads) : "memory");
 }
@@ -107,7 +107,7 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
 // --- programmatic dependent launch: does nothing in a kernel that was launched without it, nor
 // before sm_90, which has none ---
 
-// Until the kernels before this one in the stream have ended, or have let it begin and ended.
+// Waits until the kernels before this one in the stream have ended, or have let it begin and ended.
 __device__ __forceinline__ void wait_for_predecessors() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" : : : "memory");
@@ -125,7 +125,8 @@ __device__ __forceinline__ void let_successors_begin() {
 
 // --- mbarrier: a barrier in shared memory that also counts bytes copied ---
 
-// `count` arrivals end a phase. By one thread, before anybody uses the barrier.
+// Makes a barrier of which `count` arrivals end a phase. One thread calls it, before anybody uses
+// the barrier.
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
                :
@@ -153,7 +154,8 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, uin
                : "memory");
 }
 
-// Whether the phase of this parity is over; waits a while for it. What it copied is then visible.
+// Returns whether the phase of this parity is over, and waits a while for it. What it copied is
+// then visible.
 __device__ __forceinline__ bool mbarrier_try_wait_parity(uint64_t* barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(
@@ -170,7 +172,7 @@ __device__ __forceinline__ bool mbarrier_try_wait_parity(uint64_t* barrier, uint
 
 // --- bulk copies: addresses and sizes are multiples of 16 bytes ---
 
-// Global to shared memory; the bytes count towards the current phase of `barrier`.
+// Copies from global to shared memory; the bytes count towards the current phase of `barrier`.
 __device__ __forceinline__ void bulk_copy_to_shared(void* shared, const void* global,
                                                     uint32_t bytes, uint64_t* barrier) {
   asm volatile(
@@ -181,7 +183,7 @@ __device__ __forceinline__ void bulk_copy_to_shared(void* shared, const void* gl
       : "memory");
 }
 
-// Shared to global memory, as part of the thread's next bulk group.
+// Copies from shared to global memory, as part of the thread's next bulk group.
 __device__ __forceinline__ void bulk_copy_to_global(void* global, const void* shared,
                                                     uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
@@ -194,13 +196,13 @@ __device__ __forceinline__ void bulk_commit_group() {
   asm volatile("cp.async.bulk.commit_group;" : : : "memory");
 }
 
-// Until at most kPending groups of the thread have not yet read their sources.
+// Waits until at most kPending groups of the thread have not yet read their sources.
 template <int kPending>
 __device__ __forceinline__ void bulk_wait_group_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" : : "n"(kPending) : "memory");
 }
 
-// Until at most kPending groups of the thread have not yet written.
+// Waits until at most kPending groups of the thread have not yet written.
 template <int kPending>
 __device__ __forceinline__ void bulk_wait_group() {
   asm volatile("cp.async.bulk.wait_group %0;" : : "n"(kPending) : "memory");

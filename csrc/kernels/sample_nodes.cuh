@@ -18,14 +18,14 @@ namespace specextend {
 // Two launches: every 16 threads summarise a block of a row, then one block of threads per row
 // takes the token. The summaries are those of vocab.h and ranks, so that the token is the CPU's.
 
-constexpr uint64_t kNanKey = 0;  // before all keys of numbers
+constexpr uint64_t kNanKey = 0;  // it comes before all keys of numbers
 
 template <typename T>
 __device__ __forceinline__ const T* logits_row(const SampleNodesParams& p, int b, int node) {
   return static_cast<const T*>(p.logits) + b * p.stride_b + node * p.stride_n;
 }
 
-// The key of the largest element of every block. Grid: blocks of a row, nodes, sequences.
+// Finds the key of the largest element of every block. Grid: blocks of a row, nodes, sequences.
 template <typename T>
 __global__ void __launch_bounds__(kVocabThreads)
     argmax_blocks_kernel(const __grid_constant__ SampleNodesParams p,
@@ -56,9 +56,8 @@ __global__ void __launch_bounds__(kVocabThreads)
   }
 }
 
-// The best key of every row, by a warp.
-template <int kThreads>
-__global__ void __launch_bounds__(kThreads)
+// Finds the best key of every row, a warp per row.
+__global__ void __launch_bounds__(kVocabThreads)
     argmax_rows_kernel(const __grid_constant__ SampleNodesParams p,
                        const __grid_constant__ SampleNodesScratch scratch) {
   const int64_t num_blocks = num_vocab_blocks(p.vocab);
@@ -80,8 +79,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The largest element of every block, NaN if it has one, and the sum of its exponentials. Grid as
-// for argmax.
+// Finds the largest element of every block, NaN if it has one, and the sum of its exponentials. The
+// grid is that of argmax.
 template <typename T>
 __global__ void __launch_bounds__(kVocabThreads)
     sum_blocks_kernel(const __grid_constant__ SampleNodesParams p,
@@ -112,7 +111,7 @@ struct DrawRowsShared {
   float refs[kMaxWarps];
 };
 
-// The token of every row. Grid: nodes, sequences.
+// Draws the token of every row. Grid: nodes, sequences.
 template <typename T>
 __global__ void __launch_bounds__(kVocabThreads)
     draw_rows_kernel(const __grid_constant__ SampleNodesParams p,
@@ -159,9 +158,8 @@ cudaError_t launch_sample_nodes(const SampleNodesParams& p, const SampleNodesScr
     if (error != cudaSuccess) return error;
     const int64_t lanes = int64_t(p.batch) * p.num_nodes * 32;
     const unsigned row_threads = block_threads(lanes, kVocabThreads);
-    return launch(argmax_rows_kernel<kVocabThreads>,
-                  unsigned((lanes + row_threads - 1) / row_threads), row_threads, 0, stream, p,
-                  scratch);
+    return launch(argmax_rows_kernel, unsigned((lanes + row_threads - 1) / row_threads),
+                  row_threads, 0, stream, p, scratch);
   }
   const cudaError_t error = launch(sum_blocks_kernel<T>, blocks, threads, 0, stream, p, scratch);
   if (error != cudaSuccess) return error;

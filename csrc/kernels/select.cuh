@@ -1,6 +1,7 @@
 #pragma once
 
-// The smallest keys of many, and their order, by one block. All threads call.
+// How a block finds the smallest keys of many (radix select), and sorts them. All threads call
+// these.
 
 #include <cuda_runtime.h>
 
@@ -10,7 +11,7 @@
 
 namespace specextend {
 
-constexpr int kSelectBins = 256;  // of a digit's histogram
+constexpr int kSelectBins = 256;  // a digit's histogram has so many
 
 // What is chosen: all keys below `key`, and of those equal to it the first num_equal.
 template <typename Key>
@@ -19,8 +20,9 @@ struct SelectThreshold {
   uint32_t num_equal;
 };
 
-// The threshold of the `wanted` smallest of the keys key_of(0), ..., key_of(n - 1), digit by digit:
-// a histogram of the keys that begin like it. 0 < wanted <= n. `bins` is shared memory.
+// Returns the threshold of the `wanted` smallest of the keys key_of(0), ..., key_of(n - 1). It is
+// found digit by digit, from a histogram of the keys that begin like it. 0 < wanted <= n. `bins` is
+// shared memory.
 template <typename Key, typename KeyOf>
 __device__ __forceinline__ SelectThreshold<Key> select_threshold(KeyOf key_of, int64_t n,
                                                                  int64_t wanted, uint32_t* bins) {
@@ -72,7 +74,7 @@ __device__ __forceinline__ SelectThreshold<Key> select_threshold(KeyOf key_of, i
     t.key |= Key(__shfl_sync(kWholeWarp, bin, owner)) << shift;
     t.num_equal -= __shfl_sync(kWholeWarp, below, owner);
     __syncthreads();
-    if (__shfl_sync(kWholeWarp, inside, owner) == t.num_equal) {  // all that begin like it
+    if (__shfl_sync(kWholeWarp, inside, owner) == t.num_equal) {  // all keys that begin like it
       t.key |= (Key(1) << shift) - 1;
       break;
     }
@@ -93,7 +95,7 @@ __device__ __forceinline__ void append_key(bool has_one, uint64_t key, uint64_t*
   if (has_one) keys[place] = key;
 }
 
-// Ascending, by a bitonic network. `keys` has room for sort_capacity(n) (workspace.h).
+// Sorts keys ascending, by a bitonic network. `keys` has room for sort_capacity(n) (workspace.h).
 __device__ __forceinline__ void sort_keys(uint64_t* keys, uint32_t n) {
   uint32_t padded = 1;
   while (padded < n) padded *= 2;

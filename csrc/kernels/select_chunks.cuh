@@ -20,7 +20,8 @@ struct SelectShared {
   uint64_t counts[kMaxWarps];
 };
 
-// One block per sequence. Scores are read from global memory each time: after the first, from L1.
+// One block of threads serves a sequence. Scores are read from global memory each time: after the
+// first, from L1.
 __global__ void __launch_bounds__(kSelectThreads)
     select_chunks_kernel(const __grid_constant__ SelectChunksParams p) {
   SelectShared& shared = *reinterpret_cast<SelectShared*>(ptx::shared_memory());

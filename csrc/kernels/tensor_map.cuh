@@ -1,7 +1,7 @@
 #pragma once
 
-// Maps of tensors for the copies of hopper.cuh. Apart from CuTe, so that the host's side of the
-// kernels can be compiled, and run, without it.
+// Maps of tensors for the copies of hopper.cuh. They stand apart from CuTe, so that the host's side
+// of the kernels can be compiled, and run, without it.
 
 #include <cuda.h>
 #include <cuda_runtime.h>

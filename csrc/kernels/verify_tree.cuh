@@ -12,10 +12,10 @@
 namespace specextend {
 
 constexpr int kVerifyThreads = 256;
-constexpr int kVerifySharedNodes = 8192;  // whose successors are in shared memory
+constexpr int kVerifySharedNodes = 8192;  // so many have their successors in shared memory
 
-// The results of one sequence, the walk being in its path already: what it emits, and the tails. By
-// all threads.
+// Writes the results of one sequence, whose walk is in its path already: what it emits, and the
+// tails. All threads call it.
 __device__ __forceinline__ void write_walk(const VerifyTreeParams& p, int64_t b, int length,
                                            int64_t last_token) {
   const int64_t* const tokens = p.tokens + b * p.num_nodes;
@@ -35,9 +35,9 @@ struct VerifyShared {
   int length;
 };
 
-// One block of threads per sequence. All nodes at once find out whether they follow their parents,
-// then one thread walks, along successors in shared memory. For trees that are too large for it
-// they are in the memory of the results, `emitted`, which are written last.
+// One block of threads serves a sequence. All nodes at once find out whether they follow their
+// parents, then one thread walks, along successors in shared memory. For trees that are too large
+// for it they are in the memory of the results, `emitted`, which are written last.
 __global__ void __launch_bounds__(kVerifyThreads)
     verify_tree_kernel(const __grid_constant__ VerifyTreeParams p) {
   VerifyShared& shared = *reinterpret_cast<VerifyShared*>(ptx::shared_memory());

@@ -1,6 +1,6 @@
 #pragma once
 
-// Rows of logits: the definitions of vocab.h on a GPU.
+// Rows of logits, on a GPU, as vocab.h defines their sums.
 
 #include <cuda_runtime.h>
 
@@ -11,19 +11,19 @@
 
 namespace specextend {
 
-constexpr int kVocabThreads = 256;  // of blocks of threads that look at blocks of a row
+constexpr int kVocabThreads = 256;  // a block of threads that looks at blocks of a row has so many
 
 // --- a block of a row by 16 threads, a lane each; half a warp ---
 
 __device__ __forceinline__ int vocab_lane() { return int(threadIdx.x % kVocabLanes); }
 
-// Elements of a block of the row; none behind its end.
+// Returns the number of elements of a block of the row; there is none behind its end.
 __device__ __forceinline__ int vocab_block_size(int64_t block, int64_t vocab) {
   const int64_t left = vocab - block * kVocabBlock;
   return int(left < 0 ? 0 : left < kVocabBlock ? left : kVocabBlock);
 }
 
-// The lane's elements; -inf where there is none.
+// Loads the lane's elements; -inf where there is none.
 template <typename T>
 __device__ __forceinline__ void load_lane(const T* row, int64_t block, int size,
                                           float (&x)[kVocabLaneElements]) {
@@ -38,7 +38,7 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
   return a != a || b < a ? a : b;  // b if it is NaN
 }
 
-// Of all lanes, to all lanes.
+// Returns op over all lanes, to all lanes.
 template <typename T, typename Op>
 __device__ __forceinline__ T reduce_lanes(T x, Op op) {
 #pragma unroll
@@ -48,12 +48,12 @@ __device__ __forceinline__ T reduce_lanes(T x, Op op) {
   return x;
 }
 
-// Lanes folded as vocab.h says: either half adds the same two numbers.
+// Returns the sum of the lanes, folded as vocab.h says: either half adds the same two numbers.
 __device__ __forceinline__ double fold_lanes(double sum) {
   return reduce_lanes(sum, [](double a, double b) { return a + b; });
 }
 
-// The sum of exp(x - ref) over the block, 0 for NaN.
+// Returns the sum of exp(x - ref) over the block, in which NaN counts 0.
 __device__ __forceinline__ double exp_sum(const float (&x)[kVocabLaneElements], float ref) {
   double sum = 0.;
 #pragma unroll
@@ -88,7 +88,8 @@ struct CumulativePlace {
   double before;
 };
 
-// The first value whose cumulative sum, from `base` on, exceeds the threshold; index -1: none.
+// Finds the first value whose cumulative sum, from `base` on, exceeds the threshold; index -1:
+// none.
 __device__ __forceinline__ CumulativePlace first_above(const double* values, int64_t n, double base,
                                                        double threshold) {
   const int lane = int(threadIdx.x % 32);
@@ -134,9 +135,9 @@ struct DrawShared {
   double threshold;
 };
 
-// The first token whose cumulative sum exceeds u of the total; -1 where that is undefined. Block b
-// of the row sums to sums[run_place(b)], and value_of(b, j) is its element j. The token is thread
-// 0's.
+// Draws a token (inverse CDF): the first whose cumulative sum exceeds u of the total, -1 where that
+// is undefined. Block b of the row sums to sums[run_place(b)], and value_of(b, j) is its element j.
+// Thread 0 gets the token.
 template <typename ValueOf>
 __device__ __forceinline__ int64_t draw_token(const double* sums, int64_t vocab, double u,
                                               ValueOf value_of, DrawShared& shared) {

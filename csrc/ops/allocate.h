@@ -10,8 +10,9 @@
 
 namespace specextend {
 
-// An uninitialised contiguous tensor on the device of `like`. torch::stable::empty does the same in
-// microseconds, through the dispatcher and a boxed list; an op of a few microseconds feels that.
+// Returns an uninitialised contiguous tensor on the device of `like`. torch::stable::empty does the
+// same in microseconds, through the dispatcher and a boxed list; an op of a few microseconds feels
+// that.
 inline torch::stable::Tensor allocate(const torch::stable::Tensor& like,
                                       std::initializer_list<int64_t> sizes,
                                       torch::headeronly::ScalarType type) {
@@ -30,8 +31,8 @@ inline torch::stable::Tensor allocate(const torch::stable::Tensor& like,
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.begin(), strides, dtype,
-                                                  device_type, device_index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.begin(), strides, dtype, device_type,
+                                                  device_index, &handle));
   return torch::stable::Tensor(handle);
 }
 

@@ -1,7 +1,7 @@
 #pragma once
 
-// Switches of the environment, to bisect and to compare on a GPU without another build. Read at
-// every call.
+// Switches of the environment, to bisect and to compare on a GPU without another build. Every call
+// reads them.
 //   SPECEXTEND_ATTENTION=portable   never the Hopper kernels
 //   SPECEXTEND_ATTENTION=hopper     them alone: a call that they do not serve is an error
 //   SPECEXTEND_PDL=0                no kernel begins before the one in front of it has ended

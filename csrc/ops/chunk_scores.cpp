@@ -173,8 +173,8 @@ Tensor chunk_scores_keys_cpu(const Tensor& q, const Tensor& k, const Tensor& row
 }
 
 #ifdef SPECEXTEND_HAS_CUDA
-// The row of each sequence, picked by the device; a pass of tree attention with it, no tree and no
-// values; the scores of what that gives.
+// Launches three things: the device picks the row of each sequence; tree attention takes it, with
+// no tree and no values; and the log-sum-exps that this gives become scores.
 Tensor chunk_scores_keys_cuda(const Tensor& q, const Tensor& k, const Tensor& rows,
                               const Tensor& lens, int64_t chunk_size, std::optional<double> scale,
                               double softcap, int64_t window, std::string reduce) {

@@ -10,7 +10,7 @@
 
 namespace specextend {
 
-// For dtypes that check_float let pass.
+// Returns the kernels' name of a dtype that check_float let pass.
 inline DType to_dtype(torch::headeronly::ScalarType type) {
   using torch::headeronly::ScalarType;
   return type == ScalarType::Float  ? DType::kFloat32
@@ -19,7 +19,7 @@ inline DType to_dtype(torch::headeronly::ScalarType type) {
 }
 
 #ifdef SPECEXTEND_HAS_CUDA
-// launch(T{}) with the type that device code has for `dtype`.
+// Calls launch(T{}) with the type that device code has for `dtype`.
 template <typename Launch>
 auto by_device_type(DType dtype, Launch launch) {
   if (dtype == DType::kFloat32) return launch(float{});

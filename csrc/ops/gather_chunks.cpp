@@ -22,7 +22,7 @@ constexpr const char* kOp = "gather_chunks";
 
 using Tensors = std::vector<Tensor>;
 
-// Layers of k_full, which the other lists are compared with, or of another list.
+// Returns the layers of k_full, which the other lists are compared with, or of another list.
 void check_layers(const char* name, const Tensors& layers, const Tensors& k_full,
                   const char* letters) {
   STD_TORCH_CHECK(layers.size() == k_full.size(), kOp, ": ", name,
@@ -41,7 +41,7 @@ void check_layers(const char* name, const Tensors& layers, const Tensors& k_full
   }
 }
 
-// The working caches have the heads of the full ones and memory of their own.
+// Checks that the working caches have the heads of the full ones and memory of their own.
 void check_work(const char* name, const Tensors& work, const Tensors& full) {
   for (size_t i = 0; i < work.size(); ++i) {
     const std::string label = name + ("[" + std::to_string(i) + "]");
@@ -101,7 +101,7 @@ struct Prepared {
   DType dtype;
 };
 
-// Everything that does not depend on the device: checks, allocation, parameters.
+// Does everything that does not depend on the device: checks, allocation, parameters.
 Prepared prepare(const Arguments& a) {
   check(a.k_full, a.v_full, a.k_work, a.v_work, a.ids, a.counts, a.lens, a.inv_freq, a.chunk_size);
   const int64_t pairs = a.inv_freq ? a.inv_freq->size(1) : 0;

@@ -32,7 +32,7 @@ void check_lse(const char* name, const Tensor& lse, const char* o_name, const Te
                   " without its last dimension ", shape_string(o), ", got ", shape_string(lse));
 }
 
-// Everything that does not depend on the device: checks, allocation, parameters.
+// Does everything that does not depend on the device: checks, allocation, parameters.
 Prepared prepare(const Tensor& o_a, const Tensor& lse_a, const Tensor& o_b, const Tensor& lse_b) {
   STD_TORCH_CHECK(o_a.dim() >= 1, kOp, ": o_a must be [..., D], got ", shape_string(o_a));
   check_float(kOp, "o_a", o_a);

@@ -8,8 +8,8 @@
 
 namespace specextend {
 
-// A kernel's working memory, and the tensor that holds it: its lay_out of workspace.h for `params`,
-// on the device of `like`.
+// Holds a kernel's working memory, which its lay_out of workspace.h places for `params`, and the
+// tensor that it lies in, on the device of `like`.
 template <typename Params>
 struct AllocatedScratch {
   AllocatedScratch(const torch::stable::Tensor& like, const Params& params)

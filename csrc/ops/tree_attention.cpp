@@ -40,16 +40,16 @@ struct Prepared {
   DType dtype;
 };
 
-// An integer tensor of the host's choosing beside q: dtype, shape, device, contiguity.
-void check_side(const char* name, const Tensor& t, ScalarType type, std::initializer_list<int64_t> shape,
-                const Tensor& q) {
+// Checks an integer tensor beside q: dtype, shape, device, contiguity.
+void check_side(const char* name, const Tensor& t, ScalarType type,
+                std::initializer_list<int64_t> shape, const Tensor& q) {
   check_dtype(kOp, name, t, type);
   check_shape(kOp, name, t, shape);
   check_contiguous(kOp, name, t);
   check_same_device(kOp, name, t, "q", q);
 }
 
-// Everything that does not depend on the device: checks, allocation, parameters.
+// Does everything that does not depend on the device: checks, allocation, parameters.
 Prepared prepare(const Arguments& a) {
   check_dim(kOp, "q", a.q, 4, "[B, M, Hq, D]");
   check_dim(kOp, "k", a.k, 4, "[B, S, Hkv, D]");
@@ -63,7 +63,8 @@ Prepared prepare(const Arguments& a) {
   STD_TORCH_CHECK(dim >= 8 && dim <= 256 && dim % 8 == 0, kOp,
                   ": the head dimension must be a multiple of 8 in [8, 256], got ", dim);
   STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, kOp,
-                  ": the heads of q must be a multiple of those of k, got ", heads, " and ", kv_heads);
+                  ": the heads of q must be a multiple of those of k, got ", heads, " and ",
+                  kv_heads);
   constexpr int64_t kIntMax = std::numeric_limits<int32_t>::max();
   STD_TORCH_CHECK(capacity <= kIntMax, kOp, ": k must have at most 2^31 - 1 rows, got ", capacity);
   check_unit_last_stride(kOp, "q", a.q);
@@ -74,10 +75,11 @@ Prepared prepare(const Arguments& a) {
   check_side("prefix_lens", a.prefix_lens, ScalarType::Int, {batch}, a.q);
 
   const int64_t keys = a.num_tree_keys.value_or(rows);
-  STD_TORCH_CHECK(keys >= 0 && keys <= capacity, kOp,
-                  ": num_tree_keys must be between 0 and the ", capacity, " rows of k, got ", keys);
+  STD_TORCH_CHECK(keys >= 0 && keys <= capacity, kOp, ": num_tree_keys must be between 0 and the ",
+                  capacity, " rows of k, got ", keys);
   if (a.tree_mask)
-    check_side("tree_mask", *a.tree_mask, ScalarType::Long, {batch, rows, mask_words(int(keys))}, a.q);
+    check_side("tree_mask", *a.tree_mask, ScalarType::Long, {batch, rows, mask_words(int(keys))},
+               a.q);
   if (a.q_depths) check_side("q_depths", *a.q_depths, ScalarType::Int, {batch, rows}, a.q);
   if (a.k_depths) check_side("k_depths", *a.k_depths, ScalarType::Int, {batch, keys}, a.q);
   if (a.sinks) check_side("sinks", *a.sinks, ScalarType::Float, {heads}, a.q);
@@ -122,22 +124,24 @@ Prepared prepare(const Arguments& a) {
 std::tuple<Tensor, Tensor, Tensor> tree_attention_cpu(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_lens,
     const std::optional<Tensor>& tree_mask, std::optional<int64_t> num_tree_keys,
-    std::optional<double> scale, double softcap, int64_t window, const std::optional<Tensor>& q_depths,
-    const std::optional<Tensor>& k_depths, const std::optional<Tensor>& sinks, int64_t chunk_size) {
-  Prepared r = prepare({q, k, v, prefix_lens, tree_mask, num_tree_keys, scale, softcap, window, q_depths,
-                        k_depths, sinks, chunk_size});
+    std::optional<double> scale, double softcap, int64_t window,
+    const std::optional<Tensor>& q_depths, const std::optional<Tensor>& k_depths,
+    const std::optional<Tensor>& sinks, int64_t chunk_size) {
+  Prepared r = prepare({q, k, v, prefix_lens, tree_mask, num_tree_keys, scale, softcap, window,
+                        q_depths, k_depths, sinks, chunk_size});
   cpu::tree_attention(r.params, r.dtype);
   return {r.out, r.lse, r.chunk_lse};
 }
 
 #ifdef SPECEXTEND_HAS_CUDA
-// Kernels of one family.
+// The functions of one family of kernels.
 struct Family {
   decltype(&plan_tree_attention) plan;
   decltype(&launch_tree_attention) launch;
 };
 
-// Hopper's own where there are any for the call, else the portable ones; or what was asked for.
+// Returns Hopper's own kernels where there are any for the call, else the portable ones; or those
+// that were asked for.
 Family choose_family([[maybe_unused]] const Prepared& r, [[maybe_unused]] int32_t device) {
   const AttentionFamily wanted = attention_family(kOp);
 #ifdef SPECEXTEND_HAS_SM90A
@@ -146,21 +150,23 @@ Family choose_family([[maybe_unused]] const Prepared& r, [[maybe_unused]] int32_
     return {plan_tree_attention_sm90, launch_tree_attention_sm90};
   }
 #endif
-  STD_TORCH_CHECK(wanted != AttentionFamily::kHopper, kOp,
-                  ": SPECEXTEND_ATTENTION=hopper, but the Hopper kernels do not serve this call; they "
-                  "want a build for sm_90a, compute capability 9.0, 16-bit floats, more than 64 rows "
-                  "of a KV head, no softcap, chunks of 32 if any and then heads of at most 192, and "
-                  "tensors aligned to 16 bytes");
+  STD_TORCH_CHECK(
+      wanted != AttentionFamily::kHopper, kOp,
+      ": SPECEXTEND_ATTENTION=hopper, but the Hopper kernels do not serve this call; they "
+      "want a build for sm_90a, compute capability 9.0, 16-bit floats, more than 64 rows "
+      "of a KV head, no softcap, chunks of 32 if any and then heads of at most 192, and "
+      "tensors aligned to 16 bytes");
   return {plan_tree_attention, launch_tree_attention};
 }
 
 std::tuple<Tensor, Tensor, Tensor> tree_attention_cuda(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_lens,
     const std::optional<Tensor>& tree_mask, std::optional<int64_t> num_tree_keys,
-    std::optional<double> scale, double softcap, int64_t window, const std::optional<Tensor>& q_depths,
-    const std::optional<Tensor>& k_depths, const std::optional<Tensor>& sinks, int64_t chunk_size) {
-  Prepared r = prepare({q, k, v, prefix_lens, tree_mask, num_tree_keys, scale, softcap, window, q_depths,
-                        k_depths, sinks, chunk_size});
+    std::optional<double> scale, double softcap, int64_t window,
+    const std::optional<Tensor>& q_depths, const std::optional<Tensor>& k_depths,
+    const std::optional<Tensor>& sinks, int64_t chunk_size) {
+  Prepared r = prepare({q, k, v, prefix_lens, tree_mask, num_tree_keys, scale, softcap, window,
+                        q_depths, k_depths, sinks, chunk_size});
   const int32_t device = q.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Family family = choose_family(r, device);

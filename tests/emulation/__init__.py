@@ -227,9 +227,20 @@ class Unit:
         )
 
 
+INSTANTIATIONS = BUILD / "instantiations"
+
+
+def instantiations() -> list[Path]:
+    """Write the instantiations of the attention kernels below INSTANTIATIONS; return the files."""
+    script = str(ROOT / "csrc/cuda/attention/instantiate.py")
+    command = [sys.executable, script, str(INSTANTIATIONS)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [Path(line) for line in ran.stdout.splitlines()]
+
+
 def ops_sources() -> list[Path]:
     """The host side of every op, and every CUDA file that a host can run."""
-    kernels = (ROOT / "csrc/cuda").glob("*.cu")
+    kernels = [*(ROOT / "csrc/cuda").rglob("*.cu"), *instantiations()]
     kernels = [path for path in kernels if not path.stem.endswith("_sm90")]
     return sorted([*(ROOT / "csrc/ops").glob("*.cpp"), *kernels])
 

@@ -12,17 +12,28 @@ MERGE, COMPACT, SM90, APPEND, GATHER, SCORES, SELECT, CHUNKS, SAMPLE, VOCAB, EXP
         "chunk_scores", "select", "select_chunks", "sample_nodes", "vocab", "expand_tree",
     )
 )  # fmt: skip
-FINALIZE, VERIFY, TREE, FLOAT, WORK, COMBINE, HOPPER = (
-    f"{KERNELS}/{name}.cuh"
-    for name in (
-        "finalize_tree", "verify_tree", "tree_attention", "tree_attention_float",
-        "attention_work", "attention_combine", "tree_attention_sm90",
-    )
-)  # fmt: skip
+FINALIZE, VERIFY = (f"{KERNELS}/{name}.cuh" for name in ("finalize_tree", "verify_tree"))
+FLOAT, SOFTMAX, MASKS, SEGMENTS, CHUNK_LSE, COMBINE = (
+    f"{KERNELS}/attention/{name}.cuh"
+    for name in ("float", "softmax", "masks", "segments", "chunks", "combine")
+)
+TILES, OWN_MASKS, OWN_SOFTMAX, OWN_CHUNKS, GROUPS, BLOCK = (
+    f"{KERNELS}/attention/portable/{name}.cuh"
+    for name in ("tiles", "masks", "softmax", "chunks", "groups", "kernel")
+)
+HOPPER_SHARED, PRODUCER, HOPPER_MASKS, HOPPER_SOFTMAX, ROWS, CONSUMER, HOPPER = (
+    f"{KERNELS}/attention/hopper/{name}.cuh"
+    for name in ("shared", "producer", "masks", "softmax", "rows", "consumer", "kernel")
+)
 
 
 def cuda(*names: str) -> tuple[str, ...]:
     return tuple(f"csrc/cuda/{name}.cu" for name in names)
+
+
+def instance(name: str) -> tuple[str, ...]:
+    """Of the sources that csrc/cuda/attention/instantiate.py writes."""
+    return (f"build/emulation/instantiations/{name}.cu",)
 
 
 def tests(name: str, *functions: str) -> tuple[str, ...]:
@@ -32,8 +43,8 @@ def tests(name: str, *functions: str) -> tuple[str, ...]:
 
 
 # One kernel of many: bf16 and head dimensions up to 64. With chunks it is another one.
-BF16 = cuda("tree_attention_bf16_d64")
-BF16_CHUNKS = cuda("tree_attention_bf16_d64_chunks")
+BF16 = instance("tree_attention_bf16_d64")
+BF16_CHUNKS = instance("tree_attention_bf16_d64_chunks")
 BOTH = BF16 + BF16_CHUNKS
 FIRST = ("tree_attention", "prefixes[emulated-63-dtype2]", "trees[emulated-33]")
 TILED = ("tree_attention", "schedules_do_not_change_bits[emulated-dtype2]", "trees[emulated-33]")
@@ -59,7 +70,7 @@ MUTANTS = [
         "if (bits % 16 == 0 && p.head_dim % kElements == 0) {",
         "if (bits % 8 == 0 && p.head_dim % kElements == 0) {",
         tests("merge_states", "unaligned_memory"),
-        cuda("merge_states_float", "merge_states_half"),
+        cuda("merge_states"),
     ),
     Mutant(
         "merge_states: rows of which the vectors do not divide the dimension are cut",
@@ -67,7 +78,7 @@ MUTANTS = [
         "if (bits % 16 == 0 && p.head_dim % kElements == 0) {",
         "if (bits % 16 == 0 && p.head_dim >= kElements) {",
         tests("merge_states", "random"),
-        cuda("merge_states_float", "merge_states_half", "merge_states_bf16"),
+        cuda("merge_states"),
     ),
     Mutant(
         "merge_states: the last block's rows behind the end are written",
@@ -75,7 +86,7 @@ MUTANTS = [
         "  if (row >= p.num_rows) return;\n",
         "",
         tests("merge_states", "random"),
-        cuda("merge_states_float"),
+        cuda("merge_states"),
     ),
     Mutant(
         "merge_states: a row gives its log-sum-exp to the next",
@@ -83,7 +94,7 @@ MUTANTS = [
         "p.lse[row] = w.lse;",
         "p.lse[row + 1 < p.num_rows ? row + 1 : row] = w.lse;",
         tests("merge_states", "random"),
-        cuda("merge_states_float"),
+        cuda("merge_states"),
     ),
     # ---- kv_rows.h, compact_kv, append_kv ----
     Mutant(
@@ -92,7 +103,7 @@ MUTANTS = [
         "b * t.stride_b + row * t.stride_s + head * t.stride_h",
         "b * t.stride_b + int32_t(row * t.stride_s) + head * t.stride_h",
         OFFSETS,
-        cuda("append_kv", "gather_chunks_float", "gather_chunks_half", "gather_chunks_bf16"),
+        cuda("append_kv", "gather_chunks"),
     ),
     Mutant(
         "kv_rows: a sequence's offset in 32 bits",
@@ -221,7 +232,7 @@ MUTANTS = [
         "      __syncthreads();  // the table of an earlier slot is no longer read\n",
         "",
         SEQUENCES,
-        cuda("gather_chunks_float", "gather_chunks_half", "gather_chunks_bf16"),
+        cuda("gather_chunks"),
     ),
     Mutant(
         "gather_chunks: the odd vector of a row that is not rotated is moved twice too far",
@@ -229,7 +240,7 @@ MUTANTS = [
         "step = first + half_ < vectors_ ? half_ : 0;",
         "step = first + half_ <= vectors_ ? half_ : 0;",
         tests("gather_chunks", "rotary_dims"),
-        cuda("gather_chunks_float", "gather_chunks_half", "gather_chunks_bf16"),
+        cuda("gather_chunks"),
     ),
     Mutant(
         "gather_chunks: values are rotated",
@@ -237,7 +248,7 @@ MUTANTS = [
         "which == 0 && p.rotary_dim > 0 ?",
         "p.rotary_dim > 0 ?",
         tests("gather_chunks", "layouts"),
-        cuda("gather_chunks_float"),
+        cuda("gather_chunks"),
     ),
     Mutant(
         "gather_chunks: every launch moves the first layers",
@@ -245,7 +256,7 @@ MUTANTS = [
         "std::copy(p.layers + begin, p.layers + end, g.layers);",
         "std::copy(p.layers, p.layers + (end - begin), g.layers);",
         tests("gather_chunks", "more_layers_than_one_launch_takes"),
-        cuda("gather_chunks_float", "gather_chunks_half", "gather_chunks_bf16"),
+        cuda("gather_chunks"),
     ),
     Mutant(
         "gather_chunks: a rotated half may begin anywhere",
@@ -253,7 +264,7 @@ MUTANTS = [
         "uint64_t bits = uint64_t(p.rotary_dim / 2 * element_size);",
         "uint64_t bits = 0;",
         tests("gather_chunks", "rotary_dims"),
-        cuda("gather_chunks_float", "gather_chunks_half", "gather_chunks_bf16"),
+        cuda("gather_chunks"),
     ),
     Mutant(
         "gather_chunks: rows that do not fit the working cache are written",
@@ -261,7 +272,7 @@ MUTANTS = [
         "return room < 0 ? 0 : rows < room ? rows : room;",
         "return room < 0 ? 0 : rows;",
         tests("gather_chunks", "rows_that_do_not_fit_are_dropped"),
-        cuda("gather_chunks_float", "gather_chunks_half", "gather_chunks_bf16"),
+        cuda("gather_chunks"),
     ),
     # ---- chunk_scores, select_chunks ----
     Mutant(
@@ -303,7 +314,7 @@ MUTANTS = [
         "atomicAdd(&bins[digit], 1u);",
         "bins[digit] += 1u;",
         tests("select_chunks") + tests("expand_tree"),
-        cuda("select_chunks", "expand_tree_float"),
+        cuda("select_chunks", "expand_tree"),
     ),
     Mutant(
         "select: a bin too late",
@@ -319,7 +330,7 @@ MUTANTS = [
         "place = atomicAdd(count, uint32_t(__popc(having)));",
         "place = *count, *count = place + uint32_t(__popc(having));",
         tests("expand_tree", "any_schedule"),
-        cuda("expand_tree_float", "expand_tree_half", "expand_tree_bf16"),
+        cuda("expand_tree"),
     ),
     Mutant(
         "select: a step of the sort begins before the last one has ended",
@@ -328,7 +339,7 @@ MUTANTS = [
         "      if (stride > 32) __syncthreads();\n"
         "      for (uint32_t i = threadIdx.x; i < padded / 2;",
         tests("expand_tree", "any_schedule", "random"),
-        cuda("expand_tree_float"),
+        cuda("expand_tree"),
     ),
     Mutant(
         "select: what pads a sort is the smallest",
@@ -336,7 +347,7 @@ MUTANTS = [
         "i < padded; i += blockDim.x) keys[i] = ~uint64_t(0);",
         "i < padded; i += blockDim.x) keys[i] = 0;",
         tests("expand_tree", "random"),
-        cuda("expand_tree_float"),
+        cuda("expand_tree"),
     ),
     Mutant(
         "select_chunks: of equal scores one too many",
@@ -362,7 +373,7 @@ MUTANTS = [
         "x = op(x, shared[warp]);\n  __syncthreads();\n",
         "x = op(x, shared[warp]);\n",
         tests("sample_nodes", "any_schedule") + tests("expand_tree", "any_schedule"),
-        cuda("sample_nodes_float", "expand_tree_float"),
+        cuda("sample_nodes", "expand_tree"),
         why_it_survives="those who call it have barriers of their own before they use the memory "
         "again; it is there for who has none",
     ),
@@ -372,7 +383,7 @@ MUTANTS = [
         "shared[threadIdx.x / 32] = x;\n  __syncthreads();\n",
         "shared[threadIdx.x / 32] = x;\n",
         tests("sample_nodes", "any_schedule", "draws"),
-        cuda("sample_nodes_float"),
+        cuda("sample_nodes"),
     ),
     Mutant(
         "sample_nodes: a row's offset in 32 bits",
@@ -380,7 +391,7 @@ MUTANTS = [
         "b * p.stride_b + node * p.stride_n;",
         "int(b * p.stride_b + node * p.stride_n);",
         OFFSETS,
-        cuda("sample_nodes_float"),
+        cuda("sample_nodes"),
     ),
     Mutant(
         "sample_nodes: of equal logits in a lane the last",
@@ -390,7 +401,7 @@ MUTANTS = [
         "        at = x[i] >= best ? i : at;\n        best = x[i] > best ? x[i] : best;\n      }\n"
         "      const int64_t index",
         tests("sample_nodes", "argmax_takes_the_first_of_equal_logits"),
-        cuda("sample_nodes_float", "sample_nodes_half", "sample_nodes_bf16"),
+        cuda("sample_nodes"),
     ),
     Mutant(
         "sample_nodes: NaN is no number, and no reason",
@@ -398,7 +409,7 @@ MUTANTS = [
         "nan ? kNanKey : rank_key(best, uint32_t(index))",
         "rank_key(best, uint32_t(index))",
         tests("sample_nodes", "no_choice"),
-        cuda("sample_nodes_float"),
+        cuda("sample_nodes"),
     ),
     Mutant(
         "sample_nodes: blocks are summed in units of their own maximum",
@@ -406,7 +417,7 @@ MUTANTS = [
         "        sums[run_place(i)] *= block_scale(refs[i], max);\n",
         "",
         tests("sample_nodes", "draws"),
-        cuda("sample_nodes_float"),
+        cuda("sample_nodes"),
     ),
     Mutant(
         "vocab: a draw reads the block before all threads have written it",
@@ -414,7 +425,7 @@ MUTANTS = [
         "    shared.values[run_place(j)] = value_of(block.index, j);\n  }\n  __syncthreads();\n",
         "    shared.values[run_place(j)] = value_of(block.index, j);\n  }\n",
         tests("sample_nodes", "any_schedule", "draws"),
-        cuda("sample_nodes_float"),
+        cuda("sample_nodes"),
     ),
     Mutant(
         "vocab: sums are read before all threads have scaled theirs",
@@ -422,7 +433,7 @@ MUTANTS = [
         "  const int64_t num_blocks = num_vocab_blocks(vocab);\n  __syncthreads();\n",
         "  const int64_t num_blocks = num_vocab_blocks(vocab);\n",
         tests("sample_nodes", "more_blocks_than_a_warp_has_runs", "any_schedule"),
-        cuda("sample_nodes_float"),
+        cuda("sample_nodes"),
     ),
     Mutant(
         "vocab: a run's first value is found at its own sum",
@@ -430,7 +441,7 @@ MUTANTS = [
         "found = before + next > threshold;",
         "found = before + next >= threshold;",
         tests("sample_nodes", "no_draw_of_probability_zero", "extreme_uniforms"),
-        cuda("sample_nodes_float", "sample_nodes_half", "sample_nodes_bf16"),
+        cuda("sample_nodes"),
     ),
     Mutant(
         "vocab: rounding that lets no value exceed gives the first one",
@@ -438,7 +449,7 @@ MUTANTS = [
         "      if (shared.values[run_place(j)] > 0.) last = j;\n",
         "",
         tests("sample_nodes", "extreme_uniforms"),
-        cuda("sample_nodes_float"),
+        cuda("sample_nodes"),
     ),
     Mutant(
         "expand_tree: a number is added to the sums before they are whole",
@@ -446,7 +457,7 @@ MUTANTS = [
         "    sums[run_place(i)] *= block_scale(refs[i], max);\n  }\n  __syncthreads();\n",
         "    sums[run_place(i)] *= block_scale(refs[i], max);\n  }\n",
         tests("expand_tree", "any_schedule", "random"),
-        cuda("expand_tree_float"),
+        cuda("expand_tree"),
     ),
     Mutant(
         "expand_tree: NaN keeps its bits",
@@ -454,7 +465,7 @@ MUTANTS = [
         "return x != x ? -INFINITY : x;",
         "return x;",
         tests("expand_tree", "nan_and_infinite_logits"),
-        cuda("expand_tree_float"),
+        cuda("expand_tree"),
     ),
     Mutant(
         "expand_tree: of the beam's nodes only log probabilities of the first sequence",
@@ -462,7 +473,7 @@ MUTANTS = [
         "p.cand_logp + b * num_candidates;",
         "p.cand_logp;",
         tests("expand_tree", "random"),
-        cuda("expand_tree_float"),
+        cuda("expand_tree"),
     ),
     # ---- trees ----
     Mutant(
@@ -476,24 +487,25 @@ MUTANTS = [
     Mutant(
         "finalize_tree: ranks of parents that are not there yet",
         FINALIZE,
-        "    parents[i] = parent >= 0 && parent < i ? parent : -1;\n  }\n  __syncthreads();\n",
-        "    parents[i] = parent >= 0 && parent < i ? parent : -1;\n  }\n",
+        "    pool.parents[i] = parent >= 0 && parent < i ? parent : -1;\n  }\n  __syncthreads();\n",
+        "    pool.parents[i] = parent >= 0 && parent < i ? parent : -1;\n  }\n",
         tests("finalize_tree", "any_schedule", "random_pools"),
         cuda("finalize_tree"),
     ),
     Mutant(
         "finalize_tree: masks of parents that are not there yet",
         FINALIZE,
-        "depths[slot] = node >= 0 ? int32_t(uint32_t(ranks[node])) : 0;\n  }\n  __syncthreads();",
-        "depths[slot] = node >= 0 ? int32_t(uint32_t(ranks[node])) : 0;\n  }",
+        "depths[slot] = node >= 0 ? int32_t(uint32_t(pool.ranks[node])) : 0;\n  }\n"
+        "  __syncthreads();",
+        "depths[slot] = node >= 0 ? int32_t(uint32_t(pool.ranks[node])) : 0;\n  }",
         tests("finalize_tree", "any_schedule", "random_pools"),
         cuda("finalize_tree"),
     ),
     Mutant(
         "finalize_tree: slots of nodes that are not there yet",
         FINALIZE,
-        "slots[i] = int32_t(slot);  // the root is slot 0\n      }\n    }\n    __syncthreads();",
-        "slots[i] = int32_t(slot);  // the root is slot 0\n      }\n    }",
+        "slots[i] = int32_t(slot);  // the root is slot 0\n    }\n  }\n  __syncthreads();",
+        "slots[i] = int32_t(slot);  // the root is slot 0\n    }\n  }",
         tests("finalize_tree", "any_schedule", "random_pools"),
         cuda("finalize_tree"),
     ),
@@ -548,88 +560,88 @@ MUTANTS = [
     # ---- tree_attention, the portable family ----
     Mutant(
         "tree_attention: a key's offset in 32 bits",
-        TREE,
-        "s_.kv_head * (of_values ? p_.v_stride_h : p_.k_stride_h) + key * stride;",
-        "s_.kv_head * (of_values ? p_.v_stride_h : p_.k_stride_h) + int32_t(key * stride);",
+        TILES,
+        "at_.s.kv_head * (of_values ? p.v_stride_h : p.k_stride_h) + key * stride;",
+        "at_.s.kv_head * (of_values ? p.v_stride_h : p.k_stride_h) + int32_t(key * stride);",
         OFFSETS,
         BF16,
     ),
     Mutant(
         "tree_attention: a query's offset in 32 bits",
-        TREE,
-        "q + at.row * p_.q_stride_m + at.head * p_.q_stride_h + vector * 8",
-        "q + int32_t(at.row * p_.q_stride_m) + at.head * p_.q_stride_h + vector * 8",
+        TILES,
+        "q + from.row * at_.p.q_stride_m + from.head * at_.p.q_stride_h + vector * 8",
+        "q + int32_t(from.row * at_.p.q_stride_m) + from.head * at_.p.q_stride_h + vector * 8",
         OFFSETS,
         BF16,
     ),
     Mutant(
         "tree_attention: a group of 15 prefix keys and one tree key without a mask",
-        TREE,
-        "if (key < s_.all_see_from || key + 16 > s_.prefix || p_.softcap > 0)",
-        "if (key < s_.all_see_from || key + 15 > s_.prefix || p_.softcap > 0)",
+        BLOCK,
+        "if (key < at_.s.all_see_from || key + 16 > at_.s.prefix || at_.p.softcap > 0)",
+        "if (key < at_.s.all_see_from || key + 15 > at_.s.prefix || at_.p.softcap > 0)",
         tests("tree_attention", "one_key_from_a_whole_tile[emulated-15-dtype2]"),
         BF16,
     ),
     Mutant(
         "tree_attention: keys behind a window without a mask",
-        TREE,
-        "if (key < s_.all_see_from || key + 16 > s_.prefix || p_.softcap > 0)",
-        "if (key + 16 < s_.all_see_from || key + 16 > s_.prefix || p_.softcap > 0)",
+        BLOCK,
+        "if (key < at_.s.all_see_from || key + 16 > at_.s.prefix || at_.p.softcap > 0)",
+        "if (key + 16 < at_.s.all_see_from || key + 16 > at_.s.prefix || at_.p.softcap > 0)",
         tests(*WINDOWS),
         BF16,
     ),
     Mutant(
         "tree_attention: warps of a key group do not meet behind a wait",
-        TREE,
-        "    if constexpr (kRowWarps == 1) {\n      __syncwarp();\n    } else {",
-        "    if constexpr (kRowWarps == 1) {\n    } else {",
+        TILES,
+        "    if constexpr (Shape::kRowWarps == 1) {\n      __syncwarp();\n    } else {",
+        "    if constexpr (Shape::kRowWarps == 1) {\n    } else {",
         tests(*TILED),
         BF16,
     ),
     Mutant(
         "tree_attention: warps that share keys do not meet",
-        TREE,
-        "      ptx::named_barrier(1 + key_group_, kGroupThreads);\n",
+        TILES,
+        "      ptx::named_barrier(1 + at_.key_group, Shape::kGroupThreads);\n",
         "",
         tests(*TILED),
         BF16,
     ),
     Mutant(
         "tree_attention: key groups share a barrier",
-        TREE,
-        "ptx::named_barrier(1 + key_group_, kGroupThreads);",
-        "ptx::named_barrier(1, kGroupThreads);",
+        TILES,
+        "ptx::named_barrier(1 + at_.key_group, Shape::kGroupThreads);",
+        "ptx::named_barrier(1, Shape::kGroupThreads);",
         tests(*TILED),
         BF16,
     ),
     Mutant(
         "tree_attention: the queries' place is filled while they are read",
-        TREE,
-        "        for (int j = 0; j < 4; ++j) q_[i][d][j] ^= sign;\n      }\n    }\n"
+        TILES,
+        "        for (int j = 0; j < 4; ++j) q[i][d][j] ^= sign;\n      }\n    }\n"
         "    __syncthreads();",
-        "        for (int j = 0; j < 4; ++j) q_[i][d][j] ^= sign;\n      }\n    }",
+        "        for (int j = 0; j < 4; ++j) q[i][d][j] ^= sign;\n      }\n    }",
         tests(*TILED),
         BF16,
     ),
     Mutant(
         "tree_attention: a half tile more is asked for than there is room for",
-        TREE,
-        "request_half(first_half(tile) + kAhead + 1);",
-        "request_half(first_half(tile) + kAhead + 2);",
+        BLOCK,
+        "request_half(tiles_.first_half(tile) + kAhead + 1);",
+        "request_half(tiles_.first_half(tile) + kAhead + 2);",
         tests(*TILED),
         BF16,
     ),
     Mutant(
         "tree_attention: outputs are not rescaled when a larger logit comes",
-        TREE,
-        "          out_[i][d][2 * half] *= scale;\n",
+        OWN_SOFTMAX,
+        "          out[i][d][2 * half] *= scale;\n",
         "",
         tests("tree_attention", "large_logits[emulated]", "prefixes[emulated-1000-dtype2]"),
         BF16,
     ),
     Mutant(
         "tree_attention: sums are not rescaled when a larger logit comes",
-        TREE,
+        OWN_SOFTMAX,
         "        sum(i, half) *= scale;\n",
         "",
         tests("tree_attention", "large_logits[emulated]", "prefixes[emulated-1000-dtype2]"),
@@ -637,7 +649,7 @@ MUTANTS = [
     ),
     Mutant(
         "tree_attention: a row's maximum is that of a thread",
-        TREE,
+        OWN_SOFTMAX,
         "most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));\n        const float before",
         "const float before",
         tests(*FIRST),
@@ -645,31 +657,31 @@ MUTANTS = [
     ),
     Mutant(
         "tree_attention: the softcap's factor is the scaled one",
-        TREE,
-        "outer = p_.softcap * kLog2E;",
-        "outer = p_.softcap;",
+        OWN_MASKS,
+        "outer = p.softcap * kLog2E;",
+        "outer = p.softcap;",
         tests("tree_attention", "softcap[emulated-0.5-dtype2]"),
         BF16,
     ),
     Mutant(
         "tree_attention: a negative scale counts as positive",
-        TREE,
-        "const uint32_t sign = p_.scale < 0 ? 0x80008000u : 0;",
+        TILES,
+        "const uint32_t sign = at_.p.scale < 0 ? 0x80008000u : 0;",
         "const uint32_t sign = 0;",
         tests("tree_attention", "scale"),
         BF16,
     ),
     Mutant(
         "tree_attention: a tile's columns behind the head dimension are what they are",
-        TREE,
-        "(vector + j * kAcross) * 8 < p_.head_dim);\n          ptx::cp_async_16(",
+        TILES,
+        "(vector + j * kAcross) * 8 < at_.p.head_dim);\n          ptx::cp_async_16(",
         "(vector + j * kAcross) * 8 < kDim);\n          ptx::cp_async_16(",
         tests("tree_attention", "head_dims[emulated-40]", "head_dims[emulated-8]"),
         BF16,
     ),
     Mutant(
         "tree_attention: partial sums before all key groups have theirs",
-        TREE,
+        BLOCK,
         "    __syncthreads();  // nobody reads the ring any more\n",
         "",
         tests(*TILED),
@@ -677,31 +689,31 @@ MUTANTS = [
     ),
     Mutant(
         "tree_attention: a unit's rows behind the last are written",
-        TREE,
-        "if (int(threadIdx.x) < s_.num_rows) {",
+        GROUPS,
+        "if (int(threadIdx.x) < at_.s.num_rows) {",
         "if (int(threadIdx.x) < kRows) {",
         tests(*FIRST),
         BF16,
     ),
     Mutant(
         "tree_attention: chunks of the part before",
-        TREE,
-        "emit_chunks(p_, s_, tile / part_tiles, part_tiles * kTileKeys,",
-        "emit_chunks(p_, s_, (tile + 1) / part_tiles, part_tiles * kTileKeys,",
+        OWN_CHUNKS,
+        "emit_chunks(at_.p, at_.s, tile / part_tiles, part_tiles * Shape::kTileKeys,",
+        "emit_chunks(at_.p, at_.s, (tile + 1) / part_tiles, part_tiles * Shape::kTileKeys,",
         tests(*CHUNKED),
         BF16_CHUNKS,
     ),
     Mutant(
         "tree_attention: chunks are made before all warps have their logits",
-        TREE,
-        "    __syncthreads();\n    emit_chunks(p_",
-        "    emit_chunks(p_",
+        OWN_CHUNKS,
+        "    __syncthreads();\n    emit_chunks(at_.p",
+        "    emit_chunks(at_.p",
         tests(*CHUNKED),
         BF16_CHUNKS,
     ),
     Mutant(
         "tree_attention: logits are overwritten while chunks are made of them",
-        TREE,
+        OWN_CHUNKS,
         "return sum_keys(row, begin, end); });\n    __syncthreads();",
         "return sum_keys(row, begin, end); });",
         tests(*CHUNKED),
@@ -709,15 +721,15 @@ MUTANTS = [
     ),
     Mutant(
         "tree_attention: tree keys count in a chunk",
-        TREE,
-        "int(clamp_between(s_.prefix - key, 0, 16))",
-        "int(clamp_between(s_.prefix - key + 1, 0, 16))",
+        OWN_CHUNKS,
+        "int(clamp_between(at_.s.prefix - at_.first_key(tile), 0, 16))",
+        "int(clamp_between(at_.s.prefix - at_.first_key(tile) + 1, 0, 16))",
         tests(*CHUNKED),
         BF16_CHUNKS,
     ),
     Mutant(
         "attention_work: one chunk too many at the prefix's end",
-        WORK,
+        CHUNK_LSE,
         "int(uint32_t(min(part_end, prefix) - 1) / uint32_t(c.chunk_size))",
         "int(uint32_t(min(part_end, prefix)) / uint32_t(c.chunk_size))",
         tests("tree_attention", "the_last_chunk_is_full[emulated-16-dtype2]"),
@@ -725,7 +737,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: what a chunk carries from part to part is lost",
-        WORK,
+        CHUNK_LSE,
         "if (begin < part_key && part > 0) sum = add",
         "if (begin < part_key && part > 1) sum = add",
         tests("tree_attention", "window[emulated-64-dtype2]", "chunk_lse[emulated-1000-dtype2]"),
@@ -733,7 +745,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: the edge at a segment's begin takes the place of that at its end",
-        WORK,
+        CHUNK_LSE,
         "(partial * 2 + !cut_before) * rows + row",
         "(partial * 2 + cut_before) * rows + row",
         tests("tree_attention", "multiprocessors[emulated-dtype2]", "window[emulated-129-dtype2]"),
@@ -741,7 +753,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: a window is one short",
-        WORK,
+        MASKS,
         "return p.window ? prefix + depth - p.window + 1 : 0;",
         "return p.window ? prefix + depth - p.window + 2 : 0;",
         tests(*WINDOWS),
@@ -749,7 +761,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: the keys of a window begin at the first row's, whatever depths are",
-        WORK,
+        MASKS,
         "  if (!p.q_depths) return row_depth(p, b, 0);\n",
         "  return row_depth(p, b, 0);\n",
         tests(*WINDOWS),
@@ -757,7 +769,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: rows of a block are taken to see what its first row sees",
-        WORK,
+        SEGMENTS,
         "most = max(most, row_depth(c, b, row));",
         "most = max(most, row_depth(c, b, begin));",
         tests(*WINDOWS),
@@ -765,7 +777,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: a tree key's slot is taken for its depth",
-        WORK,
+        MASKS,
         "prefix + (depths ? depths[slot] : slot) >= first",
         "prefix + slot >= first",
         tests("tree_attention", "window[emulated-1-dtype2]"),
@@ -773,7 +785,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: a chain's row does not see itself",
-        WORK,
+        MASKS,
         "mask_bit(mask, int(slot)) : slot <= last)",
         "mask_bit(mask, int(slot)) : slot < last)",
         tests("tree_attention", "chain_is_causal_sdpa", "prefixes[emulated-63-dtype2]"),
@@ -781,7 +793,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: masks of the first sequence",
-        WORK,
+        MASKS,
         "p.mask + (int64_t(b) * p.num_rows + row) * mask_words(p.num_tree_keys) : nullptr;",
         "p.mask + int64_t(row) * mask_words(p.num_tree_keys) : nullptr;",
         tests("tree_attention", "batch[emulated-dtype2]"),
@@ -789,7 +801,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: keys that one row alone sees are not read",
-        WORK,
+        SEGMENTS,
         "row < s.row_end; row += 32) {\n    tree |= mask_bits32",
         "row + 1 < s.row_end; row += 32) {\n    tree |= mask_bits32",
         tests(*FIRST),
@@ -797,23 +809,23 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: the prefix is not clamped to the cache",
-        WORK,
+        MASKS,
         "return clamp_between(p.prefix_lens[b], 0, p.capacity - p.num_tree_keys);",
         "return clamp_between(p.prefix_lens[b], 0, p.capacity);",
         tests("tree_attention", "prefix_lens_are_clamped"),
-        (*BF16, *cuda("attention_combine", "tree_attention")),
+        (*BF16, *cuda("attention/combine", "attention/portable")),
     ),
     Mutant(
         "attention_work: the sink counts in the log-sum-exp",
-        WORK,
+        SOFTMAX,
         "return s.max == -INFINITY ? -INFINITY : (s.max + log2f(s.sum)) * kLn2;",
         "return s.max == -INFINITY ? 0.f : (s.max + log2f(s.sum)) * kLn2;",
         tests("tree_attention", "sinks[emulated-dtype2]", "rows_and_keys_differ"),
-        (*BF16, *cuda("attention_combine", "tree_attention")),
+        (*BF16, *cuda("attention/combine", "attention/portable")),
     ),
     Mutant(
         "attention_work: sinks are in base 2",
-        WORK,
+        SOFTMAX,
         "exp2f(p.sinks[head] * kLog2E - s.max)",
         "exp2f(p.sinks[head] - s.max)",
         tests("tree_attention", "sinks[emulated-dtype2]"),
@@ -821,7 +833,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: sinks are counted twice",
-        WORK,
+        SOFTMAX,
         "return 1.f / (s.sum + sink);",
         "return 1.f / (s.sum + 2 * sink);",
         tests("tree_attention", "sinks[emulated-dtype2]"),
@@ -829,7 +841,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: the softmax of two parts is that of the first",
-        WORK,
+        SOFTMAX,
         "return {max, a.sum * exp2f(a.max - max) + b.sum * exp2f(b.max - max)};",
         "return {max, a.sum * exp2f(a.max - max) + b.sum};",
         tests(*FIRST),
@@ -837,7 +849,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: blocks take up the next unit while warps read the last one's",
-        WORK,
+        SEGMENTS,
         "    f();\n    __syncthreads();\n",
         "    f();\n",
         tests(*CUTS),
@@ -845,7 +857,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: warps begin a unit before it is described",
-        WORK,
+        SEGMENTS,
         "    if (first_warp) state.advance(c);\n    __syncthreads();\n",
         "    if (first_warp) state.advance(c);\n",
         tests(*CUTS),
@@ -853,7 +865,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: lanes read where the block is while one of them moves it",
-        WORK,
+        SEGMENTS,
         "      const Segment found = segment_of(begin, length - kUnitOverhead, run);\n"
         "      __syncwarp();\n",
         "      const Segment found = segment_of(begin, length - kUnitOverhead, run);\n",
@@ -862,7 +874,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention_work: sequences behind the first 32 begin where the first did",
-        WORK,
+        SEGMENTS,
         "total += __shfl_sync(kAllLanes, end, min(31, c.batch - 1 - first));",
         "total += __shfl_sync(kAllLanes, end, 0);",
         tests("tree_attention", "many_sequences"),
@@ -875,7 +887,7 @@ MUTANTS = [
         "",
         tests("tree_attention", "multiprocessors[emulated-dtype2]")
         + ("tests/test_hopper.py::test_one_block",),
-        cuda("attention_combine"),
+        cuda("attention/combine"),
     ),
     Mutant(
         "attention_combine: a lane's blocks behind the first are left out",
@@ -883,7 +895,7 @@ MUTANTS = [
         "block < r.blocks.end; block += 32) {\n    total = add",
         "block < min(r.blocks.end, r.blocks.begin + 32); block += 32) {\n    total = add",
         tests("tree_attention", "more_parts_than_lanes[emulated-dtype2]"),
-        cuda("attention_combine"),
+        cuda("attention/combine"),
     ),
     Mutant(
         "attention_combine: parts are added without their weights",
@@ -891,7 +903,7 @@ MUTANTS = [
         "max == -INFINITY ? 0.f : exp2f(max - total.max);",
         "max == -INFINITY ? 0.f : 1.f;",
         tests(*CUTS),
-        cuda("attention_combine"),
+        cuda("attention/combine"),
     ),
     Mutant(
         "attention_combine: a part without keys counts",
@@ -899,7 +911,7 @@ MUTANTS = [
         "max == -INFINITY ? 0.f : exp2f(max - total.max);",
         "exp2f(max - total.max);",
         tests("tree_attention", "masked_keys_may_hold_anything"),
-        cuda("attention_combine"),
+        cuda("attention/combine"),
     ),
     Mutant(
         "attention_combine: a chunk over three blocks loses the last",
@@ -909,7 +921,7 @@ MUTANTS = [
         tests(
             "tree_attention", "multiprocessors[emulated-dtype2]", "chunk_lse[emulated-256-dtype0]"
         ),
-        cuda("attention_combine"),
+        cuda("attention/combine"),
     ),
     Mutant(
         "attention_combine: chunks behind the prefix hold what memory held",
@@ -917,31 +929,31 @@ MUTANTS = [
         "i < c.num_chunks; i += 32) to[i] = -INFINITY;",
         "i + 1 < c.num_chunks; i += 32) to[i] = -INFINITY;",
         tests(*CHUNKED),
-        cuda("attention_combine"),
+        cuda("attention/combine"),
     ),
     Mutant(
         "tree_attention_float: keys are replaced while they are read",
         FLOAT,
-        "    const uint32_t readable = readable_keys(c, s, key);\n    __syncthreads();\n",
-        "    const uint32_t readable = readable_keys(c, s, key);\n",
+        "      const uint32_t readable = readable_keys(c_, s_, key);\n      __syncthreads();\n",
+        "      const uint32_t readable = readable_keys(c_, s_, key);\n",
         tests("tree_attention", "schedules_do_not_change_bits[emulated-dtype0]"),
-        cuda("tree_attention"),
+        cuda("attention/portable"),
     ),
     Mutant(
         "tree_attention_float: values are read before they are there",
         FLOAT,
-        "c.v_stride_s, dim, readable);\n    __syncthreads();\n",
-        "c.v_stride_s, dim, readable);\n",
+        "__syncthreads();\n      add_values(rescale);",
+        "add_values(rescale);",
         tests("tree_attention", "schedules_do_not_change_bits[emulated-dtype0]"),
-        cuda("tree_attention"),
+        cuda("attention/portable"),
     ),
     Mutant(
         "tree_attention_float: what was summed before is not rescaled",
         FLOAT,
-        "total = {most, total.sum * before + sum};",
-        "total = {most, total.sum + sum};",
+        "total_ = {most, total_.sum * rescale + sum};",
+        "total_ = {most, total_.sum + sum};",
         tests("tree_attention", "prefixes[emulated-127-dtype0]"),
-        cuda("tree_attention"),
+        cuda("attention/portable"),
     ),
     Mutant(
         "tree_attention_float: a key that nobody may read",
@@ -949,7 +961,7 @@ MUTANTS = [
         "readable >> key & 1 ? from[key * stride + d] : 0.f",
         "from[key * stride + d]",
         tests("tree_attention", "masked_keys_may_hold_anything[emulated-dtype0]"),
-        cuda("tree_attention"),
+        cuda("attention/portable"),
     ),
     Mutant(
         "launch: more shared memory than the device was asked for",
@@ -965,7 +977,7 @@ MUTANTS = [
         "at.logits = at.ring + at.slots * at.half;",
         "at.logits = at.ring + (at.slots - 1) * at.half;",
         tests(*CHUNKED),
-        (*BOTH, *cuda("tree_attention")),
+        (*BOTH, *cuda("attention/portable")),
     ),
     Mutant(
         "tree_attention: values have the strides of keys",
@@ -1004,9 +1016,9 @@ MUTANTS = [
 # ---- tree_attention on Hopper: in a library without portable kernels --------------------------
 
 # Of d64 a ring has six places, of d256 two.
-D64, D256 = cuda("tree_attention_d64_sm90"), cuda("tree_attention_d256_sm90")
+D64, D256 = instance("tree_attention_d64_sm90"), instance("tree_attention_d256_sm90")
 LARGE = ("tests/test_hopper.py::test_head_dims",)
-LAUNCH90 = cuda("tree_attention_sm90")
+LAUNCH90 = cuda("attention/hopper_sm90")
 ONE, PAIR, WINDOWED, OPTIONS, ALL = (
     ("tests/test_hopper.py" + name,)
     for name in (
@@ -1017,7 +1029,7 @@ ONE, PAIR, WINDOWED, OPTIONS, ALL = (
 MUTANTS += [
     Mutant(
         "hopper: a place is filled before its keys have been multiplied",
-        HOPPER,
+        PRODUCER,
         "        wait_for(&barriers.empty_k[ring.stage], ring.parity ^ 1);\n",
         "",
         (*LARGE, *ALL),
@@ -1025,7 +1037,7 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: a place is filled before its values have been multiplied",
-        HOPPER,
+        PRODUCER,
         "        wait_for(&barriers.empty_v[ring.stage], ring.parity ^ 1);\n",
         "",
         (*LARGE, *ALL),
@@ -1033,25 +1045,25 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: keys are multiplied before they are there",
-        HOPPER,
-        "      for (int t = 1; t < tiles; ++t) {\n"
-        "        wait_for(&barriers.full_k[ring.stage], ring.parity);\n",
-        "      for (int t = 1; t < tiles; ++t) {\n",
+        CONSUMER,
+        "    for (int t = 1; t < tiles; ++t) {\n"
+        "      wait_for(&barriers_.full_k[ring_.stage], ring_.parity);\n",
+        "    for (int t = 1; t < tiles; ++t) {\n",
         (*ONE, *ALL),
         D64,
     ),
     Mutant(
         "hopper: the last values are multiplied before they are there",
-        HOPPER,
-        "        ring.advance();\n      }\n"
-        "      wait_for(&barriers.full_v[before.stage], before.parity);\n",
-        "        ring.advance();\n      }\n",
+        CONSUMER,
+        "      ring_.advance();\n    }\n"
+        "    wait_for(&barriers_.full_v[before.stage], before.parity);\n",
+        "      ring_.advance();\n    }\n",
         (*ONE, *ALL),
         D64,
     ),
     Mutant(
         "hopper: a job is overwritten while it is read",
-        HOPPER,
+        PRODUCER,
         "      wait_for(&barriers.taken[jobs.stage], jobs.parity ^ 1);\n",
         "",
         (*ONE, *ALL),
@@ -1059,7 +1071,7 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: a mask is overwritten while it is read",
-        HOPPER,
+        HOPPER_MASKS,
         "        wait_for(&barriers.seen_read, seen.parity ^ 1);\n",
         "",
         (*ONE, *ALL),
@@ -1067,15 +1079,15 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: a mask is used before it is written",
-        HOPPER,
-        "        wait_for(&barriers.seen_ready, seen.parity);\n",
+        CONSUMER,
+        "      wait_for(&barriers_.seen_ready, seen_.parity);\n",
         "",
         (*ONE, *ALL),
         D64,
     ),
     Mutant(
         "hopper: the mask is told to be ready by a lane that is ahead",
-        HOPPER,
+        HOPPER_MASKS,
         "        hopper::publish_shared();\n        __syncwarp();\n        if (lane == 0)",
         "        hopper::publish_shared();\n        if (lane == 0)",
         (*ONE, *ALL),
@@ -1083,7 +1095,7 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: cleared values without a proxy fence",
-        HOPPER,
+        HOPPER_MASKS,
         "        hopper::publish_shared();\n        __syncwarp();",
         "        __syncwarp();",
         ("tests/test_hopper.py::test_masked_values_may_be_anything", *ONE),
@@ -1091,25 +1103,25 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: queries without a proxy fence",
-        HOPPER,
-        "job.row_begin + own_rows, thread, queries);\n    hopper::publish_shared();\n",
-        "job.row_begin + own_rows, thread, queries);\n",
+        CONSUMER,
+        "queries_);\n    hopper::publish_shared();\n",
+        "queries_);\n",
         ONE,
         D64,
     ),
     Mutant(
         "hopper: queries are multiplied before all threads have written theirs",
-        HOPPER,
-        "hopper::publish_shared();\n    ptx::named_barrier(kOwnRowsBarrier + warpgroup, 128);\n",
+        CONSUMER,
+        "hopper::publish_shared();\n    ptx::named_barrier(kOwnRowsBarrier + warpgroup_, 128);\n",
         "hopper::publish_shared();\n",
         (*ONE, *ALL),
         D64,
     ),
     Mutant(
         "hopper: queries are overwritten while they are multiplied",
-        HOPPER,
-        "    ptx::named_barrier(kOwnRowsBarrier + warpgroup, 128);  // nobody",
-        "    // nobody",
+        CONSUMER,
+        "any more.\n    ptx::named_barrier(kOwnRowsBarrier + warpgroup_, 128);\n",
+        "any more.\n",
         (*ONE, *ALL),
         D64,
     ),
@@ -1147,23 +1159,23 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: logits are used before their product has ended",
-        HOPPER,
-        "        hopper::wait_products<1>();\n",
+        CONSUMER,
+        "      hopper::wait_products<1>();\n",
         "",
         (*ONE, *ALL),
         D64,
     ),
     Mutant(
         "hopper: outputs are rescaled before the product of values has ended",
-        HOPPER,
-        "        weigh(t);\n        hopper::wait_products<0>();\n",
-        "        weigh(t);\n",
+        CONSUMER,
+        "      weigh(job, t);\n      hopper::wait_products<0>();\n",
+        "      weigh(job, t);\n",
         (*ONE, *ALL),
         D64,
     ),
     Mutant(
         "hopper: a place is given back before all lanes have read it",
-        HOPPER,
+        HOPPER_SHARED,
         "void release(uint64_t* empty, int cluster) {\n  __syncwarp();\n",
         "void release(uint64_t* empty, int cluster) {\n",
         (*LARGE, *ALL),
@@ -1171,7 +1183,7 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: the second block copies the first one's half",
-        HOPPER,
+        PRODUCER,
         "const int first = rank * (Shape::kKeys / 2);",
         "const int first = 0 * (Shape::kKeys / 2);",
         PAIR,
@@ -1179,7 +1191,7 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: the tile that the tree begins in counts as plain",
-        HOPPER,
+        PRODUCER,
         "tile(state.prefix / kKeys)};",
         "tile(divide_up(state.prefix, kKeys))};",
         ONE,
@@ -1187,7 +1199,7 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: the tile that a window ends in counts as plain",
-        HOPPER,
+        PRODUCER,
         "tile(divide_up(state.all_see_from, kKeys)),",
         "tile(state.all_see_from / kKeys),",
         WINDOWED,
@@ -1195,7 +1207,7 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: what was summed before is not rescaled",
-        HOPPER,
+        HOPPER_SOFTMAX,
         "    sum[r] *= correction[r];\n",
         "",
         ONE,
@@ -1203,7 +1215,7 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: values that nobody sees are not cleared",
-        HOPPER,
+        HOPPER_MASKS,
         "rest = ~readable_keys(p, at, key + first); rest != 0;",
         "rest = 0 & ~readable_keys(p, at, key + first); rest != 0;",
         ("tests/test_hopper.py::test_masked_values_may_be_anything", *ALL),
@@ -1211,7 +1223,7 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: a chunk's columns one short",
-        HOPPER,
+        HOPPER_SOFTMAX,
         "if (i / 2 % 2 != r || fragment_column(thread, i) >= columns) continue;",
         "if (i / 2 % 2 != r || fragment_column(thread, i) + 1 >= columns) continue;",
         (*PAIR, *ALL),
@@ -1219,7 +1231,7 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: one chunk too many at the prefix's end",
-        HOPPER,
+        HOPPER_SOFTMAX,
         "if (c * kChunk >= columns) continue;",
         "if (c * kChunk > columns) continue;",
         (*PAIR, *ALL),
@@ -1227,15 +1239,15 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: partial results of another warpgroup",
-        HOPPER,
-        "store_rows<T, kDim>(c, job, rank * kHopperBlockRows + own_rows,",
-        "store_rows<T, kDim>(c, job, rank * kHopperBlockRows,",
+        CONSUMER,
+        "store_rows<T, kDim>(c_, job, rank_ * kHopperBlockRows + own_rows_,",
+        "store_rows<T, kDim>(c_, job, rank_ * kHopperBlockRows,",
         (*ONE, *ALL),
         D64,
     ),
     Mutant(
         "hopper: k's strides are not looked at",
-        "csrc/cuda/tree_attention_sm90.cu",
+        "csrc/cuda/attention/hopper_sm90.cu",
         "is_copied_by_boxes(p.k, p, p.k_stride_s, p.k_stride_h, p.k_stride_b) &&",
         "is_copied_by_boxes(p.k, p, 8, 8, 8) &&",
         ALL,
@@ -1243,7 +1255,7 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: v's strides are not looked at",
-        "csrc/cuda/tree_attention_sm90.cu",
+        "csrc/cuda/attention/hopper_sm90.cu",
         "is_copied_by_boxes(p.v, p, p.v_stride_s, p.v_stride_h, p.v_stride_b);",
         "is_copied_by_boxes(p.v, p, 8, 8, 8);",
         ALL,
@@ -1251,7 +1263,7 @@ MUTANTS += [
     ),
     Mutant(
         "hopper: q's strides are not looked at",
-        "csrc/cuda/tree_attention_sm90.cu",
+        "csrc/cuda/attention/hopper_sm90.cu",
         "(p.q_stride_b | p.q_stride_m | p.q_stride_h) % 8 == 0 &&",
         "",
         ALL,

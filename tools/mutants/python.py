@@ -652,10 +652,17 @@ MUTANTS = [
         ("tests/test_longspec.py::TestTreeEqualsTrainingForm",),
     ),
     Mutant(
-        "EAGLE: features are those of the token itself",
+        "EAGLE: the prompt's first token has a row, too",
         EAGLE,
         "self._skip = 1  #",
         "self._skip = 0  #",
+        ("tests/test_eagle.py::test_keys_from_guessed_features_are_overwritten",),
+    ),
+    Mutant(
+        "EAGLE: features are those of the token itself",
+        GENERATION,
+        "return torch.cat([*before, features[:, :-1]], 1)",
+        "return features",
         ("tests/test_eagle.py::TestFullDepth",),
     ),
     Mutant(

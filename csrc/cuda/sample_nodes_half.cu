@@ -1,8 +1,0 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "kernels/sample_nodes.cuh"
-
-template cudaError_t specextend::launch_sample_nodes<__half>(const SampleNodesParams&,
-                                                             const SampleNodesScratch&,
-                                                             cudaStream_t);

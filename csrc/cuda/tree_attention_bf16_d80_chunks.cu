@@ -1,4 +1,0 @@
-#include "kernels/tree_attention.cuh"
-
-template cudaError_t specextend::launch_attention<__nv_bfloat16, 80, true>(const AttentionCall&,
-                                                                           cudaStream_t);

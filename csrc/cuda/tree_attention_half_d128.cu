@@ -1,4 +1,0 @@
-#include "kernels/tree_attention.cuh"
-
-template cudaError_t specextend::launch_attention<__half, 128, false>(const AttentionCall&,
-                                                                      cudaStream_t);

@@ -1,0 +1,65 @@
+#pragma once
+
+// The sizes of a block of the portable kernel, and which rows and keys a thread has of it.
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "attention_layout.h"
+#include "kernels/attention/call.cuh"
+#include "kernels/attention/segments.cuh"
+
+namespace specextend {
+
+// A block's rows, keys of a tile and warps, for head dimensions up to kDim.
+template <int kDimensions, int kBlockRows, bool kWithChunks>
+struct PortableShape {
+  static constexpr int kDim = kDimensions, kRows = kBlockRows;
+  static constexpr bool kChunks = kWithChunks;
+  static constexpr int kRowTiles = attention_row_tiles(kDim, kRows);
+  static constexpr int kRowWarps = attention_row_warps(kDim, kRows);
+  static constexpr int kTileKeys = attention_tile_keys(kDim, kRows);
+  static constexpr int kPartTiles = kAttentionPartKeys / kTileKeys;
+  static constexpr int kKeyGroups = 4 / kRowWarps;
+  static constexpr int kGroupThreads = 32 * kRowWarps;
+  static constexpr AttentionLayout kAt = attention_layout(kDim, kRows, kChunks);
+  static_assert(kAt.ahead >= 1);
+
+  // The logits of a warp's rows and 16 keys. Thread t has elements 2 (t % 4) and the next of rows
+  // t / 4 and t / 4 + 8 of each 16 x 8 product.
+  using Logits = float[kRowTiles][2][4];
+  // The same logits as weights: the left operand of the product with the values.
+  using Weights = uint32_t[kRowTiles][4];
+  // The sums of weighted values of the warp's rows, likewise.
+  using Outputs = float[kRowTiles][kDim / 8][4];
+};
+
+// What a thread works on.
+template <typename Shape>
+struct PortableThread {
+  const AttentionCall& p;
+  const SegmentState& s;
+  int lane, key_group, warp_row;  // the warp's keys of a tile, and its first row
+
+  __device__ __forceinline__ PortableThread(const AttentionCall& call, const SegmentState& state)
+      : p(call), s(state), lane(int(threadIdx.x % 32)) {
+    const int warp = int(threadIdx.x / 32);
+    key_group = warp / Shape::kRowWarps;
+    warp_row = warp % Shape::kRowWarps * 16 * Shape::kRowTiles;
+  }
+
+  __device__ __forceinline__ bool has_values() const { return !Shape::kChunks || p.out != nullptr; }
+
+  // Returns one of the thread's rows, as a row of the block.
+  __device__ __forceinline__ int own_row(int tile, int half) const {
+    return warp_row + 16 * tile + 8 * half + lane / 4;
+  }
+
+  // Returns the first of the warp's 16 keys in a tile.
+  __device__ __forceinline__ int64_t first_key(int tile) const {
+    return (s.first_tile + tile) * Shape::kTileKeys + 16 * key_group;
+  }
+};
+
+}  // namespace specextend
