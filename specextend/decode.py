@@ -1,4 +1,4 @@
-"""SpecExtend as a drop-in on Hugging Face models."""
+"""Offers SpecExtend as a drop-in on Hugging Face models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .target import Target
 
 
 class SpecExtend:
-    """Lossless speculative decoding for long inputs.
+    """Decodes long inputs speculatively, without loss.
 
     The output is the target's: greedy output equals ``model.generate(do_sample=False)``, sampled
     output equals sampled output without a draft, token by token, for the same seed. In fp32
@@ -94,7 +94,7 @@ class SpecExtend:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The target's model."""
+        """Return the target's model."""
         return self.target.model
 
     # ---- the three ways in -----------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A generation as the host sees it: its rounds, and what the draft has yet to take in.
+"""Runs a generation as the host sees it: its rounds, and what the draft has yet to take in.
 
 State of a generation: committed tokens, all of them in the target's cache, and one pending root,
 which is decided but not yet there. A round verifies the root and the draft's tree behind it in one
@@ -33,7 +33,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class Step:
-    """What one round brought.
+    """Holds what one round brought.
 
     Attributes:
         tokens: token ids in order; the last one is the target's own, those before it were proposed
@@ -50,7 +50,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be written.
+    """Says what is to be written.
 
     Attributes:
         prompt: [1, L] int64, without padding, on the target's device.
@@ -67,7 +67,7 @@ class Request:
 
 
 class Generation:
-    """One generation's state, from prefill to the last round. Batch 1.
+    """Holds one generation's state, from prefill to the last round. Batch 1.
 
     The host launches what :class:`Verifier` and the draft do on the device, and reads one block of
     numbers per round.
@@ -332,7 +332,7 @@ class Generation:
 
 
 class Backlog:
-    """What the draft has yet to take in. Batch 1.
+    """Holds what the draft has yet to take in. Batch 1.
 
     Args:
         decisions: the text so far.
@@ -388,8 +388,8 @@ class Backlog:
 
 
 class RoundCost:
-    """Seconds that the device works for a round, its draft's and retrieval's work before it
-    included.
+    """Counts the seconds that the device works for a round, with its draft's and retrieval's work
+    before it.
 
     Args:
         device: of the work.

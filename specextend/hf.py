@@ -1,4 +1,4 @@
-"""What only `transformers` asks for: its ``generate`` as the way in, its options, its classes.
+"""Serves what only `transformers` asks for: its ``generate``, its options, its classes.
 
 ``model.generate`` prepares configuration, processors and criteria; here is what it prepared checked
 and made a :class:`specextend.generation.Request`, and what it wants back put together.

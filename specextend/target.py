@@ -1,4 +1,4 @@
-"""The model whose text is written."""
+"""Describes the model whose text is written."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .attention import PatchedModel
 
 
 class Target(PatchedModel):
-    """A target, as the engine and the drafts know it.
+    """Gives the engine and the drafts what they know of a target.
 
     Args:
         model: a decoder-only causal LM of `transformers`, used where it lies.

@@ -1,4 +1,4 @@
-"""What a round does on the device: the verify pass, the acceptance, the scores for retrieval.
+"""Does what a round does on the device: verify pass, acceptance, scores for retrieval.
 
 The rule of this module: nothing here asks the host. Its functions know lengths, counts and trees as
 tensors, so that they can be captured as a graph; what they change, they change where it lies. The
@@ -22,7 +22,7 @@ from .target import Target
 
 
 class Decisions:
-    """The text so far and what the last round added to it, on the device. B sequences.
+    """Holds the text so far and what the last round added to it, on the device. B sequences.
 
     Args:
         prompt: [B, L] int64.
@@ -70,7 +70,7 @@ class Decisions:
 
 @dataclass
 class Outcome:
-    """What a verify pass and its acceptance leave on the device. Batch 1.
+    """Holds what a verify pass and its acceptance leave on the device. Batch 1.
 
     Attributes:
         numbers: [2 W + 2] fp64, what the host reads: accepted tokens, W emitted ones, W nodes of

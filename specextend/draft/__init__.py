@@ -1,4 +1,4 @@
-"""Draft kinds, one module each, behind the interface of :mod:`specextend.draft.base`."""
+"""Holds the kinds of drafts, one module each, behind the contract of `specextend.draft.base`."""
 
 from .base import Decided, Draft
 from .causal_lm import CausalLMDraft

@@ -1,4 +1,4 @@
-"""What the engine asks of a draft: the contract of every kind."""
+"""Says what the engine asks of a draft: the contract of every kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What drafts with keys and values of their own share: caches, taking in, trees, graphs."""
+"""Holds what drafts with keys and values share: caches, taking in, growing, graphs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .working_cache import WorkingCache
 
 
 class CachedDraft(Draft):
-    """A model that attends to its full cache, a recent window, or retrieved chunks.
+    """Drafts with a model that attends to its full cache, a recent window, or retrieved chunks.
 
     Args:
         config: tree and cache options.

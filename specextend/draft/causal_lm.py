@@ -1,4 +1,4 @@
-"""Any causal LM of `transformers` as a draft: full cache, a recent window, or retrieval."""
+"""Drafts with any causal LM of `transformers`: full cache, a recent window, or retrieval."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .checkpoint import Checkpoint
 
 
 class CausalLMDraft(CachedDraft):
-    """A small causal LM that shares the target's tokenizer.
+    """Drafts with a small causal LM that shares the target's tokenizer.
 
     Args:
         model: the draft; batch 1.

@@ -1,4 +1,4 @@
-"""EAGLE heads as drafts (EAGLE-1, 2, 3 and 3.1), with retrieval on the head's own keys.
+"""Drafts with EAGLE heads (EAGLE-1, 2, 3 and 3.1), and retrieves on the head's own keys.
 
 A row of the head's cache pairs the target's hidden state at a position with the token behind it.
 Rows of proposed nodes, made from the head's own guesses of hidden states, stay behind the committed
@@ -24,7 +24,7 @@ from .eagle_head import Attend, EagleHead
 
 
 class EagleDraft(CachedDraft):
-    """A head trained for the target.
+    """Drafts with a head that was trained for the target.
 
     A row of its caches is that of a token and of the features that it was decided from, so that the
     prompt's first token has none.
@@ -101,7 +101,7 @@ class EagleDraft(CachedDraft):
         return self.head.logits(out.index_select(1, last))
 
     def _run(self, tokens: Tensor, features: Tensor, state: Pass) -> tuple[Tensor, Tensor]:
-        """Run the head over decided tokens: what the logits are made of, and the hidden states."""
+        """Run the head over decided tokens; return what logits are made of, and hidden states."""
         attention = attend(state, self.head.config.windows)
         positions = self._positions(tokens.shape[1])
         return self.head(tokens, self.head.fuse(features), positions, attention)

@@ -1,4 +1,4 @@
-"""From what a user names to a draft: a model, a word, a folder or a name on the Hub."""
+"""Makes a draft of what a user names: a model, a word, a folder or a name on the Hub."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class RingCache:
 
 
 class LongSpecDraft(Draft):
-    """A LongSpec block as a draft.
+    """Drafts with a LongSpec block.
 
     A token's key and value depend on its embedding alone. So of all tokens but the root these are
     all that is computed, and of a prompt only for its last ``window`` tokens. Cross-attention reads

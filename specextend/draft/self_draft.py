@@ -1,4 +1,4 @@
-"""The target as its own draft, on a small part of its own cache.
+"""Makes the target its own draft, on a small part of its own cache.
 
 The target's layers run over a working cache of retrieved chunks (TriForce, arXiv 2404.11912, here
 with the fused scores of SpecExtend) or over sinks and a recent window (MagicDec, arXiv 2408.11049).
@@ -23,7 +23,7 @@ from .working_cache import WorkingCache
 
 
 class SelfDraft(CausalLMDraft):
-    """The target on a working cache that is filled from its own.
+    """Drafts with the target, on a working cache that is filled from its own.
 
     There is no full cache besides the target's: verified keys and values are copied from there, so
     that nothing that was computed from a part of the context stays.
@@ -70,7 +70,7 @@ class SelfDraft(CausalLMDraft):
         self._copied = torch.zeros_like(cache.lens)
 
     def prefill(self, decided) -> None:
-        """The target's prefill has filled its cache."""
+        """Do nothing: the target's prefill has filled its cache."""
 
     def retrieve(self, scores: Tensor | None) -> Tensor:
         ids = self.caches.refill(scores)
