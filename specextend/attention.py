@@ -116,19 +116,22 @@ class PatchedModel:
     Only the name of the attention implementation in the model's configurations is changed, and
     hooks collect the features that a pass asks for, both only during a forward, also when that
     forward raises.
-
-    Attributes:
-        num_layers: layers that attend.
-        vocab_size: entries of its vocabulary; its head may be padded.
     """
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        config = model.config.get_text_config()
-        self.num_layers: int = config.num_hidden_layers
-        self.vocab_size: int = config.vocab_size
         configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
         self._configs = [c for c in configs.values() if hasattr(c, "_attn_implementation_internal")]
+
+    @property
+    def num_layers(self) -> int:
+        """Count the layers, all of which attend."""
+        return self.model.config.get_text_config().num_hidden_layers
+
+    @property
+    def vocab_size(self) -> int:
+        """Count the entries of the vocabulary; the head may be padded."""
+        return self.model.config.get_text_config().vocab_size
 
     @contextlib.contextmanager
     def _installed(self, state: Pass):

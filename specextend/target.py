@@ -17,7 +17,6 @@ class Target(PatchedModel):
 
     Attributes:
         score_layers: the same, counted from 0.
-        group: query heads of a KV head.
 
     Raises:
         TypeError: ``model`` is something else.
@@ -33,6 +32,10 @@ class Target(PatchedModel):
         if wrong:
             raise ValueError(f"score_layers must be in [{-n}, {n}) for this model, got {wrong[0]}")
         self.score_layers = frozenset(i % n for i in score_layers)
-        config = model.config.get_text_config()
+
+    @property
+    def group(self) -> int:
+        """Count the query heads of a KV head."""
+        config = self.model.config.get_text_config()
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self.group: int = config.num_attention_heads // kv_heads
+        return config.num_attention_heads // kv_heads

@@ -215,8 +215,26 @@ class LiveText:
 
 
 def standard_output() -> Output:
+    """Return the standard output, as it is now."""
     return Output(sys.stdout)
 
 
 def standard_error() -> Output:
+    """Return the standard error, as it is now."""
     return Output(sys.stderr)
+
+
+def last_lines(tokenizer, prompt: list[int], count: int = 4) -> str:
+    """Return the last lines of a prompt, from its last 200 tokens."""
+    text = tokenizer.decode(prompt[-200:], skip_special_tokens=True)
+    return "\n".join(text.split("\n")[-count:])
+
+
+def size_text(parameters: int) -> str:
+    """Say how large a model is."""
+    return f"{parameters / 1e6:.1f} M parameters"
+
+
+def dtype_name(model) -> str:
+    """Name the dtype of a model, as options do."""
+    return str(model.dtype).removeprefix("torch.")

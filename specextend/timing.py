@@ -128,6 +128,19 @@ def parting(ours: list[int], theirs: list[int]) -> int | None:
     return next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
 
 
+def difference(tokenizer, ours: list[int], theirs: list[int], name: str) -> str | None:
+    """Say where two continuations part, in words; None if nowhere."""
+    at = parting(ours, theirs)
+    if at is None:
+        return None
+    if at >= min(len(ours), len(theirs)):
+        return f"the output has {len(ours)} tokens, that of {name} {len(theirs)}"
+    return (
+        f"new token {at} is {tokenizer.decode([ours[at]])!r} ({ours[at]}), but "
+        f"{tokenizer.decode([theirs[at]])!r} ({theirs[at]}) with {name}"
+    )
+
+
 @torch.inference_mode()
 def logit_gap(
     model: PreTrainedModel, ids: Tensor, ours: list[int], theirs: list[int]

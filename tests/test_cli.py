@@ -19,6 +19,7 @@ from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 import specextend
 from specextend import SpecConfig, assets, cli, terminal
+from specextend.command.options import config_docs, config_from
 
 TEXT = "def area(width, height):\n    return width * height\n\n\ndef volume("
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
@@ -246,7 +247,7 @@ class TestInfo:
 
 class TestOptions:
     def test_every_field_has_an_option_with_its_text(self):
-        sections, texts = cli.config_docs()
+        sections, texts = config_docs()
         names = [field.name for field in dataclasses.fields(SpecConfig)]
         assert sorted(texts) == sorted(names)
         expected = {"Tree", "N-gram look-up", "Draft's context", "Running"}
@@ -267,7 +268,7 @@ class TestOptions:
             "--draft-prefill-window none --prefill-chunk 7 --tree-threshold 0.5 --score-layers=-2"
             .split()
         )  # fmt: skip
-        assert cli.config_from(args) == SpecConfig(
+        assert config_from(args, args.target, args.draft) == SpecConfig(
             tree_shape="fixed", tree_widths=(2, 3), tree_attention=False,
             draft_prefill_window=None, prefill_chunk=7, tree_threshold=0.5, score_layers=(-2,),
             **assets.SETTINGS,
@@ -276,12 +277,16 @@ class TestOptions:
     def test_untouched(self):
         """The embedded pair has settings of its own; an option wins over them."""
         parser = cli.make_parser()
+
+        def configured(arguments):
+            args = parser.parse_args(arguments)
+            return config_from(args, args.target, args.draft)
+
         for options in ([], ["--draft", "model"], ["--draft", "ngram"], ["--draft", "self"]):
-            args = parser.parse_args(["chat", *options])
-            assert cli.config_from(args) == SpecConfig(**assets.SETTINGS)
+            assert configured(["chat", *options]) == SpecConfig(**assets.SETTINGS)
         named = ["chat", "--target", "a", "--draft", "b"]
-        assert cli.config_from(parser.parse_args(named)) == SpecConfig()
-        assert cli.config_from(parser.parse_args(["chat", "--budget", "256"])).budget == 256
+        assert configured(named) == SpecConfig()
+        assert configured(["chat", "--budget", "256"]).budget == 256
 
 
 class TestErrors:
@@ -313,6 +318,27 @@ class TestErrors:
         code, out, err = run(command, *rest, pair=None)
         assert code == 2 and out == ""
         assert err.startswith("specextend: error: ") and err.count("\n") == 1 and text in err
+
+    @pytest.mark.parametrize(
+        "command",
+        [
+            "generate --prompt a PAIR", "chat PAIR", "demo PAIR", "demo --web --port 0 PAIR",
+            "eval --lengths 64 --output OUT PAIR", "eval --synthetic 0.5 --lengths 64 --output OUT",
+            "train --kind longspec --data FILE --output OUT",
+        ],
+    )  # fmt: skip
+    def test_devices(self, run, folder, tmp_path, command):
+        """Every command that computes has --device, with one check and one text."""
+        (tmp_path / "text").write_text("a" * 100)
+        pair = f"--target {folder / 'target'} --draft {folder / 'draft'}"
+        named = command.replace("PAIR", pair).replace("OUT", str(tmp_path / "out"))
+        words = named.replace("FILE", str(tmp_path / "text")).split()
+        for device in ("gpu", "meta"):
+            code, _, err = run(*words, "--device", device, pair=None)
+            expected = f"specextend: error: --device must be cpu, cuda or cuda:N, got {device}\n"
+            assert (code, err) == (2, expected)
+        code, _, err = run(*words, "--device", "cuda:99", pair=None)
+        assert code == 2 and err.startswith("specextend: error: --device cuda:99: ")
 
     @pytest.mark.parametrize(
         "arguments, pair, text",

@@ -16,7 +16,8 @@ from eagle_heads import make
 from models import tiny_model
 from test_cli import byte_tokenizer
 
-from specextend import SpecExtend, cli, demo
+from specextend import SpecExtend, assets, cli
+from specextend.command import demonstration as demo
 
 SHORT = ["demo", "--short", "--threads", "1"]
 ROWS = [demo.HUGGING_FACE, demo.PLAIN, *demo.TREES]
@@ -145,7 +146,7 @@ def test_other_drafts(tiny, tmp_path, capsys, draft, said, ways):
 
 
 def test_the_embedded_head_is_asked_for_by_name(capsys, monkeypatch, tmp_path):
-    monkeypatch.setitem(demo.assets.DRAFTS, "eagle3", str(tmp_path))
+    monkeypatch.setitem(assets.DRAFTS, "eagle3", str(tmp_path))
     assert cli.main(["demo", "--short", "--draft", "eagle3"]) == 1
     assert "the embedded draft 'eagle3' is not in" in capsys.readouterr().err
 

@@ -16,8 +16,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig
 
 from specextend import SpecConfig, SpecExtend, assets, cli
-from specextend.eval import command, options, prompts
-from specextend.eval.drafts import DraftSource
+from specextend.draft import load_draft
+from specextend.eval import evaluate as evaluation
+from specextend.eval import options, prompts
 from specextend.eval.memory import PeakMemory
 from specextend.eval.methods import METHODS, REFERENCE
 from specextend.eval.needle import needle
@@ -25,6 +26,7 @@ from specextend.eval.options import Stage
 from specextend.eval.prompts import Prompts
 from specextend.eval.records import FILE, Difference, Header, Results, Run, from_json, to_json
 from specextend.eval.run import Row, Runner, Task, rows_of, tasks_of
+from specextend.target import Target
 
 WORDS = "the river went on and nobody at Harbour House said a word until Winter came . ".split()
 PROSE = "\n".join(" ".join(WORDS[i % 7 :] + WORDS[: i % 5]) for i in range(60))
@@ -194,9 +196,9 @@ def test_options_that_are_not_understood(parse, text):
 
 @pytest.fixture(scope="module")
 def drafts(pair):
-    named = {"pair/draft": pair[1], "ngram": "ngram", "self": "self"}
-    sources = [DraftSource.load(name, d, pair[0], (None, None)) for name, d in named.items()]
-    return {source.kind: source for source in sources}
+    target = Target(pair[0])
+    loaded = [load_draft(draft, target, SpecConfig()) for draft in (pair[1], "ngram", "self")]
+    return {draft.kind: draft for draft in loaded}
 
 
 class TestMethods:
@@ -265,7 +267,7 @@ def test_needle_of_a_full_cache_is_the_drafts_own(pair, drafts):
     answer[2] = int(logits[34].argmax())  # one that it is right about, and what comes behind it
     with torch.inference_mode():
         logits = pair[1](torch.tensor([ids[:33] + answer])).logits[0, 32:-1].log_softmax(-1)
-    found = needle(pair[0], drafts["model"].make(config), config, ids[:33], answer)
+    found = needle(pair[0], drafts["model"].with_config(config), config, ids[:33], answer)
     right = (logits.argmax(-1) == torch.tensor(answer)).double().mean().item()
     loss = -logits.gather(1, torch.tensor(answer)[:, None]).mean().item()
     assert found.accuracy == right > 0
@@ -366,7 +368,7 @@ def evaluate(models, texts, capsys, monkeypatch):
 
     def call(*arguments, pair=True, plots=False):
         if not plots:  # which take longer than all else
-            monkeypatch.setattr(command.plots, "write", lambda folder: [])
+            monkeypatch.setattr(evaluation.plots, "write", lambda folder: [])
         given = "--chunk-size 8 --budget 64 --recent-chunks 1 --warmup 0".split()
         if pair:
             given += ["--target", str(models / "target"), "--draft", str(models / "draft")]

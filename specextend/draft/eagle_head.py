@@ -67,6 +67,8 @@ class HeadConfig:
 
 
 class RMSNorm(nn.Module):
+    """Norms rows by their root mean square, in fp32, as Llama does."""
+
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))

@@ -1,17 +1,20 @@
-"""The options of ``specextend eval``, apart from what it does, which takes long to import."""
+"""Holds the options of ``specextend eval``, apart from what takes long to import."""
 
 from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from ..config import SpecConfig
 
 GENERATED = ("joined", "needle", "lookup", "code")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Methods, each run over the same prompts.
+    """Says which methods are run over the same prompts.
 
     Attributes:
         lengths: tokens of the prompts.
@@ -66,8 +69,45 @@ QUICK = (
 QUICK_NEW_TOKENS = 16
 
 
+@dataclass(frozen=True)
+class EvalOptions:
+    """Says what ``specextend eval`` was asked for; None and empty: as the suite has it.
+
+    Attributes:
+        target: as named; None: the embedded one.
+        drafts: as named.
+        config: makes the configuration of the loop for a draft of a kind, with defaults of a
+            preset: ``config(kind, **defaults)``.
+        dtype: None: "float32"; on a GPU as the preset or the checkpoint is.
+        device: "cpu", "cuda" or "cuda:N"; None: a GPU if there is one.
+    The others are the command's options by their names.
+    """
+
+    target: str | None
+    drafts: tuple[str, ...]
+    config: Callable[..., SpecConfig]
+    dtype: str | None
+    device: str | None
+    preset: str | None
+    quick: bool
+    lengths: tuple[int, ...] | None
+    methods: tuple[str, ...] | None
+    sweep: dict[str, tuple[int, ...]]
+    synthetic: float | None
+    prompts: str | None
+    generate: tuple[str, ...] | None
+    count: int | None
+    max_new_tokens: int | None
+    runs: int | None
+    warmup: int
+    temperature: float
+    seed: int
+    gate: str
+    output: str
+
+
 def length(text: str) -> int:
-    """Tokens from "16K", "512" or "1500"."""
+    """Read tokens from "16K", "512" or "1500"."""
     found = re.fullmatch(r"(\d+)([kK]?)", text.strip())
     if not found or not int(found[1]):
         raise argparse.ArgumentTypeError(f"a length is a number such as 512 or 16K, got {text!r}")
@@ -75,17 +115,17 @@ def length(text: str) -> int:
 
 
 def lengths(text: str) -> tuple[int, ...]:
-    """Several of them, apart by commas."""
+    """Read several of them, apart by commas."""
     return tuple(length(part) for part in text.split(","))
 
 
 def words(text: str) -> tuple[str, ...]:
-    """Words, apart by commas."""
+    """Read words, apart by commas."""
     return tuple(part.strip() for part in text.split(","))
 
 
 def generated(text: str) -> tuple[str, ...]:
-    """Kinds of generated prompts."""
+    """Read kinds of generated prompts."""
     kinds = words(text)
     if wrong := [kind for kind in kinds if kind not in GENERATED]:
         raise argparse.ArgumentTypeError(
@@ -95,7 +135,7 @@ def generated(text: str) -> tuple[str, ...]:
 
 
 def sweep(text: str) -> tuple[str, tuple[int, ...]]:
-    """A field and its values from "budget=128,256"."""
+    """Read a field and its values from "budget=128,256"."""
     name, equals, values = text.partition("=")
     if not equals or not re.fullmatch(r"\d+(,\d+)*", values):
         raise argparse.ArgumentTypeError(
@@ -105,7 +145,7 @@ def sweep(text: str) -> tuple[str, tuple[int, ...]]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The command's own options; those of the models and of the configuration are not here."""
+    """Add the command's own options, without those of the models and of the configuration."""
     group = parser.add_argument_group("what is measured")
     group.add_argument(
         "--preset", metavar="NAME",
@@ -164,7 +204,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--gate", choices=("auto", "off"), default="off",
         help='"auto": let the gate stop speculation where it does not pay [off]',
     )  # fmt: skip
-    group.add_argument("--device", help='[a GPU if there is one, else "cpu"]')
     group.add_argument(
         "--output", metavar="FOLDER", default="specextend-eval",
         help="results, tables and plots go here; with the same options a run that was interrupted "

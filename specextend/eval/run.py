@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from ..config import SpecConfig
 from ..decode import SpecExtend
+from ..draft import Draft
 from ..generation import Progress
 from ..guard import check_length
 from ..timing import Timed, logit_gap, parting, time_hugging_face, time_loop
-from .drafts import DraftSource
 from .memory import PeakMemory
 from .methods import METHODS, REFERENCE, Method
 from .needle import needle
@@ -49,7 +49,7 @@ class Row:
         return " ".join([*parts, *(f"{name}={value}" for name, value in self.sweep)])
 
 
-def rows_of(stage: Stage, drafts: dict[str, DraftSource], device: str) -> list[Row]:
+def rows_of(stage: Stage, drafts: dict[str, Draft], device: str) -> list[Row]:
     """The rows that a stage asks for, the reference first.
 
     Args:
@@ -81,7 +81,7 @@ def rows_of(stage: Stage, drafts: dict[str, DraftSource], device: str) -> list[R
     return list(rows.values())
 
 
-def _draft_of(method: Method, kind: str, drafts: dict[str, DraftSource]) -> str | None:
+def _draft_of(method: Method, kind: str, drafts: dict[str, Draft]) -> str | None:
     """Kind of the draft that a method uses."""
     if method.draft is None:
         return None
@@ -152,7 +152,7 @@ class Runner:
     """
 
     target: PreTrainedModel
-    drafts: dict[str, DraftSource]
+    drafts: dict[str, Draft]
     configs: dict[str | None, SpecConfig]
     new_tokens: int
     warmup: int = 1
@@ -240,7 +240,7 @@ class Runner:
     def _spec(self, row: Row, progress: Progress) -> SpecExtend:
         if row.key not in self._specs:
             config = self.config(row)
-            draft = None if row.draft is None else self.drafts[row.draft].make(config)
+            draft = None if row.draft is None else self.drafts[row.draft].with_config(config)
             self._specs[row.key] = self.make(self.target, draft, config)
         spec = self._specs[row.key]
         spec.progress = progress
@@ -260,7 +260,7 @@ class Runner:
             options["prompt_lookup_num_tokens"] = LOOKUP_TOKENS
         if row.draft is None:
             return time_hugging_face(self.target, ids, new, progress, **options)
-        assistant = self.drafts[row.draft].model
+        assistant = self.drafts[row.draft].causal_lm
         before = copy.deepcopy(assistant.generation_config)  # the assistance adapts it
         try:
             return time_hugging_face(

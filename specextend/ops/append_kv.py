@@ -1,3 +1,5 @@
+"""Wraps and documents `append_kv`; the fake kernel is here too."""
+
 import torch
 from torch import Tensor
 

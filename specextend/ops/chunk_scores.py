@@ -1,3 +1,5 @@
+"""Wraps and documents `chunk_scores` and `chunk_scores_keys`; the fake kernel is here too."""
+
 import torch
 from torch import Tensor
 

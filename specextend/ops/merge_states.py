@@ -1,3 +1,5 @@
+"""Wraps and documents `merge_states`; the fake kernel is here too."""
+
 import torch
 from torch import Tensor
 

@@ -1,3 +1,5 @@
+"""Wraps and documents `verify_tree`; the fake kernel is here too."""
+
 import torch
 from torch import Tensor
 

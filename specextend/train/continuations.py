@@ -19,7 +19,7 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from ..decode import SpecExtend
-from .command import load_target
+from ..pair import choose_device, load_target
 from .data import TokenStream
 
 
@@ -71,9 +71,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--new", type=int, default=256, metavar="N", help="tokens [256]")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="[0]")
     parser.add_argument("--dtype", default="float32", help="of the target [float32]")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help='[a GPU if there is one, else "cpu"]')
     args = parser.parse_args(argv)
-    model, tokenizer = load_target(args.target, args.dtype, torch.device(args.device))
+    model, tokenizer = load_target(args.target, args.dtype, choose_device(args.device))
     stream = TokenStream(args.data, tokenizer, args.output.parent)
     write_continuations(
         SpecExtend(model, "ngram"), tokenizer, stream, args.output,

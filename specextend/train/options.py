@@ -1,4 +1,4 @@
-"""The options of ``specextend train``, apart from what it does, which takes long to import."""
+"""Holds the options of ``specextend train``, apart from what takes long to import."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ KINDS = ("longspec", "eagle3")
 
 @dataclass(frozen=True)
 class Preset:
-    """What a stage of training sets, unless an option says otherwise."""
+    """Says what a stage of training sets, unless an option says otherwise."""
 
     length: int
     batch: int
@@ -29,7 +29,7 @@ PRESETS = {
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
+    """Add the command's own options, without those of what it computes with."""
     group = parser.add_argument_group("what is trained")
     group.add_argument("--kind", choices=KINDS, required=True, help="LongSpec block, EAGLE-3 head")
     group.add_argument("--target", metavar="MODEL", help="[the embedded target]")
@@ -88,8 +88,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="of the target; the draft is trained in float32 [as its checkpoint]",
     )  # fmt: skip
-    group.add_argument("--device", default=None, help='[a GPU if there is one, else "cpu"]')
-    group.add_argument("--threads", type=int, metavar="N", help="threads to compute with")
 
     group = parser.add_argument_group("validation and logs")
     group.add_argument(

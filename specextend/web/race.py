@@ -6,7 +6,6 @@ for less time so far has the next round. So both columns get equal time, and eac
 
 from __future__ import annotations
 
-import argparse
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,20 +17,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from .. import __version__, assets
-from ..cli import WORDS, UsageError, config_from, difference, load_pair
 from ..config import SpecConfig
 from ..decode import SpecExtend
-from ..demo import LENGTHS, dtype_name, last_lines, size_text
-from ..draft import Draft
+from ..draft import WORDS, Draft
+from ..errors import UsageError
 from ..generation import Step
 from ..guard import position_limit
 from ..machine import device_text
+from ..pair import Pair
 from ..stats import PHASES
-from ..terminal import Detokenizer
-from ..timing import Timed, timed_steps
+from ..terminal import Detokenizer, dtype_name, last_lines, size_text
+from ..timing import Timed, difference, timed_steps
 
 MAX_CHARS = 1_000_000  # of a text that a page may send
-LENGTH = 8_000  # tokens of an included document, unless the command line says otherwise
 # Fields of SpecConfig that the page has a switch for.
 SWITCHES = ("draft_cache", "tree_shape", "tree_nodes", "tree_attention", "budget", "gate")
 NAMES = {
@@ -60,7 +58,7 @@ class Order(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     document: str | None = None
-    length: int = Field(LENGTH, ge=2)
+    length: int = Field(8_000, ge=2)
     text: str = Field("", max_length=MAX_CHARS)
     instruction: str = Field("", max_length=MAX_CHARS)
     new_tokens: int = Field(256, ge=1, le=4096)
@@ -155,29 +153,37 @@ class Column:
 
 
 class Race:
-    """Models, drafts and documents, for one pair of generations at a time.
+    """Has models, drafts and documents for one pair of generations at a time.
 
     Args:
-        args: options of ``specextend demo``.
+        pair: the models.
+        config: options that the page has no switch for.
+        draft: the draft's name.
+        embedded: the pair is the embedded one, whose other drafts are on offer, too.
+        document: a file to include.
+        length, new_tokens: what the page begins with.
 
     Raises:
-        ValueError: models that are not there, or not to be used.
+        ValueError: the models are not to be used.
     """
 
-    def __init__(self, args: argparse.Namespace):
-        self.config = config_from(args, gate="off")  # each column is its method alone
-        tokens, new = LENGTHS[args.short]
-        for option, value in (("tokens", args.tokens), ("max-new-tokens", args.max_new_tokens)):
-            if value is not None and value < 2:
-                raise UsageError(f"--{option} must be at least 2, got {value}")
-        self.length = args.tokens or (tokens if args.short else LENGTH)
-        self.new_tokens = args.max_new_tokens or new
-        self.target, draft, self.tokenizer, draft_tokenizer = load_pair(args)
-        if draft is None:
+    def __init__(
+        self,
+        pair: Pair,
+        config: SpecConfig,
+        draft: str,
+        *,
+        embedded: bool,
+        document: str | None,
+        length: int,
+        new_tokens: int,
+    ):
+        if pair.draft is None:
             raise UsageError("the demonstration needs a draft")
-        self.draft = str(args.draft or "model")
-        sources = {self.draft: _Source(draft, draft_tokenizer)}
-        if args.target is None:
+        self.config, self.draft, self.length, self.new_tokens = config, draft, length, new_tokens
+        self.target, self.tokenizer = pair.target, pair.tokenizer
+        sources = {draft: _Source(pair.draft, pair.draft_tokenizer)}
+        if embedded:
             sources = {kind: _Source(kind) for kind in assets.DRAFTS} | sources
         self._sources = sources | {word: _Source(word) for word in WORDS}
         for kind in self._sources:
@@ -185,7 +191,7 @@ class Race:
         if error := self._sources[self.draft].error:
             raise ValueError(error)
         self._plain = SpecExtend(self.target, None, self.config)
-        self._documents = self._included(args.document)
+        self._documents = self._included(document)
 
     # ---- what is on offer ------------------------------------------------------------------------
 

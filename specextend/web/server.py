@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import ipaddress
 import json
@@ -21,7 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 
-from ..cli import EXPECTED, UsageError
+from ..errors import EXPECTED, UsageError
 from ..terminal import standard_output
 from .race import MAX_CHARS, Order, Race
 
@@ -109,6 +108,7 @@ def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def is_loopback(host: str) -> bool:
+    """Tell whether an address is this machine's alone."""
     address = _address(host)
     return host == "localhost" if address is None else address.is_loopback
 
@@ -239,14 +239,19 @@ def listen(host: str, port: int) -> socket.socket:
         raise OSError(f"cannot listen on {host}, port {port}: {reason}; try --port") from error
 
 
-def serve(args: argparse.Namespace) -> int:
-    """``specextend demo --web``, until it is interrupted."""
-    host = HOST if args.host is None else args.host
-    port = PORT if args.port is None else args.port
+def serve(make_race: Callable[[], Race], host: str | None, port: int | None) -> None:
+    """Serve the page until it is interrupted.
+
+    Args:
+        make_race: loads the models, once the port is known to be free.
+        host, port: None: this machine alone, and the usual port.
+    """
+    host = HOST if host is None else host
+    port = PORT if port is None else port
     if not 0 <= port < 1 << 16:
         raise UsageError(f"--port must be in [0, 65536), got {port}")
     with listen(host, port) as listener:
-        app = make_app(Race(args), host)
+        app = make_app(make_race(), host)
         config = uvicorn.Config(
             app, log_level="warning", lifespan="on", timeout_graceful_shutdown=1,
         )  # fmt: skip
@@ -259,4 +264,3 @@ def serve(args: argparse.Namespace) -> int:
             uvicorn.Server(config).run(sockets=[listener])
         except KeyboardInterrupt:  # how it is meant to end
             pass
-    return 0

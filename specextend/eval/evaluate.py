@@ -1,8 +1,7 @@
-"""``specextend eval``: from options to results, tables and plots."""
+"""Evaluates, from options to results, tables and plots."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -11,17 +10,20 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import assets, machine
-from ..cli import WORDS, UsageError, config_from, load_pair, named_draft
 from ..config import SpecConfig
 from ..decode import SpecExtend
+from ..draft import WORDS, Draft, load_draft
+from ..errors import UsageError
 from ..guard import position_limit
+from ..pair import choose_device, load_pair, named_draft
+from ..target import Target
 from ..terminal import Output, standard_error, standard_output
 from . import options, plots, report
-from .drafts import DraftSource
 from .methods import METHODS
-from .options import Stage
+from .options import EvalOptions, Stage
 from .presets import Preset, find
 from .prompts import RANDOM, Prompt, Prompts, random_prompts
 from .records import FILE, Header, Results, Run, Writer
@@ -38,9 +40,9 @@ _SAME = ("version", "target", "drafts", "dtype", "device", "threads", "seed", "s
 _SAME_MACHINE = ("processor", "isa", "gpu")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is to be run.
+    """Says what is to be run.
 
     Attributes:
         stages: one after the other.
@@ -54,14 +56,30 @@ class Plan:
     preset: Preset | None
     asked: set[str]
 
-    def config(self, args: argparse.Namespace, kind: str | None) -> SpecConfig:
-        """The configuration for a draft of this kind, ``args.draft`` being one name."""
-        preset = self.preset.config_for(kind) if self.preset else {}
-        return config_from(args, **{**preset, "gate": args.gate, "seed": args.seed})
+    def config(self, asked: EvalOptions, kind: str | None) -> SpecConfig:
+        """Return the configuration for a draft of this kind."""
+        return asked.config(**(self.preset.config_for(kind) if self.preset else {}))
 
 
-def plan_of(args: argparse.Namespace) -> Plan:
-    """What the options ask for."""
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """Holds what is evaluated.
+
+    Attributes:
+        target: the model.
+        tokenizer: None for random models.
+        drafts: by kind.
+        names: of the drafts, by kind, as they were named.
+    """
+
+    target: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    drafts: dict[str, Draft]
+    names: dict[str, str]
+
+
+def plan_of(args: EvalOptions) -> Plan:
+    """Return what the options ask for."""
     for name, least in (("count", 1), ("runs", 1), ("max_new_tokens", 2), ("warmup", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -69,7 +87,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     if args.temperature < 0:
         raise UsageError(f"--temperature must not be negative, got {args.temperature}")
     changes = {name: getattr(args, name) for name in ("lengths", "methods", "count", "runs")}
-    changes["sweep"] = dict(args.sweep or ())
+    changes["sweep"] = args.sweep
     changes["sources"] = args.generate or (("prompts",) if args.prompts else None)
     if args.synthetic is not None:
         changes["sources"] = (RANDOM,)
@@ -94,59 +112,55 @@ def plan_of(args: argparse.Namespace) -> Plan:
 # ---- models ----------------------------------------------------------------------------------
 
 
-def load_models(args: argparse.Namespace, kinds: set[str]):
-    """Target, its tokenizer, and the drafts by kind.
+def load_models(args: EvalOptions, dtype: str, kinds: set[str]) -> Models:
+    """Load the models that were named.
 
     Args:
         kinds: of the drafts that the methods name, so that those that need no file are made.
     """
-    named = list(args.draft or ())
-    if args.target is None and not named:
-        named = list(assets.DRAFTS)
-    first = argparse.Namespace(**{**vars(args), "draft": named[0] if named else None})
-    target, draft, tokenizer, draft_tokenizer = load_pair(first)
-    target = target.to(args.device)
-    drafts: dict[str, DraftSource] = {}
+    named = args.drafts or (tuple(assets.DRAFTS) if args.target is None else ())
+    first = named[0] if named else None
+    pair = load_pair(args.target, first, dtype, choose_device(args.device))
+    target = Target(pair.target)
+    drafts: dict[str, Draft] = {}
+    names: dict[str, str] = {}
 
     def add(name: str, draft, draft_tokenizer) -> None:
-        if hasattr(draft, "to"):
-            draft = draft.to(args.device)
-        source = DraftSource.load(name, draft, target, (tokenizer, draft_tokenizer))
-        if source.kind in drafts:
+        loaded = load_draft(draft, target, SpecConfig(), (pair.tokenizer, draft_tokenizer))
+        if loaded.kind in drafts:
             raise UsageError(
-                f"one draft of a kind at a time: {drafts[source.kind].name} and {name} are both "
-                f"of the kind {source.kind}"
+                f"one draft of a kind at a time: {names[loaded.kind]} and {name} are both "
+                f"of the kind {loaded.kind}"
             )
-        drafts[source.kind] = source
+        drafts[loaded.kind], names[loaded.kind] = loaded, name
 
-    if draft is not None:
-        add(named[0], draft, draft_tokenizer)
+    if pair.draft is not None:
+        add(first, pair.draft, pair.draft_tokenizer)
     for name in named[1:]:
         path = assets.draft_path(name) if name in assets.DRAFTS and args.target is None else name
         add(name, *named_draft(path))
     for word in WORDS:
         if word in kinds and word not in drafts:
             add(word, word, None)
-    return target, tokenizer, drafts
+    return Models(pair.target, pair.tokenizer, drafts, names)
 
 
-def _synthetic_models(args: argparse.Namespace, plan: Plan):
-    """Random models of the shapes that --target and --draft name, the draft as a kind."""
+def _synthetic_models(args: EvalOptions, dtype: str, plan: Plan) -> Models:
+    """Make random models of the shapes that --target and --draft name, the draft as a kind."""
     if wrong := [m for s in plan.stages for m in s.methods if m in ("hf_assisted", "hf_lookup")]:
         raise UsageError(f"--synthetic: {wrong[0]} accepts what the models themselves say")
     torch.manual_seed(args.seed)
     positions = max(n for stage in plan.stages for n in stage.lengths) + plan.new_tokens + 1
-    draft_shape = (args.draft or ["one-layer"])[0]
-    dtype = torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype)
-    target, draft = random_pair(
-        args.target, draft_shape, args.synthetic, positions, args.device, dtype
-    )  # fmt: skip
-    source = DraftSource.load(str(draft_shape), draft, target, (None, None))
-    return target, None, {source.kind: source}
+    shape = args.drafts[0] if args.drafts else "one-layer"
+    kind = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    device = choose_device(args.device)
+    target, draft = random_pair(args.target, shape, args.synthetic, positions, device, kind)
+    loaded = load_draft(draft, Target(target), SpecConfig())
+    return Models(target, None, {loaded.kind: loaded}, {loaded.kind: shape})
 
 
-def _possible(plan: Plan, drafts: dict[str, DraftSource], target) -> tuple[Stage, ...]:
-    """The stages without what was not asked for and what these models cannot do."""
+def _possible(plan: Plan, drafts: dict[str, Draft], target) -> tuple[Stage, ...]:
+    """Return the stages without what was not asked for and what these models cannot do."""
     limit, stages = position_limit(target), []
     for stage in plan.stages:
         changes: dict = {}
@@ -168,7 +182,7 @@ def _possible(plan: Plan, drafts: dict[str, DraftSource], target) -> tuple[Stage
     return tuple(stages)
 
 
-def _runs_with(method: str, drafts: dict[str, DraftSource], device: str) -> bool:
+def _runs_with(method: str, drafts: dict[str, Draft], device: str) -> bool:
     try:
         rows_of(Stage((), (method,)), drafts, device)
     except ValueError:
@@ -179,7 +193,9 @@ def _runs_with(method: str, drafts: dict[str, DraftSource], device: str) -> bool
 # ---- the folder ------------------------------------------------------------------------------
 
 
-def _header(args, plan: Plan, target, drafts, config: SpecConfig, peak_memory) -> Header:
+def _header(
+    args: EvalOptions, plan: Plan, models: Models, config: SpecConfig, peak_memory
+) -> Header:
     defaults = SpecConfig()
     settings = {
         "preset": args.preset,
@@ -196,22 +212,22 @@ def _header(args, plan: Plan, target, drafts, config: SpecConfig, peak_memory) -
         "synthetic": _synthetic(args),
     }
     return Header(
-        **machine.header(target.device.type),
+        **machine.header(models.target.device.type),
         target=args.target or "the embedded target",
-        drafts={kind: source.name for kind, source in drafts.items()},
-        dtype=str(target.dtype).removeprefix("torch."),
+        drafts=models.names,
+        dtype=str(models.target.dtype).removeprefix("torch."),
         seed=args.seed,
         settings=json.loads(json.dumps(settings)),  # as it will be read
         peak_memory=peak_memory,
     )
 
 
-def _synthetic(args: argparse.Namespace) -> dict | None:
+def _synthetic(args: EvalOptions) -> dict | None:
     return None if args.synthetic is None else {"acceptance": args.synthetic}
 
 
 def _what_differs(before: Header, now: Header) -> str | None:
-    """In words."""
+    """Say in words what two headers differ in; None if nothing."""
     pairs = [(name, getattr(before, name), getattr(now, name)) for name in _SAME[:-1]]
     pairs += [(name, before.machine.get(name), now.machine.get(name)) for name in _SAME_MACHINE]
     keys = sorted({*before.settings, *now.settings})
@@ -223,7 +239,7 @@ def _what_differs(before: Header, now: Header) -> str | None:
 
 
 def _resume(folder: Path, header: Header) -> list[Run]:
-    """Runs that the folder has already.
+    """Read the runs that the folder has already.
 
     Raises:
         ValueError: it is another evaluation's.
@@ -242,9 +258,9 @@ def _resume(folder: Path, header: Header) -> list[Run]:
 # ---- progress --------------------------------------------------------------------------------
 
 
-class _Show:
-    """How far it is, and what came out so far: a bar with the time left on a terminal, a line per
-    run elsewhere."""
+class _Progress:
+    """Shows how far it is, and what came out so far: a bar with the time left on a terminal, a line
+    per run elsewhere."""
 
     def __init__(self, notes: Output, tasks: list[Task]):
         self._notes, self._number = notes, len(tasks)
@@ -252,7 +268,7 @@ class _Show:
         self._start = time.monotonic()
         self._bar = None
 
-    def __enter__(self) -> _Show:
+    def __enter__(self) -> _Progress:
         if self._notes.is_live:
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -272,7 +288,7 @@ class _Show:
             self._bar.stop()
 
     def begin(self, task: Task) -> Callable[[str, int, int], None]:
-        """What shows the progress of a run."""
+        """Return what shows the progress of a run."""
         text = f"{task.prompt.name}, {task.prompt.length:,} tokens: {task.row.title}"
         if self._bar is None:
             return lambda phase, done, total: None
@@ -286,7 +302,7 @@ class _Show:
         return progress
 
     def end(self, task: Task, run: Run) -> None:
-        """A run is over."""
+        """Note that a run is over."""
         self._done += task.weight
         self._count += 1
         if self._bar is not None:
@@ -309,45 +325,42 @@ def _minutes(seconds: float) -> str:
 # ---- the command -----------------------------------------------------------------------------
 
 
-def run_eval(args: argparse.Namespace) -> int:
-    """``specextend eval``.
+def evaluate(args: EvalOptions) -> None:
+    """Run what is asked for, and write its results.
 
     Raises:
         ValueError: in float32, a method wrote other tokens than the reference.
     """
     plan = plan_of(args)
-    if args.synthetic is not None:
-        args.target = args.target or "small"
-    on_gpu = torch.cuda.is_available() if args.device is None else args.device.startswith("cuda")
-    args.device = args.device or ("cuda" if on_gpu else "cpu")
-    if args.dtype is None:
-        args.dtype = (plan.preset.dtype if plan.preset else "auto") if on_gpu else "float32"
-    first = argparse.Namespace(**{**vars(args), "draft": (args.draft or [None])[0]})
-    plan.config(first, None)  # errors in options come before anything is loaded
+    plan.config(args, None)  # errors in options come before anything is loaded
+    dtype = args.dtype
+    if dtype is None:
+        on_gpu = choose_device(args.device).type == "cuda"
+        dtype = (plan.preset.dtype if plan.preset else "auto") if on_gpu else "float32"
     if args.synthetic is None:
         kinds = {METHODS[m].draft for s in plan.stages for m in s.methods if m in METHODS}
-        target, tokenizer, drafts = load_models(args, kinds)
+        models = load_models(args, dtype, kinds)
     else:
-        target, tokenizer, drafts = _synthetic_models(args, plan)
-    plan.stages = _possible(plan, drafts, target)
-    configs = {kind: plan.config(first, kind) for kind in (None, *drafts)}
+        models = _synthetic_models(args, dtype, plan)
+    plan = dataclasses.replace(plan, stages=_possible(plan, models.drafts, models.target))
+    configs = {kind: plan.config(args, kind) for kind in (None, *models.drafts)}
     make = SpecExtend
     if args.synthetic is not None:
         make = functools.partial(SyntheticSpecExtend, acceptance=args.synthetic)
     runner = Runner(
-        target, drafts, configs, plan.new_tokens, args.warmup, args.temperature, args.seed, make,
-        _synthetic(args),
+        models.target, models.drafts, configs, plan.new_tokens, args.warmup, args.temperature,
+        args.seed, make, _synthetic(args),
     )  # fmt: skip
-    config = configs[next(iter(drafts), None)]
-    header = _header(args, plan, target, drafts, config, runner.memory.kind)
+    config = configs[next(iter(models.drafts), None)]
+    header = _header(args, plan, models, config, runner.memory.kind)
     folder = Path(args.output)
     done = {run.key: run for run in _resume(folder, header)}
-    tasks = _tasks(args, plan, tokenizer, runner)
+    tasks = _tasks(args, plan, models.tokenizer, runner)
     left = [task for task in tasks.values() if task.key not in done]
     out, notes = standard_output(), standard_error()
     if done:
         notes.line(f"{len(tasks) - len(left)} of {len(tasks)} runs are in {folder} already", "dim")
-    with Writer(folder) as writer, _Show(notes, left) as show:
+    with Writer(folder) as writer, _Progress(notes, left) as show:
         if not done and not (folder / FILE).stat().st_size:
             writer.write(header)
         for task in left:
@@ -361,11 +374,11 @@ def run_eval(args: argparse.Namespace) -> int:
     out.line(f"\nresults: {folder / FILE}")
     out.line(f"report: {report.write(folder)}")
     out.line(f"plots: {', '.join(path.name for path in plots.write(folder))}")
-    return _verdict(runs, header)
+    _demand_exactness(runs, header)
 
 
-def _tasks(args, plan: Plan, tokenizer, runner: Runner) -> dict[tuple, Task]:
-    """All runs by their keys, in their order."""
+def _tasks(args: EvalOptions, plan: Plan, tokenizer, runner: Runner) -> dict[tuple, Task]:
+    """Return all runs by their keys, in their order."""
     path = None if args.prompts is None else Path(args.prompts)
     prompts = None if tokenizer is None else Prompts(tokenizer, path, args.seed)
     vocab = runner.target.config.get_text_config().vocab_size
@@ -391,14 +404,14 @@ def _tasks(args, plan: Plan, tokenizer, runner: Runner) -> dict[tuple, Task]:
 
 
 def _reference(done: dict[tuple, Run], task: Task) -> list[int] | None:
-    """Tokens that a run has to write, None for the one that says so."""
+    """Return the tokens that a run has to write, None for the one that says so."""
     prompt = (task.prompt.length, task.prompt.source, task.prompt.name)
     run = done.get((*prompt, "plain", None, (), 0))
     return None if run is None else run.tokens
 
 
 def _write_summary(out: Output, runs: Iterable[Run], rows: dict[tuple, Row]) -> None:
-    """A line for each length, source and method: means over prompts and repeats."""
+    """Write a line for each length, source and method: means over prompts and repeats."""
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         groups.setdefault((run.length, run.source, run.row), []).append(run)
@@ -422,11 +435,11 @@ def _write_summary(out: Output, runs: Iterable[Run], rows: dict[tuple, Row]) -> 
     out.table(header, lines)
 
 
-def _verdict(runs: list[Run], header: Header) -> int:
-    """0 where all is as it must be."""
+def _demand_exactness(runs: list[Run], header: Header) -> None:
+    """Raise ValueError where a run in float32 wrote other tokens than the reference."""
     wrong = [run for run in runs if run.exact is False]
     if not wrong or header.dtype != "float32":
-        return 0
+        return
     run = wrong[0]
     at = run.first_difference
     gap = "" if at.gap is None else f", where the two tokens' logits are {at.gap:.2g} apart"

@@ -1,4 +1,4 @@
-"""``specextend train``: from a target and a text to a draft that loads."""
+"""Trains, from a target and a text to a draft that loads."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from ..assets import target_path
 from ..config import SpecConfig
 from ..draft.checkpoint import Checkpoint
 from ..draft.eagle_checkpoint import load_head
 from ..draft.longspec_checkpoint import load_block
+from ..pair import choose_device, load_target
 from ..terminal import standard_error
 from .data import TokenStream
 from .eagle3 import Eagle3Recipe, frequent_tokens, new_head
@@ -83,17 +83,6 @@ def acceptance_validator(
     return measure
 
 
-def load_target(name: str | None, dtype: str, device: torch.device):
-    """A target and its tokenizer; the embedded one without a name."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = target_path() if name is None else name
-    dtype = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().to(device)
-    tokenizer = AutoTokenizer.from_pretrained(path, model_max_length=10**9)
-    return model, tokenizer
-
-
 def _recipe(args: argparse.Namespace, target: FrozenTarget, stream: TokenStream, preset: Preset):
     """What trains the draft that was asked for, new or from ``--init``."""
     checkpoint = None if args.init is None else Checkpoint.open(args.init)
@@ -120,8 +109,8 @@ def _recipe(args: argparse.Namespace, target: FrozenTarget, stream: TokenStream,
     return LongSpecRecipe(target, block, shifted, args.max_lag, args.labels or "data")
 
 
-def train(args: argparse.Namespace) -> int:
-    """``specextend train``."""
+def train(args: argparse.Namespace) -> None:
+    """Train what the options of ``specextend train`` ask for."""
     if (args.kind, args.stage) not in PRESETS:
         raise ValueError(f"--kind {args.kind} has no stage {args.stage}")
     preset = PRESETS[args.kind, args.stage]
@@ -136,7 +125,7 @@ def train(args: argparse.Namespace) -> int:
         raise ValueError(f"{folder} has a checkpoint: --resume goes on from it, or name another")
     processes, device = _processes()
     if device is None:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = choose_device(args.device)
     torch.manual_seed(args.seed)
     model, tokenizer = load_target(args.target, args.dtype, device)
     stream = TokenStream(Path(args.data), tokenizer, folder)
@@ -163,15 +152,14 @@ def train(args: argparse.Namespace) -> int:
             target, recipe, held_out, args.validation_prompts, args.validation_length,
             args.validation_tokens,
         )  # fmt: skip
-    with _Show(folder, config, args.tensorboard, processes.index == 0) as show:
+    with _Log(folder, config, args.tensorboard, processes.index == 0) as show:
         trainer = Trainer(recipe, config, stream, folder, processes, validate, show)
         if args.resume:
             trainer.resume()
         trainer.run()
-    return 0
 
 
-class _Show:
+class _Log:
     """Log lines to the screen, to ``log.jsonl``, and to TensorBoard; the first process alone."""
 
     def __init__(self, folder: Path, config: TrainConfig, tensorboard: bool | None, first: bool):
@@ -180,7 +168,7 @@ class _Show:
         self._writer = _event_writer(tensorboard, folder) if first else None
         self._bar = None
 
-    def __enter__(self) -> _Show:
+    def __enter__(self) -> _Log:
         notes = standard_error()
         if self.first and notes.is_live:
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

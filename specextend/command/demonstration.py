@@ -1,8 +1,7 @@
-"""The demonstration: a long document continued in several ways, and what each of them cost."""
+"""Continues a long document in several ways, and shows what each of them cost."""
 
 from __future__ import annotations
 
-import argparse
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,17 +11,24 @@ import torch
 import transformers
 from torch import Tensor
 
-from . import _C, __version__, assets
-from .cli import UsageError, config_from, difference, load_pair
-from .config import SpecConfig
-from .decode import SpecExtend
-from .generation import Step
-from .machine import device_text
-from .stats import PHASES
-from .terminal import LiveText, Meter, Output, standard_error, standard_output
-from .timing import Timed, logit_gap, time_hugging_face, time_loop
-
-LENGTHS = {False: (16_000, 256), True: (2_000, 48)}  # --short: prompt, new tokens
+from .. import _C, __version__, assets
+from ..config import SpecConfig
+from ..errors import UsageError
+from ..generation import Step
+from ..machine import device_text
+from ..pair import Pair
+from ..stats import PHASES
+from ..terminal import (
+    LiveText,
+    Meter,
+    Output,
+    dtype_name,
+    last_lines,
+    size_text,
+    standard_error,
+    standard_output,
+)
+from ..timing import Timed, difference, logit_gap, time_hugging_face, time_loop
 
 HUGGING_FACE = "Hugging Face generate"
 PLAIN = "plain decoding"
@@ -33,15 +39,16 @@ TREE = "tree"  # of a draft that has no cache, or one of its own kind
 
 @dataclass
 class Demonstration:
-    """The pair, the document, and where to show what happens.
+    """Knows the pair and the document, and shows what happens.
 
     Attributes:
-        pair: target, draft, and the tokenizers of both.
+        pair: the models.
+        config: options of the loop.
         ids: [1, L] int64, the document.
         new: tokens to write.
     """
 
-    pair: tuple
+    pair: Pair
     config: SpecConfig
     ids: Tensor
     new: int
@@ -49,13 +56,13 @@ class Demonstration:
     notes: Output
 
     def hugging_face(self) -> Timed:
-        """``generate`` of the target itself."""
+        """Time ``generate`` of the target itself."""
         with Meter(self.notes, HUGGING_FACE, least=1) as meter:
-            return time_hugging_face(self.pair[0], self.ids, self.new, meter, do_sample=False)
+            return time_hugging_face(self.pair.target, self.ids, self.new, meter, do_sample=False)
 
     def live(self, title: str, draft_cache: str | None) -> Timed:
         """Write the text as it comes; plain decoding without a ``draft_cache``."""
-        out, tokenizer, prompt = self.out, self.pair[2], self.ids[0].tolist()
+        out, tokenizer, prompt = self.out, self.pair.tokenizer, self.ids[0].tolist()
         out.line()
         out.line(f"-- {title} ".ljust(72, "-"), "bold")
         text = LiveText(out, tokenizer, prompt, highlight=draft_cache is not None)
@@ -82,76 +89,79 @@ class Demonstration:
     def _generate(
         self, draft_cache: str | None, meter: Meter, show: Callable[[Step, int], None]
     ) -> Timed:
-        target, draft, tokenizer, draft_tokenizer = self.pair
         config = self.config.replace(draft_cache=draft_cache or "full")
-        spec = SpecExtend(
-            target, draft if draft_cache else None, config,
-            tokenizer=tokenizer, draft_tokenizer=draft_tokenizer, progress=meter,
-        )  # fmt: skip
+        make = self.pair.spec if draft_cache else self.pair.plain
+        spec = make(config, meter)
         return time_loop(spec, self.ids, self.new, show, do_sample=False)
 
 
-def run_demo(args: argparse.Namespace) -> int:
-    """``specextend demo``.
+def show(
+    pair: Pair,
+    config: SpecConfig,
+    document: str | None,
+    draft_name: str | None,
+    tokens: int,
+    new: int,
+) -> None:
+    """Continue a document in all ways, and show it.
+
+    Args:
+        config: of all ways, but for the draft's cache.
+        document: a file; None: modules of Python's standard library.
+        draft_name: as the user named it.
+        tokens, new: of the prompt and of what is written, at least 2.
 
     Raises:
         ValueError: two ways wrote different tokens.
     """
-    tokens, new = LENGTHS[args.short]
-    tokens = tokens if args.tokens is None else args.tokens
-    new = new if args.max_new_tokens is None else args.max_new_tokens
-    if tokens < 2 or new < 2:
-        raise UsageError("--tokens and --max-new-tokens must be at least 2")
-    config = config_from(args, gate="off")  # each row of the table is its method alone
-    pair = load_pair(args)
-    if pair[1] is None:
+    if pair.draft is None:
         raise UsageError("the demonstration needs a draft")
+    target, tokenizer = pair.target, pair.tokenizer
     # Tried once for its size and the ways to use it, and for errors to come early.
-    draft = SpecExtend(pair[0], pair[1], config, tokenizer=pair[2], draft_tokenizer=pair[3]).draft
+    draft = pair.spec(config).draft
     ways = {title: kind for title, kind in TREES.items() if kind in draft.cache_kinds}
     if len(ways) == 1:
         ways = dict.fromkeys([TREE], *draft.cache_kinds)
     best, title = list(ways)[-1], "SpecExtend: tree speculation"
     if best == RETRIEVAL:
         title += ", cross-model retrieval"
-    name, ids = _document(args.document, pair[2], tokens)
-    device = pair[0].device
+    name, ids = _document(document, tokenizer, tokens)
+    device = target.device
     ids = ids.to(device)
     out = standard_output()
     out.line(f"{name}: {tokens:,} tokens, then {new} new ones", "bold")
-    kind = {"ngram": "n-gram look-up", "self": "the target itself"}.get(args.draft)
+    kind = {"ngram": "n-gram look-up", "self": "the target itself"}.get(draft_name)
     kind = kind or size_text(draft.num_parameters)
-    size = size_text(pair[0].num_parameters())
-    out.line(f"target {size}, draft {kind}, {dtype_name(pair[0])}, on {device_text(device)}")
-    show = Demonstration(pair, config, ids, new, out, standard_error())
+    size = size_text(target.num_parameters())
+    out.line(f"target {size}, draft {kind}, {dtype_name(target)}, on {device_text(device)}")
+    demonstration = Demonstration(pair, config, ids, new, out, standard_error())
 
     runs: dict[str, Timed] = {}
-    runs[PLAIN] = show.live("plain decoding, our kernels", None)
-    runs[best] = show.live(title, ways[best])
+    runs[PLAIN] = demonstration.live("plain decoding, our kernels", None)
+    runs[best] = demonstration.live(title, ways[best])
     if out.has_style:
         out.write("accepted from the draft", "accepted")
         out.write(", the target's own\n", "own")
     out.line()
-    runs[HUGGING_FACE] = show.hugging_face()
+    runs[HUGGING_FACE] = demonstration.hugging_face()
     for title, kind in ways.items():
         if title not in runs:
-            runs[title] = show.silent(title, kind)
+            runs[title] = demonstration.silent(title, kind)
 
     rows = [HUGGING_FACE, PLAIN, *ways]
     _write_table(out, {row: runs[row] for row in rows})
-    _write_notes(out, pair[0], args.draft, tokens, new)
+    _write_notes(out, target, draft_name, tokens, new)
     for row in rows[1:]:
-        text = difference(pair[2], runs[row].tokens, runs[HUGGING_FACE].tokens, HUGGING_FACE)
+        text = difference(tokenizer, runs[row].tokens, runs[HUGGING_FACE].tokens, HUGGING_FACE)
         if text:
-            gap = logit_gap(pair[0], ids, runs[row].tokens, runs[HUGGING_FACE].tokens)
+            gap = logit_gap(target, ids, runs[row].tokens, runs[HUGGING_FACE].tokens)
             if gap is not None:
-                text += f"; in {dtype_name(pair[0])} their logits are {gap:.2g} apart"
+                text += f"; in {dtype_name(target)} their logits are {gap:.2g} apart"
             raise ValueError(f"{row}: {text}")
-    return 0
 
 
 def _document(file: str | None, tokenizer, tokens: int) -> tuple[str, Tensor]:
-    """Name and tokens [1, tokens] of the document."""
+    """Return name and tokens [1, tokens] of the document."""
     if file is None:
         name, ids = assets.demo_prompt(tokenizer, tokens)
     else:
@@ -160,19 +170,6 @@ def _document(file: str | None, tokenizer, tokens: int) -> tuple[str, Tensor]:
     if len(ids) < tokens:
         raise ValueError(f"{name} has {len(ids):,} tokens, {tokens:,} are wanted")
     return name, torch.tensor([ids])
-
-
-def last_lines(tokenizer, prompt: list[int], count: int = 4) -> str:
-    text = tokenizer.decode(prompt[-200:], skip_special_tokens=True)
-    return "\n".join(text.split("\n")[-count:])
-
-
-def size_text(parameters: int) -> str:
-    return f"{parameters / 1e6:.1f} M parameters"
-
-
-def dtype_name(model) -> str:
-    return str(model.dtype).removeprefix("torch.")
 
 
 def _summary(run: Timed) -> str:

@@ -1,0 +1,68 @@
+"""``specextend chat``: talks with a model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ..terminal import LiveText, Meter, standard_error, standard_output
+from . import writing
+from .options import add_config_options, add_models, config_from
+
+SUMMARY = "talk with a model; /reset begins anew, end of input ends"
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    sub.add_argument("--system", metavar="TEXT", help="system message, for a chat template")
+    writing.add_generation(sub)
+    add_models(sub, "auto")
+    add_config_options(sub)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command, until the input ends."""
+    from ..pair import choose_device, load_pair
+
+    config = config_from(args, args.target, args.draft)
+    pair = load_pair(args.target, args.draft, args.dtype, choose_device(args.device))
+    tokenizer = pair.tokenizer
+    options = writing.generation_options(args, tokenizer)
+    output, notes = standard_output(), standard_error()
+    meter = Meter(notes)
+    spec = pair.spec(config, meter)
+    has_template = bool(tokenizer.chat_template)
+    if args.system and not has_template:
+        raise ValueError("--system needs a chat template, which the target's tokenizer lacks")
+    first = [{"role": "system", "content": args.system}] if args.system else []
+    messages, written = list(first), ""
+    interactive = sys.stdin.isatty() and output.is_terminal
+    if interactive:
+        import readline  # noqa: F401  editing and history for input()
+    while True:
+        try:
+            line = input("> " if interactive else "")
+        except (EOFError, KeyboardInterrupt):
+            break
+        if line.strip() == "/reset":
+            messages, written = list(first), ""
+            continue
+        if not line.strip():
+            continue
+        if has_template:
+            messages.append({"role": "user", "content": line})
+            ids = writing.template(tokenizer, messages)
+        else:
+            written += line + "\n"
+            ids = writing.encode(tokenizer, written)
+        live = LiveText(output, tokenizer, ids[0].tolist(), args.highlight)
+        try:
+            writing.run(spec, ids.to(pair.target.device), options, live, meter)
+            notes.line(writing.summary(spec.stats), "dim")
+        except KeyboardInterrupt:
+            notes.line("interrupted", "dim")
+        messages.append({"role": "assistant", "content": live.text})
+        written += live.text
+    if interactive:
+        output.line()
+    return 0
