@@ -102,16 +102,19 @@ $(built): $(env) $(flavour) $(sources) $(if $(module),,FORCE)
 
 # ---- the rest ------------------------------------------------------------------------------------
 
-$(VENV)/bin/ruff $(VENV)/bin/clang-format: | $(env)
-	@$(python) -m pip install -q 'ruff>=0.12' 'clang-format>=19'
+# Tools of the versions in constraints.txt alone: others format otherwise.
+linters := build/linters
+$(linters): constraints.txt | $(env)
+	@$(python) -m pip install -q -c constraints.txt ruff clang-format
+	@mkdir -p build && touch $@
 
-cxx := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+cxx := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-lint: $(VENV)/bin/ruff $(VENV)/bin/clang-format
+lint: $(linters)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/clang-format --dry-run -Werror $(cxx)
 
-format: $(VENV)/bin/ruff $(VENV)/bin/clang-format
+format: $(linters)
 	@$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format .
 	@$(VENV)/bin/clang-format -i $(cxx)
 

@@ -1,4 +1,4 @@
-"""Measure how long drafts are accepted on held-out documents, and how that falls with length.
+"""Measures how long drafts are accepted on held-out documents, and how that falls with length.
 
     python bench/bench_acceptance.py --drafts ngram longspec=FOLDER --lengths 2048,8192,16384
 

@@ -1,4 +1,4 @@
-"""Measure memory against the length of the context, and that nothing grows with its square.
+"""Measures memory against the length of the context, and that nothing grows with its square.
 
     python bench/bench_memory.py [--device cuda] [--quick] [--lengths 4096,...] [--json out.json]
 
@@ -98,7 +98,7 @@ def predict(
 
 
 class Resident:
-    """Read the peaks of this process's resident memory (Linux)."""
+    """Reads the peaks of this process's resident memory (Linux)."""
 
     def current(self) -> int:
         return self._read("VmRSS")
@@ -126,7 +126,7 @@ def give_back_freed() -> None:
 
 
 class Allocated:
-    """Read the same of torch's allocator on a GPU."""
+    """Reads the same of torch's allocator on a GPU."""
 
     def current(self) -> int:
         return torch.cuda.memory_allocated()
@@ -204,7 +204,7 @@ def measure_apart(*given) -> dict:
 
 @dataclass
 class Fit:
-    """Describe peaks over lengths L: ``constant + per_token * L``, and what else there may be.
+    """Describes peaks over lengths L: ``constant + per_token * L``, and what else there may be.
 
     Attributes:
         off: the largest distance of a peak from that line, in bytes.

@@ -1,4 +1,4 @@
-"""Time every operator against what this machine can do, and tree attention against its rivals.
+"""Times every operator against what this machine can do, and tree attention against its rivals.
 
     python bench/bench_ops.py [--device cuda] [--quick] [--goals] [--filter 32/8/128]
 
@@ -45,7 +45,7 @@ PLACED_BYTES = 128 << 20  # a case that moves less is measured on three sets of 
 
 @dataclass
 class Line:
-    """Hold one case: what is timed, the traffic and arithmetic it needs, and its peers.
+    """Holds one case: what is timed, the traffic and arithmetic it needs, and its peers.
 
     Attributes:
         peers: the same work by others, each in the ways there are; the fastest way counts.

@@ -1,4 +1,4 @@
-"""Print and record what benchmarks measure, in the one form that they share.
+"""Prints and records what benchmarks measure, in the one form that they share.
 
 A header says what they run on. Then each case has a line:
 
@@ -76,7 +76,7 @@ def parse(made: argparse.ArgumentParser, given: list[str] | None = None) -> argp
 
 @dataclass
 class Yardstick:
-    """Hold a call of torch's that moves or computes a known amount."""
+    """Holds a call of torch's that moves or computes a known amount."""
 
     call: Callable[[], object]
     amount: float  # bytes, or operations
@@ -93,7 +93,7 @@ class Yardstick:
 
 @dataclass
 class Rates:
-    """Hold what the machine reaches by torch's own means.
+    """Holds what the machine reaches by torch's own means.
 
     Attributes:
         bandwidth: bytes per second, read on a CPU, copied (read and written) on a GPU.
@@ -123,7 +123,7 @@ class Rates:
 
 @dataclass
 class Bound:
-    """Hold what a case cannot go below, in seconds or bytes, and what sets it."""
+    """Holds what a case cannot go below, in seconds or bytes, and what sets it."""
 
     least: float
     kind: str
@@ -217,7 +217,7 @@ def embedded_pair(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tu
 
 
 class Report:
-    """Print a run line by line, and keep its record.
+    """Prints a run line by line, and keeps its record.
 
     Args:
         arguments: the benchmark's, from :func:`parse`.

@@ -1,4 +1,4 @@
-"""Report what the compiler made of every CUDA kernel: registers, shared memory, stack, spills.
+"""Reports what the compiler made of every CUDA kernel: registers, shared memory, stack, spills.
 
     python bench/kernel_report.py [--build build/on] [--filter attention] [--json out.json]
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass
 class Kernel:
-    """Describe a kernel for one architecture; sizes are bytes, per thread but for ``shared``."""
+    """Describes a kernel for one architecture; sizes are bytes, per thread but for ``shared``."""
 
     source: str
     arch: str

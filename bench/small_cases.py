@@ -1,4 +1,4 @@
-"""Check small cases of every operator against its reference in fp64, for compute-sanitizer.
+"""Checks small cases of every operator against its reference in fp64, for compute-sanitizer.
 
     python bench/small_cases.py [--device cuda] [--few] [--filter attention]
 
@@ -25,7 +25,7 @@ _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 @dataclass
 class Case:
-    """Hold an operator and its arguments, on the CPU."""
+    """Holds an operator and its arguments, on the CPU."""
 
     name: str
     op: Callable

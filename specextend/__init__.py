@@ -1,4 +1,4 @@
-"""Lossless long-context speculative decoding: kernels, and a drop-in for Hugging Face models.
+"""Decodes long inputs speculatively, without loss: kernels, a drop-in for Hugging Face models.
 
 ``import specextend._C`` registers ``torch.ops.specextend.*``; ``specextend.ops`` wraps them with
 documentation; :class:`SpecExtend` drives the draft-verify loop.

@@ -1,4 +1,4 @@
-"""KV caches that are allocated once, and that `transformers` models write into.
+"""Holds KV caches, allocated once, that `transformers` models write into.
 
 A :class:`KVCache` never grows, copies or crops: new keys and values go to rows behind the committed
 ones (``append_kv``), attention reads them where they lie, and accepted rows move to the front

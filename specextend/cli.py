@@ -1,4 +1,4 @@
-"""The command line: ``specextend generate | chat | demo | eval | train | info``."""
+"""Parses the command line: ``specextend generate | chat | demo | eval | train | info``."""
 
 from __future__ import annotations
 

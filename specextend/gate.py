@@ -1,4 +1,4 @@
-"""The gate: how deep a tree pays, from what rounds have cost and brought so far.
+"""Finds how deep a tree pays, from what rounds have cost and brought so far: the gate.
 
 Speed-up of a round over plain decoding (SpecExtend, equation 1): tau * T_plain / (T_verify +
 d * T_draft). All of it is measured while generating; nothing is assumed of the models.

@@ -1,4 +1,4 @@
-"""The round on a GPU: parts of it as CUDA graphs, and what the host learns of them.
+"""Runs the round on a GPU: parts of it as CUDA graphs, and what the host learns of them.
 
 What is captured works on the device alone: lengths, masks and acceptance are tensors, and the host
 launches without knowing them. One small block per round comes back (:class:`Mailbox`). On a CPU,

@@ -1,4 +1,4 @@
-"""The start-up guard: wrong logits would be silent, so a model is tried before it is used."""
+"""Guards the start: wrong logits would be silent, so a model is tried before it is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Specify every operator in plain PyTorch; the compiled kernels are tested against this.
+"""Specifies every operator in plain PyTorch; the compiled kernels are tested against this.
 
 The functions are written to be read. Names, arguments and results are those of
 :mod:`specextend.ops`. Floating-point work is done in the dtype of the arguments, so that float64

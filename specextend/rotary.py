@@ -1,4 +1,4 @@
-"""Rotate by position, and find out how a model's keys are rotated.
+"""Rotates by position, and finds out how a model's keys are rotated.
 
 Retrieval moves keys to other positions (``gather_chunks``), which is exact for rotary embeddings
 (RoFormer, arXiv 2104.09864) once their frequencies and layout are known. Names of buffers and
@@ -22,7 +22,7 @@ _TOKENS = 6
 
 @dataclass
 class Rotary:
-    """Hold the rotary position embedding of every layer's keys.
+    """Holds the rotary position embedding of every layer's keys.
 
     Attributes:
         inv_freq: [L, R / 2] fp32, angle per position of each pair of the first R dimensions.

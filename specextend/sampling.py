@@ -1,4 +1,4 @@
-"""The target's choice at every node: argmax, or a draw with noise that belongs to the position.
+"""Makes the target's choice at every node: argmax, or a draw with the position's own noise.
 
 Noise is keyed by (seed, sequence, absolute position). Whatever tree a position is verified in, its
 token is drawn with the same uniform from the same distribution, so that sampled speculative output

@@ -1,4 +1,4 @@
-"""The versions of torch and `transformers` that specextend works with: those it was tested with.
+"""Knows the versions of torch and `transformers` that specextend was tested with.
 
 pyproject.toml has the ranges and pip keeps to them. They are read back here from what pip wrote
 down, so that a package that was changed afterwards is found out by its name and its range.

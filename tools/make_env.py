@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADERS = "nvidia-cutlass"  # of which nothing is imported: its dependencies are left out
+LINTERS = ("ruff", "clang-format")  # which `make lint` installs
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # PyPI's torch for x86-64 brings CUDA: gigabytes
 
 
@@ -181,6 +182,8 @@ def main():
 
     wanted, allowed = pins(), ranges()
     headers = wanted.pop(HEADERS)
+    for name in LINTERS:
+        wanted.pop(name)
     if Path(sys.prefix).resolve() == folder:  # run from within the environment itself
         python = Path(sys.executable)
         torch = json.loads(options.stamp.read_text())["torch"] if options.stamp.exists() else None

@@ -1,4 +1,4 @@
-"""Check on a machine with a GPU whether kernels are right, and goals in sight (A of A to C).
+"""Checks on a machine with a GPU whether kernels are right, and goals in sight (A of A to C).
 
     python bench/gpu/a_right.py OUTPUT [--rehearse]
 

@@ -1,4 +1,4 @@
-"""Measure on a machine with a GPU what a round costs, and where its time goes (B of A to C).
+"""Measures on a machine with a GPU what a round costs, and where its time goes (B of A to C).
 
     python bench/gpu/b_round.py OUTPUT [--rehearse]
 

@@ -1,4 +1,4 @@
-"""Run on a machine with a GPU the sanitizers, all peers, the demonstration (C of A to C).
+"""Runs on a machine with a GPU the sanitizers, all peers, the demonstration (C of A to C).
 
     python bench/gpu/c_record.py OUTPUT [--rehearse]
 

@@ -1,4 +1,4 @@
-"""Call tree_attention a few times at one shape, for a profiler to look at.
+"""Calls tree_attention a few times at one shape, for a profiler to look at.
 
     ncu --launch-skip 4 --launch-count 2 --kernel-name regex:attention \\
         python bench/gpu/call.py 16384 8

@@ -1,4 +1,4 @@
-"""Put the compiled module in its place and load it: the carried one, or else one built here.
+"""Puts the compiled module in its place and loads it: the carried one, or else one built here.
 
 python bench/gpu/module.py [--device cuda]
 """

@@ -1,4 +1,4 @@
-"""Predict what the lines with goals should take on an H200, as a table.
+"""Predicts what the lines with goals should take on an H200, as a table.
 
     python bench/gpu/predict.py
 

@@ -1,4 +1,4 @@
-"""Profile what the device does in five rounds: kernels by time and by count.
+"""Profiles what the device does in five rounds: kernels by time and by count.
 
     python bench/gpu/profile_rounds.py [--shape llama-3.1-8b] [--context 16384] [--json out.json]
 

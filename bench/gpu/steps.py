@@ -1,4 +1,4 @@
-"""Run the steps of a script for a machine with a GPU, on which time is short.
+"""Runs the steps of a script for a machine with a GPU, on which time is short.
 
 Every step is a process with a limit of its own, at which it ends with all of its children. One that
 fails or hangs is named, and the next one runs. What steps print goes to one file as it comes, and a
@@ -30,7 +30,7 @@ TAIL = 3000  # the record keeps so many characters of a step's output; they show
 
 @dataclass
 class Step:
-    """Describe one command.
+    """Describes one command.
 
     Attributes:
         limit: seconds that it may take.
@@ -49,7 +49,7 @@ class Step:
 
 @dataclass
 class Outcome:
-    """Say what became of a step: passed, failed, timed out or skipped."""
+    """Says what became of a step: passed, failed, timed out or skipped."""
 
     name: str
     command: str

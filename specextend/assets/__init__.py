@@ -1,4 +1,4 @@
-"""Find the embedded models, and the document that the demonstration continues."""
+"""Finds the embedded models, and the document that the demonstration continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read a folder of weights, here or on the Hugging Face Hub: its configuration, its tensors."""
+"""Reads a folder of weights, here or on the Hugging Face Hub: its configuration, its tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass
 class Checkpoint:
-    """Describe what a folder has.
+    """Describes what a folder has.
 
     Attributes:
         name: as the user gave it.

@@ -1,4 +1,4 @@
-"""Read the files of EAGLE heads in every dialect, and write the official one."""
+"""Reads the files of EAGLE heads in every dialect, and writes the official one."""
 
 from __future__ import annotations
 

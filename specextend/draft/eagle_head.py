@@ -1,4 +1,4 @@
-"""Define the heads of EAGLE as modules of torch.
+"""Defines the heads of EAGLE as modules of torch.
 
 EAGLE-1 (arXiv 2401.15077) and EAGLE-2 (2406.16858, the same head): a decoder layer over the joined
 embedding of token t + 1 and the target's last hidden state at t, read out by the target's own head.
@@ -27,7 +27,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """Say what a head is, whatever dialect its file has.
+    """Says what a head is, whatever dialect its file has.
 
     Attributes:
         version: 1 (EAGLE-1 and 2) or 3.
@@ -81,7 +81,7 @@ class RMSNorm(nn.Module):
 
 
 class _Names:
-    """Know which of the parameters that only some heads have are there, below a prefix."""
+    """Knows which of the parameters that only some heads have are there, below a prefix."""
 
     def __init__(self, names: frozenset[str], prefix: str = ""):
         self.names, self.prefix = names, prefix
@@ -136,7 +136,7 @@ class _MLP(nn.Module):
 
 
 class _Layer(nn.Module):
-    """Run a Llama layer; EAGLE-3's first one joins embedding and hidden state at its input."""
+    """Runs a Llama layer; EAGLE-3's first one joins embedding and hidden state at its input."""
 
     def __init__(self, config: HeadConfig, index: int, names: _Names):
         super().__init__()
@@ -175,7 +175,7 @@ class _Layer(nn.Module):
 
 
 class EagleHead(nn.Module):
-    """Propose tokens from the target's hidden states.
+    """Proposes tokens from the target's hidden states.
 
     Parameters have the names of vLLM's files, ``layers.0`` being the first layer.
 

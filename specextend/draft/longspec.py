@@ -1,4 +1,4 @@
-"""Draft with LongSpec: one decoder block reads the target's last-layer keys and values.
+"""Drafts with LongSpec: one decoder block reads the target's last-layer keys and values.
 
 The block (arXiv 2502.17421, section 3.1) takes the target's token embeddings alone. Its own
 self-attention sees a window, so its cache has a fixed size; what lies further back it reads by
@@ -26,7 +26,7 @@ _NEVER = -(1 << 30)  # position of a slot that holds nothing: before every windo
 
 
 class RingCache:
-    """Hold the block's own keys and values: a ring of ``window`` slots behind rows for a tree.
+    """Holds the block's own keys and values: a ring of ``window`` slots behind rows for a tree.
 
     A token's slot is its position modulo ``window``; nothing is ever moved, and the size does not
     depend on the context. Attention takes all rows as tree keys, whose positions are data: to a

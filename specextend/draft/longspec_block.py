@@ -1,4 +1,4 @@
-"""Define LongSpec's block: sizes, rotation, formula (arXiv 2502.17421, section 3.1)."""
+"""Defines LongSpec's block: sizes, rotation, formula (arXiv 2502.17421, section 3.1)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SelfAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class BlockShape:
-    """Hold the sizes of a block; all but ``intermediate`` and ``activation`` are the target's."""
+    """Holds the sizes of a block; all but ``intermediate`` and ``activation`` are the target's."""
 
     hidden: int
     heads: int
@@ -48,7 +48,7 @@ class BlockShape:
 
 
 class Rotation:
-    """Rotate queries and keys of any positions as the target does.
+    """Rotates queries and keys of any positions as the target does.
 
     Args:
         model: the target. Its last layer's frequencies count: its keys are read.
@@ -85,7 +85,7 @@ class Rotation:
 
 
 class LongSpecBlock(nn.Module):
-    """Hold the weights, and compute the block's formula with whatever attention it is given.
+    """Holds the weights, and computes the block's formula with whatever attention it is given.
 
         x += SelfAttn(norm(x));  x += CrossAttn(norm(x));  x += MLP(norm(x))
 

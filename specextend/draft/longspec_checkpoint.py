@@ -1,4 +1,4 @@
-"""Read and write LongSpec blocks, in the two layouts of the code that made the published ones."""
+"""Reads and writes LongSpec blocks, in the two layouts of the code that made the published ones."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Measure speed, acceptance and exactness of methods over lengths of the prompt."""
+"""Measures speed, acceptance and exactness of methods over lengths of the prompt."""

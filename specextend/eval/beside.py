@@ -1,4 +1,4 @@
-"""Put ours under each row of a paper's table, where the models are the paper's."""
+"""Puts ours under each row of a paper's table, where the models are the paper's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measure the most memory that a stretch of work takes."""
+"""Measures the most memory that a stretch of work takes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PROCESS = Path("/proc/self")
 
 
 class PeakMemory:
-    """Watch the memory of one device.
+    """Watches the memory of one device.
 
     Args:
         device: the one that the models are on.

@@ -1,4 +1,4 @@
-"""List the rows of the tables: ways to continue a prompt, each with its configuration."""
+"""Lists the rows of the tables: ways to continue a prompt, each with its configuration."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Method:
-    """Describe a way to continue a prompt.
+    """Describes a way to continue a prompt.
 
     Attributes:
         key: its name on the command line and in the results.

@@ -1,4 +1,4 @@
-"""Measure whether a draft itself finds what stands far above (SpecExtend's Table 1)."""
+"""Measures whether a draft itself finds what stands far above (SpecExtend's Table 1)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .records import Needle
 
 
 class _Probe(CausalLMDraft):
-    """Take part in every round as the draft would, but propose nothing, and keep what it thinks of
-    the next token. So the loop writes token by token, with the working cache that it makes."""
+    """Takes part in every round as the draft would, but proposes nothing, and keeps what it thinks
+    of the next token. So the loop writes token by token, with the working cache that it makes."""
 
     def begin(self, prompt, max_length, cache, graphs) -> None:
         super().begin(prompt, max_length, cache, graphs)
@@ -35,7 +35,7 @@ class _Probe(CausalLMDraft):
 
 
 class _Dictate(LogitsProcessor):
-    """Make the target write given tokens."""
+    """Makes the target write given tokens."""
 
     def __init__(self, start: int, tokens: list[int]):
         self._start, self._tokens = start, tokens

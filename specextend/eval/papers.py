@@ -1,4 +1,4 @@
-"""Hold what the papers report, cell by cell, as data.
+"""Holds what the papers report, cell by cell, as data.
 
 SpecExtend is arXiv 2505.20776, version 4: one A100 80GB, fp16 (Llama-3.1: bf16), 256 new tokens,
 greedy, 20 inputs per length, each run twice. Its tokens per second are those of whole runs, prefill
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 
 class Cell(NamedTuple):
-    """Hold a cell of a paper's table; what is not given there is None."""
+    """Holds a cell of a paper's table; what is not given there is None."""
 
     acceptance: float | None = None
     tokens_per_second: float | None = None
@@ -27,7 +27,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class PaperRow:
-    """Hold a row of a paper's table.
+    """Holds a row of a paper's table.
 
     Attributes:
         table: "SpecExtend, Table 2".

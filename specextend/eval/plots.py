@@ -1,4 +1,4 @@
-"""Draw ``results.jsonl`` as plots, each an SVG file.
+"""Draws ``results.jsonl`` as plots, each an SVG file.
 
 Text in the files stays text, and the same results give the same bytes. A method has one colour in
 all plots; the same method with another draft has another stroke.

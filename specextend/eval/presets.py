@@ -1,4 +1,4 @@
-"""Name the papers' settings, for ``specextend eval --preset``, each with its table's figures.
+"""Names the papers' settings, for ``specextend eval --preset``, each with its table's figures.
 
 A preset says what to run; the prompts are the user's own (``--prompts``), as are the models. The
 papers' figures stand beside ours only where target and draft are theirs.
@@ -15,7 +15,7 @@ from .records import Header
 
 @dataclass(frozen=True)
 class Preset:
-    """Describe the setting of a paper's table.
+    """Describes the setting of a paper's table.
 
     Attributes:
         name: its name on the command line.

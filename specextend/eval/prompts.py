@@ -1,4 +1,4 @@
-"""Make prompts by length: read them from files, or cut them to measure from documents.
+"""Makes prompts by length: reads them from files, or cuts them to measure from documents.
 
 A made prompt has exactly as many tokens as are asked for. Those with an answer end where it is
 about to be given, so that it can be told whether a draft knows it.
@@ -28,7 +28,7 @@ ORIGINAL = 0.55  # the original has this share of repeated code; the copy is not
 
 @dataclass(frozen=True)
 class Prompt:
-    """Hold what a method continues.
+    """Holds what a method continues.
 
     Attributes:
         name: which prompt of its source and length it is.
@@ -107,7 +107,7 @@ def read_documents(path: Path | None) -> list[tuple[str, str]]:
 
 
 class Prompts:
-    """Read and make prompts for one tokenizer.
+    """Reads and makes prompts for one tokenizer.
 
     Args:
         tokenizer: the target's.

@@ -1,4 +1,4 @@
-"""Define the records that ``specextend eval`` writes down and reads again.
+"""Defines the records that ``specextend eval`` writes down and reads again.
 
 ``results.jsonl`` in the output folder holds JSON Lines: a header, then a line for each run, written
 as soon as the run is over. Lengths are tokens, times seconds, memory bytes.
@@ -17,7 +17,7 @@ FILE = "results.jsonl"
 
 @dataclass(frozen=True)
 class Header:
-    """Say where, when and how the runs were made.
+    """Says where, when and how the runs were made.
 
     Attributes:
         version, machine, torch, transformers, python, commit, command, device, threads, date: see
@@ -56,7 +56,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Difference:
-    """Say where a run's tokens part from those of the reference run.
+    """Says where a run's tokens part from those of the reference run.
 
     Attributes:
         at: index among the new tokens.
@@ -70,7 +70,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Needle:
-    """Say what the draft itself makes of an answer that stands far above.
+    """Says what the draft itself makes of an answer that stands far above.
 
     Attributes:
         accuracy: share of the answer's tokens that are the draft's first choice, the answer's own
@@ -84,7 +84,7 @@ class Needle:
 
 @dataclass(frozen=True)
 class Run:
-    """Record one generation.
+    """Records one generation.
 
     ``method``, ``draft`` and ``sweep`` together say what ran, see :attr:`row`: a method can be run
     with several drafts, and with options swept.
@@ -189,7 +189,7 @@ def from_json(line: str) -> Header | Run:
 
 @dataclass
 class Results:
-    """Hold all that a folder's file has."""
+    """Holds all that a folder's file has."""
 
     header: Header
     runs: list[Run]
@@ -226,7 +226,7 @@ def _whole_lines(file: Path) -> Iterator[str]:
 
 
 class Writer:
-    """Add lines to ``results.jsonl``, each of them on disk when ``write`` returns."""
+    """Adds lines to ``results.jsonl``, each of them on disk when ``write`` returns."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Make ``results.md``, what was measured as tables, from ``results.jsonl``.
+"""Makes ``results.md``, what was measured as tables, from ``results.jsonl``.
 
 Every figure is a median over prompts and repeats with its quartiles, unless its table says
 otherwise. What was not run is "-".

@@ -29,7 +29,7 @@ WARMUP = "warming up"
 
 @dataclass(frozen=True)
 class Row:
-    """A method with its draft and, in a sweep, one option changed."""
+    """Holds a method with its draft and, in a sweep, one option changed."""
 
     method: Method
     draft: str | None = None
@@ -37,7 +37,7 @@ class Row:
 
     @property
     def key(self) -> tuple:
-        """``records.Run.row`` of its runs."""
+        """Return ``records.Run.row`` of its runs."""
         return self.method.key, self.draft, self.sweep
 
     @property
@@ -50,7 +50,7 @@ class Row:
 
 
 def rows_of(stage: Stage, drafts: dict[str, Draft], device: str) -> list[Row]:
-    """The rows that a stage asks for, the reference first.
+    """Return the rows that a stage asks for, the reference first.
 
     Args:
         drafts: by kind, the first one first.
@@ -106,7 +106,7 @@ def _draft_of(method: Method, kind: str, drafts: dict[str, Draft]) -> str | None
 
 @dataclass(frozen=True)
 class Task:
-    """One run to be made."""
+    """Holds one run to be made."""
 
     prompt: Prompt
     row: Row
@@ -114,7 +114,7 @@ class Task:
 
     @property
     def key(self) -> tuple:
-        """``records.Run.key`` of what comes out."""
+        """Return ``records.Run.key`` of what comes out."""
         prompt = self.prompt
         return prompt.length, prompt.source, prompt.name, *self.row.key, self.repeat
 

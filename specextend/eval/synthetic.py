@@ -1,4 +1,4 @@
-"""Real latency at any model's shape: random weights, and an acceptance that is set.
+"""Measures real latency at any model's shape: random weights, and an acceptance that is set.
 
 What a round costs depends on shapes and lengths; what it brings, on how often the target agrees
 with the draft, which models with random weights do not. Here both run as always: the draft makes
@@ -53,7 +53,7 @@ def random_model(
     dtype: torch.dtype = torch.float32,
     **changes,
 ) -> PreTrainedModel:
-    """A model with random weights, drawn from torch's default generator; nothing ends its text.
+    """Make a model with random weights, drawn from torch's default generator; nothing ends its text.
 
     Args:
         shape: a name of ``SHAPES``; a ``config.json``, a folder that has one, or a hub id, of which
@@ -89,7 +89,7 @@ def random_pair(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """A target and a draft with one vocabulary, as :func:`random_model` makes them.
+    """Make a target and a draft with one vocabulary, as :func:`random_model` makes them.
 
     The draft believes in its first choice as often as it will be right (:func:`sharpen`). Its head
     is apart from its embeddings, whatever the shape says, since only the head is scaled.
@@ -149,12 +149,12 @@ def _per_position(acceptance: float | Sequence[float]) -> list[float]:
 
 
 def label(acceptance: float | Sequence[float]) -> str:
-    """What is written on everything that was measured this way."""
+    """Return what is written on everything that was measured this way."""
     return f"synthetic acceptance {', '.join(f'{rate:g}' for rate in _per_position(acceptance))}"
 
 
 class SyntheticSpecExtend(SpecExtend):
-    """:class:`SpecExtend` whose drafts are right as often as is asked for, and otherwise itself.
+    """Speculates with drafts that are right as often as is asked for; else a :class:`SpecExtend`.
 
     Args:
         acceptance: the probability that a proposed token is accepted where the ones before it were:

@@ -1,4 +1,4 @@
-"""Hold what report and plots share: names, groups of runs, and Markdown's tables."""
+"""Holds what report and plots share: names, groups of runs, and Markdown's tables."""
 
 from __future__ import annotations
 

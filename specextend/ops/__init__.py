@@ -1,4 +1,4 @@
-"""Wrap the operators as Python functions; a module each has wrapper, documentation, fake kernel.
+"""Wraps the operators as Python functions; a module each has wrapper, documentation, fake kernel.
 
 Each function calls ``torch.ops.specextend.<name>``, which ``import specextend._C`` alone registers.
 None reads a device-side length on the host, none synchronises, and all work under CUDA graph

@@ -1,4 +1,4 @@
-"""Refuse CUDA tensors for operators without a CUDA kernel: torch's own error gives no advice."""
+"""Refuses CUDA tensors for operators without a CUDA kernel: torch's own error gives no advice."""
 
 import torch
 

@@ -1,1 +1,1 @@
-"""Train draft heads for a target: LongSpec blocks and EAGLE-3 heads."""
+"""Trains draft heads for a target: LongSpec blocks and EAGLE-3 heads."""

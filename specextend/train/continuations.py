@@ -1,4 +1,4 @@
-"""Write training text in the target's own hand: passages of a text that the target continues.
+"""Writes training text in the target's own hand: passages of a text that the target continues.
 
     python -m specextend.train.continuations --data text.jsonl --output continued.jsonl
 

@@ -1,4 +1,4 @@
-"""Read training text, plain or JSON Lines, as one stream of tokens, and cut windows from it."""
+"""Reads training text, plain or JSON Lines, as one stream of tokens, and cuts windows from it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DOCUMENTS = 256  # so many are tokenized in one call
 
 @dataclass
 class Batch:
-    """Hold windows of text.
+    """Holds windows of text.
 
     Attributes:
         ids: [B, L] int64.
@@ -72,7 +72,7 @@ def read_documents(path: Path) -> list[tuple[str, str]]:
 
 
 class TokenStream:
-    """Hold the tokens of all documents of a file in a row, an end-of-text token after each.
+    """Holds the tokens of all documents of a file in a row, an end-of-text token after each.
 
     Tokens are kept in ``folder`` under a name made of the file's and the tokenizer's content, so
     that a second run, or a resumed one, does not tokenize again.

@@ -1,4 +1,4 @@
-"""Train EAGLE-3 heads: hidden states of three depths, several steps on the head's own output.
+"""Trains EAGLE-3 heads: hidden states of three depths, several steps on the head's own output.
 
 Training-time test (arXiv 2503.01840): the head is unrolled, each step reads the hidden states that
 the step before it made, as it will have to when it drafts; the loss of every step counts.
@@ -164,7 +164,7 @@ def unroll(
 
 
 class _ChainAttention:
-    """Attend to the first step's keys under a causal mask, and of each further step to the key of
+    """Attends to the first step's keys under a causal mask, and of each further step to the key of
     the same row."""
 
     def __init__(self, windows: tuple[int, ...]):
@@ -195,7 +195,7 @@ class _ChainAttention:
 
 
 class Eagle3Recipe:
-    """Do what is special to training an EAGLE-3 head.
+    """Does what is special to training an EAGLE-3 head.
 
     Args:
         target: the frozen target.

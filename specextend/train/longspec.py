@@ -1,4 +1,4 @@
-"""Train LongSpec blocks: anchor-offset indices, flash noisy training (arXiv 2502.17421, 3.2)."""
+"""Trains LongSpec blocks: anchor-offset indices, flash noisy training (arXiv 2502.17421, 3.2)."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def _target_pieces(target: FrozenTarget, sample: Tensor) -> dict[str, Tensor]:
 
 
 class LongSpecRecipe:
-    """Do what is special to training a LongSpec block.
+    """Does what is special to training a LongSpec block.
 
     Args:
         target: the frozen target.

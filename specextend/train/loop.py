@@ -1,4 +1,4 @@
-"""Run the training loop: steps, schedule, checkpoints, validation, logs."""
+"""Runs the training loop: steps, schedule, checkpoints, validation, logs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DECAY = 0.3  # the "linear" schedule falls in this share of the steps
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Hold the options of a run.
+    """Holds the options of a run.
 
     Attributes:
         steps: updates in all.
@@ -80,7 +80,7 @@ class TrainConfig:
 
 
 class Recipe(Protocol):
-    """Say what each kind of draft does in training."""
+    """Says what each kind of draft does in training."""
 
     module: nn.Module
 
@@ -92,7 +92,7 @@ class Recipe(Protocol):
 
 
 class Processes:
-    """Stand for one process, or for several that `accelerate launch` started.
+    """Stands for one process, or for several that `accelerate launch` started.
 
     Each takes its share of a batch's windows, and gradients are summed over them: with one process
     or many the same windows, positions and lags make a step.
@@ -117,7 +117,7 @@ class Processes:
 
 @dataclass
 class Report:
-    """Hold what a log line says."""
+    """Holds what a log line says."""
 
     step: int
     loss: float
@@ -128,7 +128,7 @@ class Report:
 
 
 class Trainer:
-    """Train a recipe; training can stop and go on at any step.
+    """Trains a recipe; training can stop and go on at any step.
 
     Args:
         recipe: what is trained.

@@ -1,4 +1,4 @@
-"""Compute next-token losses, and what they are measured in."""
+"""Computes next-token losses, and what they are measured in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IGNORED = -100
 
 @dataclass
 class Wanted:
-    """Say what each row should predict.
+    """Says what each row should predict.
 
     Attributes:
         tokens: [B, L] int64, ``IGNORED`` where nothing is asked.
@@ -37,7 +37,7 @@ class Wanted:
 
 @dataclass
 class Measured:
-    """Hold sums over rows that count: of loss, of right first choices, of rows."""
+    """Holds sums over rows that count: of loss, of right first choices, of rows."""
 
     loss: float = 0.0
     right: float = 0.0

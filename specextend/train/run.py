@@ -56,8 +56,8 @@ def _event_writer(wanted: bool | None, folder: Path):
 def acceptance_validator(
     target: FrozenTarget, recipe, stream: TokenStream, prompts: int, length: int, tokens: int
 ) -> Callable[[], float]:
-    """A function that measures the mean acceptance length of the draft as it is: greedy, on
-    prompts spread evenly over a text.
+    """Return a function that measures the mean acceptance length of the draft as it is: greedy,
+    on prompts spread evenly over a text.
 
     Raises:
         ValueError: the text is too short.
@@ -84,7 +84,7 @@ def acceptance_validator(
 
 
 def _recipe(args: argparse.Namespace, target: FrozenTarget, stream: TokenStream, preset: Preset):
-    """What trains the draft that was asked for, new or from ``--init``."""
+    """Make what trains the draft that was asked for, new or from ``--init``."""
     checkpoint = None if args.init is None else Checkpoint.open(args.init)
     if args.kind == "eagle3":
         if checkpoint is not None:
@@ -160,7 +160,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 class _Log:
-    """Log lines to the screen, to ``log.jsonl``, and to TensorBoard; the first process alone."""
+    """Logs lines to the screen, to ``log.jsonl``, and to TensorBoard; the first process alone."""
 
     def __init__(self, folder: Path, config: TrainConfig, tensorboard: bool | None, first: bool):
         self.folder, self.config, self.first = folder, config, first

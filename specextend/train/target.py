@@ -1,4 +1,4 @@
-"""The frozen target, as the training of a draft reads it."""
+"""Reads the frozen target for the training of a draft."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..guard import self_check
 
 @dataclass
 class Reading:
-    """What the target makes of a batch of windows.
+    """Holds what the target makes of a batch of windows.
 
     Attributes:
         keys, values: [B, L, Hkv, D] of the last layer, keys with their rotation.

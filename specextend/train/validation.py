@@ -1,4 +1,4 @@
-"""Measure how long drafts are accepted, without verifying.
+"""Measures how long drafts are accepted, without verifying.
 
 The output is the target's, whatever is proposed. So what it writes behind a prompt is made once,
 and any number of drafts, or the same one again and again while it is trained, propose along it.
@@ -21,7 +21,7 @@ PART = 1024  # so many tokens of a prompt are read at a time
 
 
 class Continuation:
-    """Hold what the target writes greedily behind a prompt, with all that drafts read of it.
+    """Holds what the target writes greedily behind a prompt, with all that drafts read of it.
 
     Args:
         patched: the target.

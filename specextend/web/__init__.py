@@ -1,1 +1,1 @@
-"""``specextend demo --web``: plain decoding and SpecExtend side by side, in a local page."""
+"""Shows plain decoding and SpecExtend side by side, in a local page."""

@@ -1,4 +1,4 @@
-"""A document continued twice at once, plainly and with SpecExtend, as events for the page.
+"""Continues a document twice at once, plainly and with SpecExtend, as events for the page.
 
 Both generations work on one model object, in one thread, round by round: the one that has decoded
 for less time so far has the next round. So both columns get equal time, and each counts its own.
@@ -44,7 +44,7 @@ Emit = Callable[[dict], None]
 
 
 class Order(BaseModel):
-    """What a page asks for.
+    """Says what a page asks for.
 
     Attributes:
         document: key of an included document, of which ``length`` tokens are used; None: ``text``.
@@ -73,12 +73,12 @@ class Order(BaseModel):
 
 
 class Stopped(Exception):
-    """Nobody wants the rest."""
+    """Says that nobody wants the rest."""
 
 
 @dataclass
 class _Source:
-    """A draft on offer.
+    """Holds a draft on offer.
 
     Attributes:
         draft: what ``SpecExtend`` takes: a path, a word, or a model, once it is loaded.
@@ -96,7 +96,7 @@ class _Source:
 
 
 class Column:
-    """One of the two generations.
+    """Runs one of the two generations.
 
     Attributes:
         timed: what it wrote and took so far; other columns' rounds do not count.
@@ -140,7 +140,7 @@ class Column:
         return event
 
     def result(self) -> dict:
-        """What it came to."""
+        """Return what it came to."""
         stats = self.spec.stats
         return {
             "tokens": self.timed.tokens,
@@ -215,7 +215,7 @@ class Race:
             return
 
     def _spec(self, kind: str, config: SpecConfig) -> SpecExtend:
-        """A loop with a draft of this kind; weights that are there are not read again."""
+        """Make a loop with a draft of this kind; weights that are there are not read again."""
         source = self._sources[kind]
         if source.spec is None or source.spec.config != config:
             draft = source.draft if source.spec is None else source.spec.draft.with_config(config)
@@ -226,7 +226,7 @@ class Race:
         return source.spec
 
     def _included(self, file: str | None) -> dict[str, tuple[str, Callable[[int], list[int]]]]:
-        """By key: name of a document, and what gives its tokens, so many at most."""
+        """Return, by key, name of a document and what gives its tokens, so many at most."""
         found = {}
 
         def add(key: str, name: str, text: str) -> None:
@@ -245,7 +245,7 @@ class Race:
         return found
 
     def offer(self) -> dict:
-        """What a page has to know to show its switches."""
+        """Say what a page has to know to show its switches."""
         names = {kind: NAMES.get(kind, kind) for kind in self._sources}
         return {
             "version": __version__,
@@ -315,7 +315,7 @@ class Race:
                 each.steps.close()
 
     def _prompt(self, order: Order) -> Tensor:
-        """[1, L] int64."""
+        """Return the tokens of the prompt, [1, L] int64."""
         if order.document is None:
             ids = self.tokenizer(order.text).input_ids if order.text.strip() else []
         elif order.document not in self._documents:

@@ -1,4 +1,4 @@
-"""The server of the page: its files, and a race as lines of JSON."""
+"""Serves the page: its files, and a race as lines of JSON."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Guard:
         return None
 
     def _knows(self, host: str) -> bool:
-        """Whether a page under this name can be ours. Addresses cannot be made to point here."""
+        """Tell whether a page under this name can be ours; addresses cannot be made to point here."""
         try:
             name = urlsplit(f"//{host}").hostname
         except ValueError:
@@ -127,8 +127,8 @@ class Runner:
         self._worker = ThreadPoolExecutor(1, "race")
 
     def start(self, order: Order) -> tuple[asyncio.Queue, Callable[[], None]] | None:
-        """A queue of the events to come, None behind the last one, and what ends it early; None if
-        a race is under way."""
+        """Return a queue of the events to come, None behind the last one, and what ends it early;
+        None if a race is under way."""
         if not self._busy.acquire(blocking=False):
             return None
         events: asyncio.Queue = asyncio.Queue()
@@ -163,7 +163,7 @@ class Runner:
 
 
 class EventStream(StreamingResponse):
-    """Events as lines; calls ``left`` when it ends, also where its reader goes away."""
+    """Streams events as lines; calls ``left`` when it ends, also where its reader goes away."""
 
     def __init__(self, first: dict, events: asyncio.Queue, left: Callable[[], None]):
         super().__init__(self._lines(first, events), media_type="application/x-ndjson")
@@ -183,7 +183,7 @@ class EventStream(StreamingResponse):
 
 
 def make_app(race: Race, host: str) -> FastAPI:
-    """The application: ``/`` the page, ``/api/offer``, ``/api/run`` and ``/api/stop``."""
+    """Make the application: ``/`` the page, ``/api/offer``, ``/api/run`` and ``/api/stop``."""
     runner = Runner(race)
 
     @asynccontextmanager
@@ -226,7 +226,7 @@ def make_app(race: Race, host: str) -> FastAPI:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens.
+    """Open a socket that listens.
 
     Raises:
         OSError: the port is taken, or the address not of this machine.

@@ -1,1 +1,1 @@
-"""Train the models of specextend/assets; the package itself does without."""
+"""Trains the models of specextend/assets; the package itself does without."""

@@ -1,4 +1,4 @@
-"""Train the embedded pair (target and draft) on one CPU core, from text that is on the machine.
+"""Trains the embedded pair (target and draft) on one CPU core, from text that is on the machine.
 
     python -m tools.embedded --minutes-target 60 --minutes-draft 20
 

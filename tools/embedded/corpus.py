@@ -1,4 +1,4 @@
-"""Gather the text that the embedded models learn from, its tokenizer, and windows drawn from it.
+"""Gathers the text that the embedded models learn from, its tokenizer, and windows drawn from it.
 
     python -m tools.embedded.corpus corpus.jsonl [--prose FOLDER]
 
@@ -179,7 +179,7 @@ def prepare(work: Path, prose: Path | None, seed: int) -> None:
 
 
 class Windows:
-    """Draw training windows: short excerpts at the positions they have in a long document.
+    """Draws training windows: short excerpts at the positions they have in a long document.
 
     A window of a long document is a few of its passages in order, each with its true positions,
     so that distances of up to 16K are trained at the price of short attention. Passages are

@@ -1,4 +1,4 @@
-"""Train the embedded draft on what the target writes, with the caches that the decoder gives it.
+"""Trains the embedded draft on what the target writes, with the caches that the decoder gives it.
 
     python -m tools.embedded.corpus corpus.jsonl
     python -m tools.embedded.distil_draft --data corpus.jsonl
@@ -49,7 +49,7 @@ def rotated(x: Tensor, at: Tensor, theta: float) -> Tensor:
 
 @dataclass
 class Lesson:
-    """Hold a document, what the target writes behind N places, and what it attends to there.
+    """Holds a document, what the target writes behind N places, and what it attends to there.
 
     Attributes:
         ids: [L] the document.
@@ -68,7 +68,7 @@ class Lesson:
 
 
 class Target:
-    """Run the target by our own operators: one document, many continuations."""
+    """Runs the target by our own operators: one document, many continuations."""
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         self.model, self.theta = model, model.config.rope_parameters["rope_theta"]
@@ -172,7 +172,7 @@ class Target:
 
 
 class Student:
-    """Run the draft over a lesson, with gradients.
+    """Runs the draft over a lesson, with gradients.
 
     Three passes that share keys: over the document, with a sliding window; over each continuation,
     the same; and over each continuation again, as the decoder drafts, with a working cache.

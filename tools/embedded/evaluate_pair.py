@@ -1,4 +1,4 @@
-"""Measure the embedded pair on held-out modules of the standard library.
+"""Measures the embedded pair on held-out modules of the standard library.
 
     python -m tools.embedded.evaluate_pair --lengths 4096,8192,16384
 

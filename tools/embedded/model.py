@@ -1,4 +1,4 @@
-"""Make the embedded models, and run them with an attention that one core trains quickly."""
+"""Makes the embedded models, and runs them with an attention that one core trains quickly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .training import finish, frequencies, norm, project
 
 
 class CausalAttention(torch.autograd.Function):
-    """Attend causally in bf16, by blocks of rows: several times as fast as torch on one core.
+    """Attends causally in bf16, by blocks of rows: several times as fast as torch on one core.
 
     q (scaled), k, v: [B, H, L, D]. Probabilities are kept for short windows, else recomputed.
     """

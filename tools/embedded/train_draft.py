@@ -1,4 +1,4 @@
-"""Distil the embedded draft from the target on people's text: windows, then working caches."""
+"""Distils the embedded draft from the target on people's text: windows, then working caches."""
 
 from __future__ import annotations
 

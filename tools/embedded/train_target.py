@@ -1,4 +1,4 @@
-"""Train the embedded target on windows of growing length."""
+"""Trains the embedded target on windows of growing length."""
 
 from __future__ import annotations
 

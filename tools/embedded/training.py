@@ -1,4 +1,4 @@
-"""Share what target and draft are both trained with: pieces of a layer, optimizer, schedule."""
+"""Shares what target and draft are both trained with: pieces of a layer, optimizer, schedule."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def finish(layer: torch.nn.Module, x: Tensor, out: Tensor) -> Tensor:
 
 
 class Optimizer:
-    """Update inner matrices by Muon, embedding and norms by Adam; weights have fp32 masters."""
+    """Updates inner matrices by Muon, embedding and norms by Adam; weights have fp32 masters."""
 
     def __init__(self, model: torch.nn.Module, muon_lr: float, adam_lr: float) -> None:
         self.params = list(model.parameters())

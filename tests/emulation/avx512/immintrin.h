@@ -1,8 +1,8 @@
 #pragma once
 
-// Stands in for the compiler's header of this name: the AVX-512 instructions that csrc/cpu/isa/ uses,
-// for a processor that has AVX2: by AVX2 on halves where that has the same instruction, else lane by
-// lane as Intel's Software Developer's Manual defines it.
+// Stands in for the compiler's header of this name: the AVX-512 instructions that csrc/cpu/isa/
+// uses, for a processor that has AVX2: by AVX2 on halves where that has the same instruction, else
+// lane by lane as Intel's Software Developer's Manual defines it.
 
 #include_next <immintrin.h>
 #include <math.h>
@@ -162,8 +162,8 @@ SPECEXTEND_LANEWISE __m256 add_products(__m256 sum, __m256i a, __m256i b) {
 SPECEXTEND_CALLED __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
   const Halves<__m256> s = halves(sum);
   const auto x = cast<Halves<__m256i>>(a), y = cast<Halves<__m256i>>(b);
-  return cast<__m512>(Halves<__m256>{add_products(s.low, x.low, y.low),
-                                     add_products(s.high, x.high, y.high)});
+  return cast<__m512>(
+      Halves<__m256>{add_products(s.low, x.low, y.low), add_products(s.high, x.high, y.high)});
 }
 
 // --- Loads. What a mask leaves out is not touched ---
@@ -185,7 +185,8 @@ SPECEXTEND_CALLED __m512i maskz_loadu_epi16(__mmask32 mask, const void* p) {
 SPECEXTEND_CALLED __m256 maskz_loadu_ps(__mmask8 mask, const void* p) {
   __m256 x{};
   for (unsigned i = 0; i < 8; ++i)
-    if (mask >> i & 1) memcpy(reinterpret_cast<float*>(&x) + i, static_cast<const float*>(p) + i, 4);
+    if (mask >> i & 1)
+      memcpy(reinterpret_cast<float*>(&x) + i, static_cast<const float*>(p) + i, 4);
   return x;
 }
 
@@ -277,11 +278,10 @@ typedef uint64_t Longs __attribute__((vector_size(64)));
 #define _mm512_loadu_si512 SPECEXTEND_AVX512::loadu_si512
 #define _mm512_maskz_loadu_epi16 SPECEXTEND_AVX512::maskz_loadu_epi16
 #define _mm512_max_ps SPECEXTEND_AVX512::max_ps
-#define _mm512_permutex2var_epi16(a, which, b)                             \
-  SPECEXTEND_AVX512::cast<__m512i>(                                        \
-      SPECEXTEND_AVX512::permutex2var<SPECEXTEND_AVX512::Shorts,           \
-                                      SPECEXTEND_AVX512::Shorts>(          \
-          SPECEXTEND_AVX512::cast<SPECEXTEND_AVX512::Shorts>(a), which,    \
+#define _mm512_permutex2var_epi16(a, which, b)                                               \
+  SPECEXTEND_AVX512::cast<__m512i>(                                                          \
+      SPECEXTEND_AVX512::permutex2var<SPECEXTEND_AVX512::Shorts, SPECEXTEND_AVX512::Shorts>( \
+          SPECEXTEND_AVX512::cast<SPECEXTEND_AVX512::Shorts>(a), which,                      \
           SPECEXTEND_AVX512::cast<SPECEXTEND_AVX512::Shorts>(b)))
 #define _mm512_permutex2var_pd SPECEXTEND_AVX512::permutex2var<__m512d, SPECEXTEND_AVX512::Longs>
 #define _mm512_reduce_add_ps SPECEXTEND_AVX512::reduce_add_ps

@@ -26,17 +26,11 @@
 
 // --- vector types ---
 
-#define SPECEXTEND_VECTORS(T, name)                                 \
-  struct name##1 {                                                  \
-    T x;                                                            \
-  };                                                                \
-  struct alignas(2 * sizeof(T)) name##2 {                           \
-    T x, y;                                                         \
-  };                                                                \
-  struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) name##4 { \
-    T x, y, z, w;                                                   \
-  };                                                                \
-  inline name##2 make_##name##2(T x, T y) { return {x, y}; }        \
+#define SPECEXTEND_VECTORS(T, name)                                                  \
+  struct name##1 { T x; };                                                           \
+  struct alignas(2 * sizeof(T)) name##2 { T x, y; };                                 \
+  struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) name##4 { T x, y, z, w; }; \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                         \
   inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 
 SPECEXTEND_VECTORS(signed char, char)

@@ -63,8 +63,8 @@ struct dim3 {
   constexpr operator uint3() const { return {x, y, z}; }
 };
 
-// Kernels run one after the other here: one that may begin early does not, but has to wait for those
-// before it all the same.
+// Kernels run one after the other here: one that may begin early does not, but has to wait for
+// those before it all the same.
 enum cudaLaunchAttributeID {
   cudaLaunchAttributeClusterDimension = 4,
   cudaLaunchAttributeProgrammaticStreamSerialization = 6,
