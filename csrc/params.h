@@ -25,15 +25,15 @@ struct TreeAttentionParams {
   const uint64_t* mask;        // [B, M, ceil(N / 64)] packed visibility (tree.h); null: a chain
   const int32_t* q_depths;     // [B, M]: position of a row is P + depth; null: a chain's
   const int32_t* k_depths;     // [B, N]: likewise for the tree's keys; both serve windows alone
-  const float* sinks;  // [Hq]: a logit that takes part in the softmax with no value; or null
-  void* out;           // [B, M, Hq, D], contiguous; or null: v is not read
-  float* lse;          // [B, M, Hq], natural log, over the keys alone (without the sink)
-  float* chunk_lse;    // [B, M, Hq, num_chunks] over the prefix's chunks, or null
-  int64_t capacity;    // S
+  const float* sinks;          // [Hq]: a logit in the softmax that has no value; or null
+  void* out;                   // [B, M, Hq, D], contiguous; or null: v is not read
+  float* lse;                  // [B, M, Hq], natural log, over the keys alone (without the sink)
+  float* chunk_lse;            // [B, M, Hq, num_chunks] over the prefix's chunks, or null
+  int64_t capacity;            // S
   int batch, num_rows, num_tree_keys, num_heads, num_kv_heads, head_dim;
   int chunk_size, num_chunks;  // num_chunks = ceil(S / chunk_size)
   int window;                  // keys at positions > position - window are seen; 0: all
-  float scale, softcap;  // softcap 0: none, else logits become softcap * tanh(logit / softcap)
+  float scale, softcap;        // softcap > 0: logits become softcap * tanh(logit / softcap)
 };
 
 // merge_states: two partial attentions over disjoint key sets become one. All tensors are

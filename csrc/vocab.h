@@ -29,9 +29,9 @@ SPECEXTEND_HOST_DEVICE int64_t num_vocab_blocks(int64_t vocab) {
 // these places they meet no bank twice.
 SPECEXTEND_HOST_DEVICE int64_t run_place(int64_t i) { return i + i / kVocabRun; }
 
-// The fp32 exponential: Cody-Waite reduction by multiples of log 2 (its high part has 9 bits, so
-// the product is exact) and a minimax polynomial for (exp(r) - 1 - r) / r^2 on |r| <= log(2) / 2,
-// of relative error 3e-9.
+// The fp32 exponential is made by Cody-Waite reduction by multiples of log 2 (its high part has 9
+// bits, so the product is exact) and a minimax polynomial for (exp(r) - 1 - r) / r^2 on |r| <=
+// log(2) / 2, of relative error 3e-9.
 struct Exp32 {
   // Adding it leaves the nearest integer in the low bits.
   static constexpr float kRound = 0x1.8p23f;

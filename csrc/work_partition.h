@@ -19,7 +19,7 @@ namespace specextend {
 constexpr int kUnitOverhead = 2;  // so many tiles are read in the time that a unit costs besides
 constexpr int kPartialsPerBlock = 2;
 
-// The constants of a launch.
+// Holds the constants of a launch.
 struct WorkCut {
   int batch;
   int num_kv_heads;

@@ -41,7 +41,7 @@ SPECEXTEND_HOST_DEVICE int64_t sort_capacity(int64_t n) {
   return capacity;
 }
 
-// The scratch of sample_nodes: for each row, and in it for each block of vocab.h.
+// Holds the scratch of sample_nodes, for each row and in it for each block of vocab.h.
 struct SampleNodesScratch {
   uint64_t* keys;  // [B * N, blocks], without uniforms
   float* refs;     // [B * N, blocks], with uniforms

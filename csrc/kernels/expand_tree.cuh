@@ -131,7 +131,8 @@ __global__ void __launch_bounds__(kExpandThreads)
     const double log_first =
         log_of_first(p, logits, refs, scratch.sums + row * run_place(num_blocks), max, shared);
 
-    // The top_k lanes, and all their elements that are not worse than the worst of these lanes.
+    // The top_k lanes are chosen, and of their elements all that are not worse than the worst of
+    // these lanes.
     uint64_t last = ~uint64_t(0);
     if (p.top_k < num_lanes) {
       last = select_threshold<uint64_t>([&](int64_t i) { return lane_keys[i]; }, num_lanes, p.top_k,

@@ -22,8 +22,8 @@ struct FinalizeShared {
   uint64_t counts[kMaxWarps];
 };
 
-// What the block works on, for each of the T candidates: in shared memory behind FinalizeShared, or
-// in `scratch` if that is too small.
+// Says where the block's numbers of each of the T candidates lie: in shared memory behind
+// FinalizeShared, or in `scratch` if that is too small.
 struct FinalizePool {
   uint64_t* ranks;
   uint32_t* logps;   // as descending bits

@@ -31,7 +31,8 @@ struct alignas(sizeof(T) * kElements) GatherVector {
   T x[kElements];
 };
 
-// Two vectors of a row of one head. With pair >= 0 they are the pairs [pair, pair + kElements).
+// An item is two vectors of a row of one head. With pair >= 0 they are the pairs [pair, pair +
+// kElements).
 struct GatherItem {
   const char* from;
   char* to;
@@ -39,8 +40,9 @@ struct GatherItem {
   int pair;
 };
 
-// Some rows of one slot of one layer, keys or values, as items. Each head has the rotated pairs,
-// then the rest, which is cut in halves so that threads side by side touch vectors side by side.
+// Cuts some rows of one slot of one layer, keys or values, into items. Each head has the rotated
+// pairs, then the rest, which is cut in halves so that threads side by side touch vectors side by
+// side.
 template <typename T, int kElements>
 class GatherRows {
  public:

@@ -82,7 +82,7 @@ __device__ __forceinline__ double cumulative_total(const double* values, int64_t
   return total;
 }
 
-// A value of a sequence, and the cumulative sum before it.
+// Names a value of a sequence, and the cumulative sum before it.
 struct CumulativePlace {
   int64_t index;
   double before;

@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> tree_attention_cpu(
 }
 
 #ifdef SPECEXTEND_HAS_CUDA
-// The functions of one family of kernels.
+// Holds the functions of one family of kernels.
 struct Family {
   decltype(&plan_tree_attention) plan;
   decltype(&launch_tree_attention) launch;

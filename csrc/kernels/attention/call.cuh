@@ -11,8 +11,8 @@
 
 namespace specextend {
 
-// The scratch memory of a launch. A partial is a block's result for a unit that is split between
-// blocks (partial_of); the combine adds the partials of a unit up.
+// Holds the scratch memory of a launch. A partial is a block's result for a unit that is split
+// between blocks (partial_of); the combine adds the partials of a unit up.
 struct AttentionWorkspace {
   int64_t* lines;    // [B + 1]: where the units of each sequence begin on the line
   PartialSum* sums;  // [partials, rows_per_block]
@@ -38,7 +38,7 @@ inline size_t lay_out_workspace(const TreeAttentionParams& p, const WorkCut& cut
   return bytes;
 }
 
-// The parameters of an attention kernel.
+// Holds the parameters of an attention kernel.
 struct AttentionCall : TreeAttentionParams {
   WorkCut cut;
   AttentionWorkspace workspace;

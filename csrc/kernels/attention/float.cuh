@@ -29,8 +29,8 @@ __device__ __forceinline__ void load_float_rows(float* to, int pitch, const floa
   }
 }
 
-// A block's segment of a unit: eight threads to a row, each with every eighth key of a tile and
-// every eighth column of the output.
+// Computes a block's segment of a unit. Eight threads share a row; each has every eighth key of a
+// tile and every eighth column of the output.
 class FloatSegment {
  public:
   __device__ __forceinline__ FloatSegment(const AttentionCall& call, const SegmentState& state)

@@ -64,7 +64,7 @@ struct PackedRow {
   }
 };
 
-// The mask of a query row: which keys it sees.
+// Says which keys a query row sees: its mask.
 struct RowView {
   const uint64_t* mask;   // the row's words of the tree mask, or null
   const int32_t* depths;  // depths of the tree's keys, which windows alone need; or null

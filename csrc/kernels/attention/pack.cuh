@@ -1,6 +1,6 @@
 #pragma once
 
-// 16-bit floats in registers and on their way to memory.
+// How 16-bit floats lie in registers, and go to memory.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -1,6 +1,6 @@
 #pragma once
 
-// The consumers: the warpgroups that multiply.
+// The consumers are the warpgroups that multiply.
 
 #include <cuda_runtime.h>
 
@@ -19,7 +19,7 @@
 
 namespace specextend {
 
-// The consumer: a warpgroup that multiplies its 64 rows with the tiles of one job after the other.
+// A consumer is a warpgroup that multiplies its 64 rows with the tiles of one job after the other.
 // It holds the logits of a tile and the weights of the tile before, so that both products go on at
 // once.
 template <typename T, int kDim, int kChunk>
@@ -118,7 +118,7 @@ class HopperConsumer {
     end_values(before.stage);
   }
 
-  // The product of the queries and the ring's keys is begun; it has ended.
+  // Begin the product of the queries and the ring's keys, and give its place back at the end.
   __device__ __forceinline__ void begin_keys() {
     hopper::multiply_queries<kKeys, kDim>(s_, queries_, shared_.template keys<T>(ring_.stage));
   }
@@ -127,7 +127,7 @@ class HopperConsumer {
     release(&barriers_.empty_k[ring_.stage], c_.cluster);
   }
 
-  // The product of the weights and the values of a stage is begun; it has ended.
+  // Do the same for the product of the weights and the values of a stage.
   __device__ __forceinline__ void begin_values(int stage) {
     hopper::multiply_values<kKeys, kDim>(o_, w_, shared_.template values<T>(stage));
   }

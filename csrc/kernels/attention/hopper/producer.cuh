@@ -1,6 +1,6 @@
 #pragma once
 
-// The producer: the warp that walks the block's part of the work and copies tiles of keys and
+// The producer is the warp that walks the block's part of the work and copies tiles of keys and
 // values to shared memory.
 
 #include <cuda_runtime.h>

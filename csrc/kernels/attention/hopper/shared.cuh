@@ -50,15 +50,15 @@ constexpr int kHopperSharedBytes = 227 * 1024;  // a block can have no more
 
 constexpr int kOwnRowsBarrier = 1;  // each warpgroup that multiplies has one: this, and the next
 
-// The parameters of the kernel.
+// Holds the parameters of the kernel.
 struct HopperCall {
   AttentionCall attention;  // a block of its cut is a cluster here
   hopper::TensorMap k, v;
   int cluster;  // blocks: 1 or 2
 };
 
-// The sizes of tiles for head dimensions up to kDim, a multiple of 64; columns behind the head
-// dimension are 0.
+// Gives the sizes of tiles for head dimensions up to kDim, a multiple of 64; columns behind the
+// head dimension are 0.
 template <int kDim>
 struct HopperShape {
   static constexpr int kKeys = hopper_tile_keys(kDim);
@@ -79,7 +79,8 @@ struct HopperJob {
   int plain_begin, plain_end;  // every row sees every key of these tiles
 };
 
-// The shared memory of a block: queries, a ring of tiles (pipeline stages), and barriers.
+// Says where things lie in the shared memory of a block: queries, a ring of tiles (pipeline
+// stages), and barriers.
 template <int kDim>
 struct HopperShared {
   using Shape = HopperShape<kDim>;
@@ -113,7 +114,7 @@ struct HopperShared {
   }
 };
 
-// The place (pipeline stage) of the next tile, and the parity of the place's barriers.
+// Holds the place (pipeline stage) of the next tile, and the parity of the place's barriers.
 template <int kStages>
 struct Ring {
   int stage = 0;

@@ -57,8 +57,8 @@ class PortableGroups {
     }
   }
 
-  // Adds the groups' softmaxes, a row per thread: the log-sum-exp of a whole unit, or the sum of a
-  // partial. What each group's outputs are rescaled with takes the place of its sum.
+  // Adds the groups' softmaxes, a row per thread, and writes the log-sum-exp of a whole unit or the
+  // softmax of a partial. What each group's outputs are rescaled with takes the place of its sum.
   __device__ __forceinline__ void merge_sums() const {
     const AttentionCall& p = at_.p;
     if (int(threadIdx.x) < at_.s.num_rows) {

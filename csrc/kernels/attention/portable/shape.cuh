@@ -12,7 +12,7 @@
 
 namespace specextend {
 
-// A block's rows, keys of a tile and warps, for head dimensions up to kDim.
+// Gives the sizes of a block, its rows, keys of a tile and warps, for head dimensions up to kDim.
 template <int kDimensions, int kBlockRows, bool kWithChunks>
 struct PortableShape {
   static constexpr int kDim = kDimensions, kRows = kBlockRows;
@@ -26,12 +26,12 @@ struct PortableShape {
   static constexpr AttentionLayout kAt = attention_layout(kDim, kRows, kChunks);
   static_assert(kAt.ahead >= 1);
 
-  // The logits of a warp's rows and 16 keys. Thread t has elements 2 (t % 4) and the next of rows
-  // t / 4 and t / 4 + 8 of each 16 x 8 product.
+  // Holds the logits of a warp's rows and 16 keys. Thread t has elements 2 (t % 4) and the next of
+  // rows t / 4 and t / 4 + 8 of each 16 x 8 product.
   using Logits = float[kRowTiles][2][4];
-  // The same logits as weights: the left operand of the product with the values.
+  // Holds the weights of the same keys: they are the left operand of the product with the values.
   using Weights = uint32_t[kRowTiles][4];
-  // The sums of weighted values of the warp's rows, likewise.
+  // Holds the sums of weighted values of the warp's rows, likewise.
   using Outputs = float[kRowTiles][kDim / 8][4];
 };
 

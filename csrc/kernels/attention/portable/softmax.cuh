@@ -18,7 +18,7 @@ namespace specextend {
 // below 2^8.
 constexpr float kAttentionSlack = 8.f;
 
-// The softmax of the thread's rows, of which it has the columns that Shape::Logits says.
+// Holds the softmax of the thread's rows, of which it has the columns that Shape::Logits says.
 template <typename T, typename Shape>
 class PortableSoftmax {
  public:
@@ -82,7 +82,7 @@ class PortableSoftmax {
   }
 
  private:
-  // Of one of the thread's rows, return the largest logit that changes nothing, kAttentionSlack
+  // Return, for one of the thread's rows, the largest logit that changes nothing, kAttentionSlack
   // above the reference, or -inf before the first key; and the thread's part of the sum of weights.
   __device__ __forceinline__ float& limit(int tile, int half) {
     return own_value(limit_, 0, tile, half);
