@@ -53,7 +53,7 @@ def random_model(
     dtype: torch.dtype = torch.float32,
     **changes,
 ) -> PreTrainedModel:
-    """Make a model with random weights, drawn from torch's default generator; nothing ends its text.
+    """Make a model of random weights, drawn from torch's default generator; nothing ends its text.
 
     Args:
         shape: a name of ``SHAPES``; a ``config.json``, a folder that has one, or a hub id, of which

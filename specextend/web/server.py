@@ -88,7 +88,7 @@ class Guard:
         return None
 
     def _knows(self, host: str) -> bool:
-        """Tell whether a page under this name can be ours; addresses cannot be made to point here."""
+        """Tell whether a page of this name can be ours; addresses cannot be made to point here."""
         try:
             name = urlsplit(f"//{host}").hostname
         except ValueError:
