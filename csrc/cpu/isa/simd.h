@@ -296,15 +296,23 @@ SPECEXTEND_ALWAYS_INLINE Tile load_tile(const T* p) {
   return x;
 }
 #endif
+// Tiles side by side in a register, from its low words on.
+constexpr int kRegisterTiles = kLanes / kTileWords;
+
+SPECEXTEND_ALWAYS_INLINE Floats join(const Tile tiles[kRegisterTiles]) {
 #if defined(__AVX512F__)
-SPECEXTEND_ALWAYS_INLINE Floats join(Tile a, Tile b) {
-  return _mm512_insertf32x8(_mm512_castps256_ps512(a), b, 1);
+  return _mm512_insertf32x8(_mm512_castps256_ps512(tiles[0]), tiles[1], 1);
+#else
+  return tiles[0];
+#endif
 }
 
+#if defined(__AVX512F__)
 SPECEXTEND_ALWAYS_INLINE Floats load_floats(const float* p) { return load(p); }
 template <typename T>
 SPECEXTEND_ALWAYS_INLINE Floats load_floats(const T* p) {
-  return join(load_tile(p), load_tile(p + 8));
+  const Tile tiles[kRegisterTiles] = {load_tile(p), load_tile(p + 8)};
+  return join(tiles);
 }
 #endif
 

@@ -18,7 +18,8 @@ extern const Isa SPECEXTEND_CONCAT(isa_, SPECEXTEND_ISA);
 const Isa SPECEXTEND_CONCAT(isa_, SPECEXTEND_ISA) = {
     SPECEXTEND_STRING(SPECEXTEND_ISA),
     {vocab::kernels<float>(), vocab::kernels<vocab::Half>(), vocab::kernels<vocab::BFloat16>()},
-    {attention::kernels<float>(), attention::kernels<simd::Half>(), attention::kernels<simd::BFloat16>()},
+    {attention::kernels<float>(), attention::kernels<simd::Half>(),
+     attention::kernels<simd::BFloat16>()},
     {vocab::chunk_mass<false>, vocab::chunk_mass<true>},
     {rotary::kernels<float>(), rotary::kernels<simd::Half>(), rotary::kernels<simd::BFloat16>()},
 };
