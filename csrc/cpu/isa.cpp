@@ -1,9 +1,9 @@
 #include "cpu/isa.h"
 
+#include <torch/headeronly/util/Exception.h>
+
 #include <cstdlib>
 #include <string>
-
-#include <torch/headeronly/util/Exception.h>
 
 namespace specextend::cpu {
 
@@ -19,8 +19,9 @@ bool machine_runs(const std::string& name) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
   if (name == "avx2") return avx2;
   if (name == "avx512") return avx512;
   if (name == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
@@ -37,21 +38,23 @@ const Isa& choose() {
     names += (names.empty() ? "" : ", ") + std::string(isa->name);
     if (!forced || !*forced || forced == std::string(isa->name)) best = isa;
   }
-  STD_TORCH_CHECK(best != nullptr, "SPECEXTEND_CPU_ISA must be one of ", names, " on this machine, got ",
-                  forced);
+  STD_TORCH_CHECK(best != nullptr, "SPECEXTEND_CPU_ISA must be one of ", names,
+                  " on this machine, got ", forced);
   return *best;
 }
 
 }  // namespace
 
-const std::vector<const Isa*>& built_isas() {
-  static const std::vector<const Isa*> all = {
+IsaList built_isas() {
+  static const Isa* const all[] = {
       &isa_baseline,
 #ifdef SPECEXTEND_HAS_ISA_AVX2
-      &isa_avx2, &isa_avx512, &isa_avx512_bf16,
+      &isa_avx2,
+      &isa_avx512,
+      &isa_avx512_bf16,
 #endif
   };
-  return all;
+  return {all, int(sizeof(all) / sizeof(all[0]))};
 }
 
 const Isa& isa() {

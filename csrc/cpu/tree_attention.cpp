@@ -1,15 +1,14 @@
-// Work partition of tree attention: items go to the kernels of csrc/cpu/isa/tree_attention.h. How the
-// work is cut depends on the number of threads, the bits of the result do not.
+// Work partition of tree attention: items go to the kernels of csrc/cpu/isa/tree_attention.h. How
+// the work is cut depends on the number of threads, the bits of the result do not.
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <memory>
 
 #include "cpu/cpu.h"
 #include "cpu/isa.h"
+#include "cpu/scratch.h"
 
 namespace specextend::cpu {
 namespace {
@@ -19,30 +18,6 @@ constexpr int64_t kMaxPartials = 64 << 20;  // bytes
 constexpr int64_t kItemsPerThread = 16;     // so that threads end together
 constexpr int64_t kSerialWork = 1 << 19;    // multiplications that are not worth a second thread
 constexpr int64_t kReadingRows = 16;        // reading a key counts as so many rows
-
-// Memory that a thread keeps from call to call.
-class Buffer {
- public:
-  float* at_least(int64_t floats) {
-    if (floats > size_) {
-      memory_.reset();
-      const size_t bytes = (size_t(floats) * 4 + 63) / 64 * 64;
-      memory_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
-      STD_TORCH_CHECK(memory_, "tree_attention: out of memory, ", bytes, " bytes of scratch");
-      size_ = floats;
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  std::unique_ptr<float, Free> memory_;
-  int64_t size_ = 0;
-};
-
-thread_local Buffer scratch, partials, pieces;
 
 // Calls f(i) for i < n from up to `threads` threads, each taking the next one when it is free.
 template <typename F>
@@ -60,6 +35,7 @@ void for_each_item(int64_t n, int64_t threads, const F& f) {
 }  // namespace
 
 void tree_attention(const TreeAttentionParams& p, DType dtype) {
+  static thread_local Scratch<float> pieces, partials;
   const AttentionKernels& kernels = isa().attention[int(dtype)];
   const int packed = p.num_rows * (p.num_heads / p.num_kv_heads);
   if (packed == 0 || p.batch == 0) return;
@@ -72,8 +48,8 @@ void tree_attention(const TreeAttentionParams& p, DType dtype) {
     longest = std::max(longest, prefix);
     total += prefix + p.num_tree_keys;
   }
-  const int segments =
-      int(std::max<int64_t>(1, (longest + p.num_tree_keys + kAttentionSegment - 1) / kAttentionSegment));
+  const int segments = int(std::max<int64_t>(
+      1, (longest + p.num_tree_keys + kAttentionSegment - 1) / kAttentionSegment));
   const int64_t work = total * p.num_kv_heads * p.head_dim * (packed + kReadingRows);
   const int64_t threads = work < kSerialWork ? 1 : int64_t(torch::stable::get_num_threads());
 
@@ -89,9 +65,9 @@ void tree_attention(const TreeAttentionParams& p, DType dtype) {
   if (!whole_chunks) {
     const int64_t key_blocks = segments * (kAttentionSegment / kAttentionBlock);
     item.num_pieces = key_blocks * kAttentionBlock / p.chunk_size + key_blocks + 1;
-    item.pieces = pieces.at_least(int64_t(p.batch) * p.num_rows * p.num_heads * item.num_pieces);
+    item.pieces = pieces.get(int64_t(p.batch) * p.num_rows * p.num_heads * item.num_pieces);
   }
-  float* const all_partials = split ? partials.at_least(units * unit_partials) : nullptr;
+  float* const all_partials = split ? partials.get(units * unit_partials) : nullptr;
   const auto unit_item = [&](int64_t unit) {
     AttentionItem i = item;
     const int block = int(unit % blocks);
@@ -102,18 +78,21 @@ void tree_attention(const TreeAttentionParams& p, DType dtype) {
     i.segment_end = segments;
     i.last = true;
     i.partials = split ? all_partials + unit * unit_partials : nullptr;
-    i.scratch = scratch.at_least(kernels.scratch_floats(p, i.num_rows));
+    static thread_local Scratch<float> scratch;  // of the thread that runs the item
+    i.scratch = scratch.get(kernels.scratch_floats(p, i.num_rows));
     return i;
   };
   if (!split) {
     for_each_item(units, threads, [&](int64_t unit) { kernels.run(unit_item(unit)); });
     return;
   }
-  // Items of several segments where there are enough: the first rows of an item are not fetched ahead.
+  // Items of several segments where there are enough: the first rows of an item are not fetched
+  // ahead.
   const int64_t run = std::max<int64_t>(1, units * segments / (kItemsPerThread * threads));
   const int64_t runs = (segments + run - 1) / run;
   for_each_item(units * runs, threads, [&](int64_t n) {
-    AttentionItem i = unit_item(n % units);  // heads whose rows share pages come one after the other
+    AttentionItem i =
+        unit_item(n % units);  // heads whose rows share pages come one after the other
     i.segment_begin = int(n / units * run);
     i.segment_end = int(std::min<int64_t>(i.segment_begin + run, segments));
     i.last = i.segment_end == segments;
