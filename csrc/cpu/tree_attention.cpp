@@ -1,4 +1,4 @@
-// Work partition of tree attention: items go to the kernels of csrc/cpu/isa/tree_attention.h. How
+// Cuts the work of tree attention into items for the kernels of csrc/cpu/isa/tree_attention.h. How
 // the work is cut depends on the number of threads, the bits of the result do not.
 
 #include <torch/csrc/stable/ops.h>
