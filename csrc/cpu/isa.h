@@ -53,7 +53,7 @@ struct AttentionItem {
   bool last;        // segment_end is the last of the sequence
   float* partials;  // [segments, num_rows, 2 + D rounded up to lanes]: results of segments; or
                     // null: all segments are this item's, and it finishes
-  float* pieces;  // [B, M, Hq, num_pieces]: parts of chunks that do not divide blocks; or null
+  float* pieces;    // [B, M, Hq, num_pieces]: parts of chunks that do not divide blocks; or null
   int64_t num_pieces;
   void* scratch;
 };
