@@ -78,13 +78,14 @@ class Softmax {
                 bool softcap) {
     RowState& s = states_[i];
     const float* x = logits;
+    float *const adjusted = adjusted_, *const weights = weights_;  // stores might change members
     if (begin > 0 || end < columns || softcap) {
       for (int j = 0; j < columns; j += kLanes) {
         Floats y = load(logits + j);
         if (softcap) y = softcapped(y);
-        store(adjusted_ + j, keep_lanes(y, begin - j, end - j, -INFINITY));
+        store(adjusted + j, keep_lanes(y, begin - j, end - j, -INFINITY));
       }
-      x = adjusted_;
+      x = adjusted;
     }
     Floats top = broadcast(-INFINITY);
     for (int j = 0; j < columns; j += kLanes) top = simd::max(top, load(x + j));
@@ -94,13 +95,13 @@ class Softmax {
     Floats sum = load(sum_ + int64_t(i) * kLanes) * rescale;
     for (int j = 0; j < columns; j += kLanes) {
       const Floats weight = simd::exp2(load(x + j) - shift);
-      store(weights_ + j, weight);
+      store(weights + j, weight);
       sum += weight;
     }
     store(sum_ + int64_t(i) * kLanes, sum);
     s.max = max;
     rescale_[i] = rescale;
-    chunks_.add(i, x, weights_, shift, prefix_keys);
+    chunks_.add(i, x, weights, shift, prefix_keys);
   }
 
   const ItemRows& rows_;
