@@ -84,10 +84,9 @@ SPECEXTEND_ALWAYS_INLINE void multiply_tile(const Product& p, const float* b, in
 }
 
 template <typename Math, int R>
-__attribute__((noinline)) void multiply_rows(const Product& product, const float* panels,
+__attribute__((noinline)) void multiply_rows(const Product& p, const float* panels,
                                              Prefetcher* prefetch) {
   constexpr int kWidth = kPanel * kLanes;
-  const Product p = product;
   const auto panel = [&](int column) { return panels + int64_t(column) * p.steps; };
   int column = 0;
   if constexpr (R <= 2) {  // else too few sums are under way to hide the latency of one
