@@ -1,4 +1,4 @@
-"""Says what a measurement was made on and with: the header of every record."""
+"""Knows the machine: what a measurement was made on, and what a command runs on."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from pathlib import Path
 import torch
 
 from . import _C, __version__
+from .errors import UsageError
+
+#: what options say of ``--device``
+DEVICE_HELP = '[a GPU if there is one, else "cpu"]'
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,9 +32,34 @@ def processor() -> str:
     return next(names, platform.machine())
 
 
-def default_device() -> str:
-    """Choose a GPU that the compiled module has kernels for, if there is one, else the CPU."""
-    return "cuda" if _C.has_cuda and torch.cuda.is_available() else "cpu"
+def choose_device(name: str | None) -> torch.device:
+    """Return the device of ``--device``, once it is known that models can run there.
+
+    Args:
+        name: "cpu", "cuda" or "cuda:N"; None: a GPU that the compiled module has kernels for, if
+            there is one, else the CPU.
+
+    Raises:
+        UsageError: it is another name, or there is no such GPU.
+    """
+    if name is None:
+        return torch.device("cuda" if _C.has_cuda and torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device must be cpu, cuda or cuda:N, got {name}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device must be cpu, cuda or cuda:N, got {name}")
+    if device.type == "cuda":
+        if not _C.has_cuda:
+            raise UsageError(
+                f"--device {name}: specextend was built without CUDA kernels; install it with "
+                "nvcc and SPECEXTEND_CUDA=ON"
+            )
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise UsageError(f"--device {name}: torch sees {count} GPUs")
+    return device
 
 
 def device_text(device: torch.device) -> str:

@@ -16,14 +16,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from . import _C, assets
+from . import assets
 from .config import SpecConfig
 from .decode import SpecExtend
 from .draft import WORDS
 from .draft.checkpoint import Checkpoint
 from .errors import UsageError
 from .generation import Progress
-from .machine import default_device
 
 
 @dataclass(frozen=True)
@@ -54,43 +53,23 @@ class Pair:
         return SpecExtend(self.target, None, config, progress=progress)
 
 
-def choose_device(name: str | None) -> torch.device:
-    """Return the device of ``--device``, once it is known that models can run there.
-
-    Args:
-        name: "cpu", "cuda" or "cuda:N"; None: a GPU if there is one, else the CPU.
-
-    Raises:
-        UsageError: it is another name, or there is no such GPU.
-    """
-    try:
-        device = torch.device(name or default_device())
-    except RuntimeError:
-        raise UsageError(f"--device must be cpu, cuda or cuda:N, got {name}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device must be cpu, cuda or cuda:N, got {name}")
-    if device.type == "cuda":
-        if not _C.has_cuda:
-            raise UsageError(
-                f"--device {name}: specextend was built without CUDA kernels; install it with "
-                "nvcc and SPECEXTEND_CUDA=ON"
-            )
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise UsageError(f"--device {name}: torch sees {count} GPUs")
-    return device
-
-
 def load_target(
-    name: str | Path | None, dtype: str, device: torch.device
+    name: str | None, dtype: str, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal LM for evaluation, and its tokenizer.
 
     Args:
         name: folder or hub id; None: the embedded target.
         dtype: "float32", "bfloat16", "float16", or "auto": as the checkpoint is.
+
+    Raises:
+        ValueError: it is not there.
     """
-    path = _located(assets.target_path() if name is None else name)
+    # What the libraries say of loading is kept from between the lines of a command.
+    hub_logging.set_verbosity_error()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    path = _embedded_target() if name is None else _located(name)
     # A text of any length is made tokens; what a model can hold is asked where it is run.
     tokenizer = AutoTokenizer.from_pretrained(path, model_max_length=10**9)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -102,58 +81,61 @@ def load_pair(target: str | None, draft: str | None, dtype: str, device: torch.d
     """Load the models that a user names.
 
     Args:
-        target: folder or hub id; None: the embedded target.
-        draft: folder or hub id, a word, "none", or the name of an embedded one; None: the embedded
-            one, which goes with the embedded target alone.
-        dtype, device: of the target; as :func:`load_target` takes them.
+        target, dtype, device: as :func:`load_target` takes them.
+        draft: as :func:`find_draft` takes it, or "none"; None: the embedded model, which goes with
+            the embedded target alone.
 
     Raises:
-        ValueError: a model is not there, or only one of a pair was named.
+        UsageError: a target without a draft was named.
+        ValueError: a model is not there.
     """
-    _quiet()
-    if target is None:
-        if not (assets.target_path() / "config.json").exists():
-            raise ValueError(
-                f"the embedded models are not in {assets.target_path().parent}: name others with "
-                "--target and --draft"
-            )
-        draft = draft or "model"
-        if draft in assets.DRAFTS:
-            draft = assets.draft_path(draft)
-    elif draft is None:
+    if target is not None and draft is None:
         raise UsageError(
             "--target needs --draft: a model with the same tokenizer, a head trained for it, "
             "ngram, self, or none for plain decoding"
         )
     model, tokenizer = load_target(target, dtype, device)
-    if str(draft).lower() == "none":
+    if draft is not None and draft.lower() == "none":
         return Pair(model, None, tokenizer)
-    draft, draft_tokenizer = named_draft(draft)
-    return Pair(model, draft, tokenizer, draft_tokenizer)
+    found, draft_tokenizer = find_draft(draft or "model", embedded=target is None)
+    return Pair(model, found, tokenizer, draft_tokenizer)
 
 
-def named_draft(draft: str | Path) -> tuple[str | Path, PreTrainedTokenizerBase | None]:
-    """Return a draft as ``SpecExtend`` takes it, and its tokenizer, None without."""
-    if draft in WORDS:
-        return draft, None
-    draft = _located(draft)
+def find_draft(name: str, embedded: bool) -> tuple[str | Path, PreTrainedTokenizerBase | None]:
+    """Return a draft as ``SpecExtend`` takes it, and its tokenizer, None where it brings none.
+
+    Args:
+        name: a word of ``draft.WORDS``, of ``assets.DRAFTS`` where ``embedded``, or the folder or
+            hub id of a causal LM or of a trained head.
+        embedded: whether the target is the embedded one.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    if name in WORDS:
+        return name, None
+    embedded = embedded and name in assets.DRAFTS
+    draft = _located(assets.draft_path(name) if embedded else name)
     folder = Checkpoint.open(draft).folder
     if not (folder / "tokenizer_config.json").exists():  # as trained heads come
         return draft, None
     return draft, AutoTokenizer.from_pretrained(folder)
 
 
+def _embedded_target() -> Path:
+    path = assets.target_path()
+    if not (path / "config.json").exists():
+        raise ValueError(
+            f"the embedded models are not in {path.parent}: name others with --target and --draft"
+        )
+    return path
+
+
 def _located(name: str | Path) -> str | Path:
+    """Return the folder of this name, or the name where it can be one on the Hub."""
     path = Path(name).expanduser()
     if path.exists():
         return path
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name)):
         raise ValueError(f"there is no folder {name}")
     return str(name)
-
-
-def _quiet() -> None:
-    """Keep what the libraries say of loading from between the lines of a command."""
-    hub_logging.set_verbosity_error()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

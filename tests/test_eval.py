@@ -16,8 +16,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig
 
 from specextend import SpecConfig, SpecExtend, assets, cli
+from specextend.command import evaluate as command
+from specextend.command import evaluation
 from specextend.draft import load_draft
-from specextend.eval import evaluate as evaluation
 from specextend.eval import options, prompts
 from specextend.eval.memory import PeakMemory
 from specextend.eval.methods import METHODS, REFERENCE
@@ -176,14 +177,14 @@ class TestPrompts:
 
 @pytest.mark.parametrize("text, tokens", [("512", 512), ("16K", 16384), ("1k", 1024)])
 def test_length(text, tokens):
-    assert options.length(text) == tokens
+    assert command.length(text) == tokens
 
 
 @pytest.mark.parametrize(
     "parse, text",
     [
-        (options.lengths, "1K,x"), (options.lengths, "0"), (options.generated, "joined,other"),
-        (options.sweep, "budget"), (options.sweep, "budget=a"),
+        (command.lengths, "1K,x"), (command.lengths, "0"), (command.generated, "joined,other"),
+        (command.sweep, "budget"), (command.sweep, "budget=a"),
     ],
 )  # fmt: skip
 def test_options_that_are_not_understood(parse, text):

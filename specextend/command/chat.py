@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
+from ..machine import choose_device
 from ..terminal import LiveText, Meter, standard_error, standard_output
 from . import writing
-from .options import add_config_options, add_models, config_from
+from .config_options import add_config_options
+from .options import add_models, config_from
 
 SUMMARY = "talk with a model; /reset begins anew, end of input ends"
 
@@ -22,9 +24,9 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command, until the input ends."""
-    from ..pair import choose_device, load_pair
+    from ..pair import load_pair
 
-    config = config_from(args, args.target, args.draft)
+    config = config_from(args)
     pair = load_pair(args.target, args.draft, args.dtype, choose_device(args.device))
     tokenizer = pair.tokenizer
     options = writing.generation_options(args, tokenizer)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 
 from ..errors import UsageError
-from .options import add_config_options, add_models, config_from
+from ..machine import choose_device
+from .config_options import add_config_options
+from .options import add_models, config_from
 
 SUMMARY = "continue a long document in several ways, and compare them"
 LENGTHS = {False: (16_000, 256), True: (2_000, 48)}  # --short: prompt, new tokens
@@ -35,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         return _serve(args)
     if args.host is not None or args.port is not None:
         raise UsageError("--host and --port go with --web")
-    from ..pair import choose_device, load_pair
+    from ..pair import load_pair
     from .demonstration import show
 
     tokens, new = LENGTHS[args.short]
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if tokens < 2 or new < 2:
         raise UsageError("--tokens and --max-new-tokens must be at least 2")
     # Each row of the table is its method alone.
-    config = config_from(args, args.target, args.draft, gate="off")
+    config = config_from(args, gate="off")
     pair = load_pair(args.target, args.draft, args.dtype, choose_device(args.device))
     show(pair, config, args.document, args.draft, tokens, new)
     return 0
@@ -61,11 +63,11 @@ def _serve(args: argparse.Namespace) -> int:
         raise ImportError(
             f"--web needs {error.name}, which is not installed: pip install 'specextend[web]'"
         ) from error
-    from ..pair import choose_device, load_pair
+    from ..pair import load_pair
 
     def make_race() -> Race:
         # Each column is its method alone.
-        config = config_from(args, args.target, args.draft, gate="off")
+        config = config_from(args, gate="off")
         tokens, new = LENGTHS[args.short]
         for option, value in (("tokens", args.tokens), ("max-new-tokens", args.max_new_tokens)):
             if value is not None and value < 2:

@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 
 from ..errors import UsageError
+from ..machine import choose_device
 from ..terminal import LiveText, Meter, standard_error, standard_output
 from . import writing
-from .options import add_config_options, add_models, config_from
+from .config_options import add_config_options
+from .options import add_models, config_from
 
 SUMMARY = "continue a text"
 
@@ -53,9 +55,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: with ``--compare``, plain decoding wrote another text.
     """
-    from ..pair import choose_device, load_pair
+    from ..pair import load_pair
 
-    config = config_from(args, args.target, args.draft)
+    config = config_from(args)
     text = _read_prompt(args)
     pair = load_pair(args.target, args.draft, args.dtype, choose_device(args.device))
     tokenizer = pair.tokenizer

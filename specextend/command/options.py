@@ -6,92 +6,32 @@ Nothing here takes long to import: the parser is made before it is known what wi
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import inspect
-import re
-import types
-import typing
 
 from .. import assets
 from ..config import SpecConfig
 from ..errors import UsageError
+from ..machine import DEVICE_HELP
+from .config_options import given_fields
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def config_docs() -> tuple[dict[str, str], dict[str, str]]:
-    """Return section and text of each field of :class:`SpecConfig`.
-
-    They are read from its docstring, so that they stand in one place.
-    """
-    sections, texts, section, names = {}, {}, "", []
-    for line in inspect.cleandoc(SpecConfig.__doc__ or "").splitlines():
-        if re.fullmatch(r"\S.*:", line):
-            section, names = line[:-1], []
-        elif entry := re.fullmatch(r"    (\w+(?:, \w+)*): (.*)", line):
-            names = entry[1].split(", ")
-            sections.update(dict.fromkeys(names, section))
-            texts.update(dict.fromkeys(names, entry[2]))
-        elif line.startswith("        "):
-            texts.update({name: f"{texts[name]} {line.strip()}" for name in names})
-    clean = {name: text.replace("``", "").replace("%", "%%") for name, text in texts.items()}
-    return sections, clean
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in text.split(","))
-
-
-def _integer_or_none(text: str) -> int | None:
-    return None if text.lower() == "none" else int(text)
-
-
-_integers.__name__, _integer_or_none.__name__ = "comma-separated integers", "integer or none"
-
-
-def add_config_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
-    """Add an option for every field of :class:`SpecConfig` but some."""
-    sections, texts = config_docs()
-    hints = typing.get_type_hints(SpecConfig)
-    groups = {}
-    for field in dataclasses.fields(SpecConfig):
-        if field.name in without:
-            continue
-        section = sections.get(field.name, "options")
-        group = groups.setdefault(section, None) or parser.add_argument_group(section)
-        groups[section] = group
-        hint = hints[field.name]
-        default = field.default
-        if isinstance(default, tuple):
-            default = ",".join(map(str, default))
-        how: dict = {"help": f"{texts.get(field.name, '')} [{default}]"}
-        if typing.get_origin(hint) is typing.Literal:
-            how["choices"] = typing.get_args(hint)
-        elif hint is bool:
-            how["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(hint) is tuple:
-            how.update(type=_integers, metavar="N,N")
-        elif typing.get_origin(hint) in (typing.Union, types.UnionType):
-            how.update(type=_integer_or_none, metavar="N")
-        else:
-            how.update(type=hint, metavar="N" if hint is int else "X")
-        group.add_argument(
-            f"--{field.name.replace('_', '-')}", dest=f"config_{field.name}",
-            default=argparse.SUPPRESS, **how,
-        )  # fmt: skip
-
-
-def config_from(
-    args: argparse.Namespace, target: str | None, draft: str | None, **defaults
-) -> SpecConfig:
-    """Return the configuration that the options ask for."""
+def own_settings(target: str | None, draft: str | None) -> dict[str, object]:
+    """Return the settings of the embedded models, where these are the ones that are named."""
     from ..draft import WORDS  # with transformers, which takes seconds
 
-    given = {k[len("config_") :]: v for k, v in vars(args).items() if k.startswith("config_")}
-    if target is None and draft in (None, *WORDS, *assets.DRAFTS):
-        defaults = {**assets.SETTINGS, **defaults}
+    return assets.SETTINGS if target is None and draft in (None, *WORDS, *assets.DRAFTS) else {}
+
+
+def config_from(args: argparse.Namespace, **defaults) -> SpecConfig:
+    """Return the configuration: what was given, before ``defaults``, before the models' own.
+
+    Raises:
+        UsageError: fields that do not go together, or out of range.
+    """
+    own = own_settings(args.target, args.draft)
     try:
-        return SpecConfig(**{**defaults, **given})
+        return SpecConfig(**{**own, **defaults, **given_fields(args)})
     except ValueError as error:
         raise UsageError(error) from error
 
@@ -128,5 +68,5 @@ def add_models(parser: argparse.ArgumentParser, dtype: str | None, several: bool
 
 def add_device(group) -> None:
     """Add the options of what is computed with."""
-    group.add_argument("--device", help='[a GPU if there is one, else "cpu"]')
+    group.add_argument("--device", help=DEVICE_HELP)
     group.add_argument("--threads", type=int, metavar="N", help="threads to compute with")

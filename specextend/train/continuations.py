@@ -19,7 +19,9 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from ..decode import SpecExtend
-from ..pair import choose_device, load_target
+from ..errors import UsageError
+from ..machine import DEVICE_HELP, choose_device
+from ..pair import load_target
 from .data import TokenStream
 
 
@@ -71,9 +73,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--new", type=int, default=256, metavar="N", help="tokens [256]")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="[0]")
     parser.add_argument("--dtype", default="float32", help="of the target [float32]")
-    parser.add_argument("--device", help='[a GPU if there is one, else "cpu"]')
+    parser.add_argument("--device", help=DEVICE_HELP)
     args = parser.parse_args(argv)
-    model, tokenizer = load_target(args.target, args.dtype, choose_device(args.device))
+    try:
+        device = choose_device(args.device)
+    except UsageError as error:
+        parser.error(str(error))
+    model, tokenizer = load_target(args.target, args.dtype, device)
     stream = TokenStream(args.data, tokenizer, args.output.parent)
     write_continuations(
         SpecExtend(model, "ngram"), tokenizer, stream, args.output,

@@ -9,7 +9,7 @@ KINDS = ("longspec", "eagle3")
 
 
 @dataclass(frozen=True)
-class Preset:
+class StagePreset:
     """Says what a stage of training sets, unless an option says otherwise."""
 
     length: int
@@ -21,10 +21,10 @@ class Preset:
 # LongSpec's stages (arXiv 2502.17421, appendix D): short texts at shifted positions, long texts,
 # long texts with an answer. EAGLE-3's one stage.
 PRESETS = {
-    ("longspec", 1): Preset(1024, 2048, 5e-4, anchor_offset=True),
-    ("longspec", 2): Preset(32768, 256, 5e-6),
-    ("longspec", 3): Preset(32768, 256, 5e-6),
-    ("eagle3", 1): Preset(2048, 16, 5e-5),
+    ("longspec", 1): StagePreset(1024, 2048, 5e-4, anchor_offset=True),
+    ("longspec", 2): StagePreset(32768, 256, 5e-6),
+    ("longspec", 3): StagePreset(32768, 256, 5e-6),
+    ("eagle3", 1): StagePreset(2048, 16, 5e-5),
 }
 
 

@@ -15,19 +15,20 @@ from ..config import SpecConfig
 from ..draft.checkpoint import Checkpoint
 from ..draft.eagle_checkpoint import load_head
 from ..draft.longspec_checkpoint import load_block
-from ..pair import choose_device, load_target
+from ..machine import choose_device
+from ..pair import load_target
 from ..terminal import standard_error
 from .data import TokenStream
 from .eagle3 import Eagle3Recipe, frequent_tokens, new_head
 from .longspec import LongSpecRecipe, new_block
 from .loop import Processes, Report, TrainConfig, Trainer, append_log
-from .options import PRESETS, Preset
+from .options import PRESETS, StagePreset
 from .target import FrozenTarget
 from .validation import Continuation, count_rounds
 
 
 def _processes() -> tuple[Processes, torch.device | None]:
-    """Those that `accelerate launch` or torchrun started; alone without."""
+    """Return those that `accelerate launch` or torchrun started; one alone without."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes(), None
     try:
@@ -41,7 +42,7 @@ def _processes() -> tuple[Processes, torch.device | None]:
 
 
 def _event_writer(wanted: bool | None, folder: Path):
-    """TensorBoard's writer, or None where it is not wanted, or not there and not asked for."""
+    """Return TensorBoard's writer, None where it is not wanted, or not there and not asked for."""
     if wanted is False:
         return None
     try:
@@ -83,7 +84,9 @@ def acceptance_validator(
     return measure
 
 
-def _recipe(args: argparse.Namespace, target: FrozenTarget, stream: TokenStream, preset: Preset):
+def _recipe(
+    args: argparse.Namespace, target: FrozenTarget, stream: TokenStream, preset: StagePreset
+):
     """Make what trains the draft that was asked for, new or from ``--init``."""
     checkpoint = None if args.init is None else Checkpoint.open(args.init)
     if args.kind == "eagle3":
@@ -114,7 +117,7 @@ def train(args: argparse.Namespace) -> None:
     if (args.kind, args.stage) not in PRESETS:
         raise ValueError(f"--kind {args.kind} has no stage {args.stage}")
     preset = PRESETS[args.kind, args.stage]
-    preset = Preset(
+    preset = StagePreset(
         args.length or preset.length,
         args.batch or preset.batch,
         args.lr or preset.lr,

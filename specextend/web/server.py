@@ -113,7 +113,7 @@ def is_loopback(host: str) -> bool:
     return host == "localhost" if address is None else address.is_loopback
 
 
-class Runner:
+class RaceRunner:
     """Runs one race at a time, in a thread of its own.
 
     Args:
@@ -184,7 +184,7 @@ class EventStream(StreamingResponse):
 
 def make_app(race: Race, host: str) -> FastAPI:
     """Make the application: ``/`` the page, ``/api/offer``, ``/api/run`` and ``/api/stop``."""
-    runner = Runner(race)
+    runner = RaceRunner(race)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
