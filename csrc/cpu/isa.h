@@ -2,8 +2,6 @@
 
 // The kernels that are compiled once per CPU instruction set, and the choice among them.
 
-#include <vector>
-
 #include "params.h"
 #include "vocab.h"
 
@@ -18,8 +16,8 @@ struct RowStats {
 struct VocabKernels {
   // Lowest index of the largest element; -1 if one is NaN or all are -inf.
   int64_t (*argmax)(const void* row, int64_t n);
-  // Per block: its largest element (ref), the sum of exp(x - ref), where NaN counts as -inf, and the
-  // largest element of each lane.
+  // Per block: its largest element (ref), the sum of exp(x - ref), where NaN counts as -inf, and
+  // the largest element of each lane.
   RowStats (*row_stats)(const void* row, int64_t n, float* block_refs, double* block_sums,
                         float* lane_max);
   // out = exp(x - ref), with the bits that row_stats summed. n <= kVocabBlock.
@@ -53,9 +51,9 @@ struct AttentionItem {
   int row_begin, num_rows;  // packed rows: tree row * group + head of the group
   int segment_begin, segment_end;
   bool last;        // segment_end is the last of the sequence
-  float* partials;  // [segments, num_rows, 2 + D rounded up to lanes]: results of segments; or null:
-                    // all segments are this item's, and it finishes
-  float* pieces;    // [B, M, Hq, num_pieces]: parts of chunks that do not divide blocks; or null
+  float* partials;  // [segments, num_rows, 2 + D rounded up to lanes]: results of segments; or
+                    // null: all segments are this item's, and it finishes
+  float* pieces;  // [B, M, Hq, num_pieces]: parts of chunks that do not divide blocks; or null
   int64_t num_pieces;
   void* scratch;
 };
@@ -67,7 +65,8 @@ struct AttentionKernels {
 };
 
 // One table per instruction set, filled in csrc/cpu/isa/<name>.cpp. Functions see raw pointers and
-// PODs only and work on one item each; threads are handed out by their callers in csrc/cpu/<op>.cpp.
+// PODs only and work on one item each; threads are handed out by their callers in
+// csrc/cpu/<op>.cpp.
 struct Isa {
   const char* name;
   VocabKernels vocab[3];          // by DType
@@ -75,9 +74,6 @@ struct Isa {
   ChunkMassKernel chunk_mass[2];  // sum, largest
   RotateKernels rotate[3];        // by DType
 };
-
-// The instruction sets in this binary, the plainest first.
-const std::vector<const Isa*>& built_isas();
 
 // The table in use: the best that this machine runs, or the one named by SPECEXTEND_CPU_ISA. Chosen
 // once, at the first call.

@@ -5,11 +5,10 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <memory>
 
 #include "cpu/cpu.h"
 #include "cpu/isa.h"
+#include "cpu/scratch.h"
 
 namespace specextend::cpu {
 namespace {
@@ -20,29 +19,7 @@ constexpr int64_t kItemsPerThread = 16;     // so that threads end together
 constexpr int64_t kSerialWork = 1 << 19;    // multiplications that are not worth a second thread
 constexpr int64_t kReadingRows = 16;        // reading a key counts as so many rows
 
-// Memory that a thread keeps from call to call.
-class Buffer {
- public:
-  float* at_least(int64_t floats) {
-    if (floats > size_) {
-      memory_.reset();
-      const size_t bytes = (size_t(floats) * 4 + 63) / 64 * 64;
-      memory_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
-      STD_TORCH_CHECK(memory_, "tree_attention: out of memory, ", bytes, " bytes of scratch");
-      size_ = floats;
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  std::unique_ptr<float, Free> memory_;
-  int64_t size_ = 0;
-};
-
-thread_local Buffer scratch, partials, pieces;
+thread_local Scratch<float> scratch, partials, pieces;
 
 // Calls f(i) for i < n from up to `threads` threads, each taking the next one when it is free.
 template <typename F>
@@ -89,9 +66,9 @@ void tree_attention(const TreeAttentionParams& p, DType dtype) {
   if (!whole_chunks) {
     const int64_t key_blocks = segments * (kAttentionSegment / kAttentionBlock);
     item.num_pieces = key_blocks * kAttentionBlock / p.chunk_size + key_blocks + 1;
-    item.pieces = pieces.at_least(int64_t(p.batch) * p.num_rows * p.num_heads * item.num_pieces);
+    item.pieces = pieces.get(size_t(int64_t(p.batch) * p.num_rows * p.num_heads * item.num_pieces));
   }
-  float* const all_partials = split ? partials.at_least(units * unit_partials) : nullptr;
+  float* const all_partials = split ? partials.get(size_t(units * unit_partials)) : nullptr;
   const auto unit_item = [&](int64_t unit) {
     AttentionItem i = item;
     const int block = int(unit % blocks);
@@ -102,7 +79,7 @@ void tree_attention(const TreeAttentionParams& p, DType dtype) {
     i.segment_end = segments;
     i.last = true;
     i.partials = split ? all_partials + unit * unit_partials : nullptr;
-    i.scratch = scratch.at_least(kernels.scratch_floats(p, i.num_rows));
+    i.scratch = scratch.get(size_t(kernels.scratch_floats(p, i.num_rows)));
     return i;
   };
   if (!split) {

@@ -19,7 +19,7 @@ def tests(name: str, *functions: str) -> tuple[str, ...]:
     return tuple(f"{file}::test_{function}" for function in functions)
 
 
-ATTENTION = f"{ISA}/tree_attention.h"
+ATTENTION = f"{ISA}/attention"
 
 MUTANTS = [
     # ---- tree_attention ----
@@ -49,23 +49,23 @@ MUTANTS = [
     ),
     Mutant(
         "tree_attention: a window is one short",
-        ATTENTION,
-        "max_of(0, position(m) - p_.window + 1)",
-        "max_of(0, position(m) - p_.window + 2)",
+        f"{ATTENTION}/row_block.h",
+        "max_of(0, rows_.position(m) - p_.window + 1)",
+        "max_of(0, rows_.position(m) - p_.window + 2)",
         tests("tree_attention", "window"),
         KERNELS,
     ),
     Mutant(
         "tree_attention: a row of a chain does not see itself",
-        ATTENTION,
-        "max_of(prefix_, prefix_ + m + n - p_.num_rows + 1)",
-        "max_of(prefix_, prefix_ + m + n - p_.num_rows)",
+        f"{ATTENTION}/row_block.h",
+        "max_of(prefix, prefix + m + n - p_.num_rows + 1)",
+        "max_of(prefix, prefix + m + n - p_.num_rows)",
         tests("tree_attention", "chain_is_causal_sdpa", "prefixes"),
         KERNELS,
     ),
     Mutant(
         "tree_attention: what was summed before is not rescaled",
-        ATTENTION,
+        f"{ATTENTION}/softmax.h",
         "const float rescale = max == s.max ? 1.f : simd::exp2(s.max - max);",
         "const float rescale = 1.f;",
         tests("tree_attention", "prefixes"),
@@ -73,15 +73,15 @@ MUTANTS = [
     ),
     Mutant(
         "tree_attention: segments are added without their weights",
-        ATTENTION,
-        "*sum = *sum * a + part_sum * b;",
-        "*sum = *sum + part_sum * b;",
+        f"{ATTENTION}/partial_softmax.h",
+        "state->sum = state->sum * a + part.sum * b;",
+        "state->sum = state->sum + part.sum * b;",
         tests("tree_attention", "prefixes", "batch"),
         KERNELS,
     ),
     Mutant(
         "tree_attention: a chunk without weight loses its sum",
-        ATTENTION,
+        f"{ATTENTION}/chunk_sums.h",
         "if (!any_at_least(sum, kTooSmall)) {",
         "if (!any_at_least(sum, 0.f)) {",
         tests("tree_attention", "chunk_lse_of_chunks_without_weight"),
@@ -89,7 +89,7 @@ MUTANTS = [
     ),
     Mutant(
         "tree_attention: the first piece of a chunk over blocks is lost",
-        ATTENTION,
+        f"{ATTENTION}/chunk_sums.h",
         "const int64_t first = c + begin / kBlock,",
         "const int64_t first = c + (begin + kBlock / 2) / kBlock,",
         tests("tree_attention", "chunk_lse"),
@@ -97,7 +97,7 @@ MUTANTS = [
     ),
     Mutant(
         "tree_attention: the sink of the next head",
-        ATTENTION,
+        f"{ATTENTION}/partial_softmax.h",
         "expf(p.sinks[row % p.num_heads] - lse)",
         "expf(p.sinks[(row + 1) % p.num_heads] - lse)",
         tests("tree_attention", "sinks"),
@@ -105,7 +105,7 @@ MUTANTS = [
     ),
     Mutant(
         "tree_attention: a softcap of the unscaled logits",
-        ATTENTION,
+        f"{ATTENTION}/row_block.h",
         "p_.softcap > 0 ? p_.scale / p_.softcap : p_.scale * kLog2E",
         "p_.softcap > 0 ? 1.f / p_.softcap : p_.scale * kLog2E",
         tests("tree_attention", "softcap"),
@@ -113,39 +113,39 @@ MUTANTS = [
     ),
     Mutant(
         "tree_attention: masked tree keys at the window's edge",
-        ATTENTION,
-        "if (prefix_ + depth < s.begin) in_line",
-        "if (prefix_ + depth <= s.begin) in_line",
+        f"{ATTENTION}/softmax.h",
+        "if (rows_.key_position(slots[j]) < s.begin) in_line",
+        "if (rows_.key_position(slots[j]) <= s.begin) in_line",
         tests("tree_attention", "window"),
         KERNELS,
     ),
     Mutant(
         "tree_attention: a key's slot is taken for its depth",
-        ATTENTION,
-        "p_.k_depths ? p_.k_depths[int64_t(item_.b) * p_.num_tree_keys + slot] : slot",
+        f"{ATTENTION}/item_rows.h",
+        "(p.k_depths ? p.k_depths[int64_t(item.b) * p.num_tree_keys + slot] : slot)",
         "slot",
         tests("tree_attention", "window"),
         KERNELS,
     ),
     Mutant(
         "tree_attention: keys that only some rows see are taken for hidden",
-        ATTENTION,
-        "live_[w] |= mask_word(first_tree_row_ + m, w);",
-        "live_[w] = mask_word(first_tree_row_ + m, w);",
+        f"{ATTENTION}/tree_slots.h",
+        "seen_[w] |= mask_word(rows_.tree_begin + m, w);",
+        "seen_[w] = mask_word(rows_.tree_begin + m, w);",
         tests("tree_attention", "trees"),
         KERNELS,
     ),
     Mutant(
         "tree_attention: values that nobody sees count, times 0",
-        ATTENTION,
-        "const uint64_t* live = gathered ? live_ : nullptr;",
-        "const uint64_t* live = nullptr;",
+        f"{ATTENTION}/row_block.h",
+        "block.masked ? slots_.seen() : nullptr",
+        "nullptr",
         tests("tree_attention", "masked_keys_may_hold_anything"),
         KERNELS,
     ),
     Mutant(
         "tree_attention: the second word of a mask is the first one's",
-        ATTENTION,
+        f"{ATTENTION}/tree_slots.h",
         "slots[1 + count++] = w * 64 + __builtin_ctzll(word);",
         "slots[1 + count++] = __builtin_ctzll(word);",
         tests("tree_attention", "trees", "rows_and_keys_differ"),

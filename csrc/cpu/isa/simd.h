@@ -296,14 +296,13 @@ SPECEXTEND_ALWAYS_INLINE Tile load_tile(const T* p) {
   return x;
 }
 #endif
-// Tiles side by side in a register, from its low words on.
-constexpr int kRegisterTiles = kLanes / kTileWords;
-
-SPECEXTEND_ALWAYS_INLINE Floats join(const Tile tiles[kRegisterTiles]) {
+// Returns a register of tiles side by side: tile(0), and with AVX-512 tile(1) behind it.
+template <typename F>
+SPECEXTEND_ALWAYS_INLINE Floats join_tiles(const F& tile) {
 #if defined(__AVX512F__)
-  return _mm512_insertf32x8(_mm512_castps256_ps512(tiles[0]), tiles[1], 1);
+  return _mm512_insertf32x8(_mm512_castps256_ps512(tile(0)), tile(1), 1);
 #else
-  return tiles[0];
+  return tile(0);
 #endif
 }
 
@@ -311,8 +310,7 @@ SPECEXTEND_ALWAYS_INLINE Floats join(const Tile tiles[kRegisterTiles]) {
 SPECEXTEND_ALWAYS_INLINE Floats load_floats(const float* p) { return load(p); }
 template <typename T>
 SPECEXTEND_ALWAYS_INLINE Floats load_floats(const T* p) {
-  const Tile tiles[kRegisterTiles] = {load_tile(p), load_tile(p + 8)};
-  return join(tiles);
+  return join_tiles([&](int i) { return load_tile(p + i * kTileWords); });
 }
 #endif
 
