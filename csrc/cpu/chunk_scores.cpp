@@ -18,8 +18,8 @@ void score_one(const ChunkScoresParams& p, int64_t b) {
   const float* lse = p.lse + b * p.lse_stride_b + row * p.lse_stride_m;
   float* scores = p.scores + b * p.num_chunks;
 
-  // Whole chunks by the kernel; the chunk that the first tree key falls into, which also gets what
-  // is left of the mass, apart. Nothing behind it is read.
+  // The kernel serves whole chunks. The chunk that the first tree key falls into, which also gets
+  // what is left of the mass, is served apart. Nothing behind it is read.
   const int64_t prefix = std::max(p.prefix_lens[b], 0);
   const int64_t num_full =
       p.tree ? prefix / p.chunk_size : (prefix + p.chunk_size - 1) / p.chunk_size;
@@ -56,7 +56,7 @@ void chunk_scores(const ChunkScoresParams& p) {
                               });
 }
 
-// A pass of tree attention with one row, no tree and no values.
+// Scores by a pass of tree attention with one row, no tree and no values.
 void chunk_scores_keys(const ChunkScoresKeysParams& p, DType dtype) {
   TreeAttentionParams a = p.attention;
   const int64_t element_size = dtype == DType::kFloat32 ? 4 : 2;

@@ -1,5 +1,5 @@
-// Work partition of tree attention: items go to the kernels of csrc/cpu/isa/tree_attention.h. How the
-// work is cut depends on the number of threads, the bits of the result do not.
+// Work partition of tree attention: items go to the kernels of csrc/cpu/isa/tree_attention.h. How
+// the work is cut depends on the number of threads, the bits of the result do not.
 
 #include <torch/csrc/stable/ops.h>
 
@@ -49,8 +49,8 @@ void tree_attention(const TreeAttentionParams& p, DType dtype) {
     longest = std::max(longest, prefix);
     total += prefix + p.num_tree_keys;
   }
-  const int segments =
-      int(std::max<int64_t>(1, (longest + p.num_tree_keys + kAttentionSegment - 1) / kAttentionSegment));
+  const int segments = int(std::max<int64_t>(
+      1, (longest + p.num_tree_keys + kAttentionSegment - 1) / kAttentionSegment));
   const int64_t work = total * p.num_kv_heads * p.head_dim * (packed + kReadingRows);
   const int64_t threads = work < kSerialWork ? 1 : int64_t(torch::stable::get_num_threads());
 
@@ -86,11 +86,13 @@ void tree_attention(const TreeAttentionParams& p, DType dtype) {
     for_each_item(units, threads, [&](int64_t unit) { kernels.run(unit_item(unit)); });
     return;
   }
-  // Items of several segments where there are enough: the first rows of an item are not fetched ahead.
+  // Items of several segments where there are enough: the first rows of an item are not fetched
+  // ahead.
   const int64_t run = std::max<int64_t>(1, units * segments / (kItemsPerThread * threads));
   const int64_t runs = (segments + run - 1) / run;
   for_each_item(units * runs, threads, [&](int64_t n) {
-    AttentionItem i = unit_item(n % units);  // heads whose rows share pages come one after the other
+    AttentionItem i =
+        unit_item(n % units);  // heads whose rows share pages come one after the other
     i.segment_begin = int(n / units * run);
     i.segment_end = int(std::min<int64_t>(i.segment_begin + run, segments));
     i.last = i.segment_end == segments;
