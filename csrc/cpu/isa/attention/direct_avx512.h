@@ -78,11 +78,13 @@ struct Direct {
           }
         }
       }
+      float* const c = p.c + col;
+      const int64_t c_stride = p.c_stride;
+      const float scale = p.scale;
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int g = 0; g < kGroups; ++g)
-          store(p.c + r * p.c_stride + col + g * kLanes, sum[r][g] * p.scale);
+        for (int g = 0; g < kGroups; ++g) store(c + r * c_stride + g * kLanes, sum[r][g] * scale);
     }
     *prefetch = ahead;
   }
