@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "attention_plan.h"
+#include "cpu/built_isas.h"
 #include "cpu/isa.h"
 #ifdef SPECEXTEND_HAS_CUDA
 #include "stream.h"
@@ -106,15 +107,8 @@ those that get work, and waves, the grid in units of what the GPU holds at a tim
 that a cluster gets at most, being begun counted as two, and min_run, which it gets at least;
 partials, results that the combine puts together, most_partials, those of one unit, and
 partial_rows, their rows.)");
-  m.def(
-      "cpu_isas",
-      [] {
-        std::vector<std::string> names;
-        for (const specextend::cpu::Isa* isa : specextend::cpu::built_isas())
-          names.push_back(isa->name);
-        return names;
-      },
-      "CPU instruction sets with kernels in this module.");
+  m.def("cpu_isas", &specextend::cpu::built_isas,
+        "CPU instruction sets with kernels in this module.");
   m.def(
       "cpu_isa", [] { return std::string(specextend::cpu::isa().name); },
       "The instruction set in use: the best this machine has, or SPECEXTEND_CPU_ISA.");

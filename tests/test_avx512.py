@@ -7,6 +7,7 @@ sources run unchanged. What a compiler makes of them shows on a processor that h
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -98,25 +99,32 @@ class Fault:
         name = f"specextend_avx512_fault_{FAULTS.index(self)}"
         text = (emulation.ROOT / "csrc/cpu/isa" / self.header).read_text()
         assert text.count(self.old) == 1, f"{self.header}: {self.old!r} is not there once"
-        changed = emulation.BUILD / name / "overlay/cpu/isa" / self.header
+        overlay = emulation.BUILD / name / "overlay"
+        shutil.rmtree(overlay, ignore_errors=True)  # of another fault, if the list has changed
+        changed = overlay / "cpu/isa" / self.header
         changed.parent.mkdir(parents=True, exist_ok=True)
         changed.write_text(text.replace(self.old, self.new))
-        overlay = emulation.BUILD / name / "overlay"
         return build_or_skip(name, [f"-I{overlay}"], build=emulation.build_avx512)
 
 
 FAULTS = [
     # Words of keys end up in other places.
     Fault("simd.h", "_mm512_set_epi64(13, 12, 5, 4, 9,", "_mm512_set_epi64(13, 12, 4, 5, 9,"),
-    Fault("simd.h", "join(load_tile(p), load_tile(p + 8))", "join(load_tile(p), load_tile(p))"),
+    Fault("simd.h", "return load_tile(p + i * kTileWords);", "return load_tile(p);"),
     # Sums of chunks go to each other's places.
     Fault("simd.h", "0, 2, 1, 3, 8, 10, 9, 11, 4,", "0, 1, 2, 3, 8, 10, 9, 11, 4,"),
     # The later of two keys is added first: as exact, but not in the order of the line.
-    Fault("tree_attention.h", "_mm512_rol_epi32(reinterpret_cast<__m512i>(pairs), 16)", "(pairs)"),
-    Fault("tree_attention.h", "15, 47, 14, 46,", "14, 47, 15, 46,"),
+    Fault(
+        "attention/math_bf16.h",
+        "_mm512_rol_epi32(reinterpret_cast<__m512i>(pairs), 16)",
+        "reinterpret_cast<__m512i>(pairs)",
+    ),
+    Fault("attention/math_bf16.h", "15, 47, 14, 46,", "14, 47, 15, 46,"),
     # The rest of a head dimension is lost.
-    Fault("tree_attention.h", "dim - begin - d > 8 ?", "dim - begin - d > 16 ?"),
-    Fault("tree_attention.h", "some >= 32 ? ~0u : (1u << some) - 1", "some >= 32 ? ~0u : 0u"),
+    Fault(
+        "attention/math.h", "dim - begin - d > i * kTileWords", "dim - begin - d > 2 * kTileWords"
+    ),
+    Fault("attention/math_bf16.h", "some >= 32 ? ~0u : (1u << some) - 1", "some >= 32 ? ~0u : 0u"),
     # Half of the lanes count twice.
     Fault("vocab.h", "_mm512_extractf32x8_ps(x, 1)", "_mm512_extractf32x8_ps(x, 0)"),
 ]

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <memory>
 
 #include "cpu/cpu.h"
 #include "cpu/isa.h"
@@ -19,8 +18,8 @@ void score_one(const ChunkScoresParams& p, int64_t b) {
   const float* lse = p.lse + b * p.lse_stride_b + row * p.lse_stride_m;
   float* scores = p.scores + b * p.num_chunks;
 
-  // Whole chunks by the kernel; the chunk that the first tree key falls into, which also gets what
-  // is left of the mass, apart. Nothing behind it is read.
+  // The kernel serves whole chunks. The chunk that the first tree key falls into, which also gets
+  // what is left of the mass, is served apart. Nothing behind it is read.
   const int64_t prefix = std::max(p.prefix_lens[b], 0);
   const int64_t num_full =
       p.tree ? prefix / p.chunk_size : (prefix + p.chunk_size - 1) / p.chunk_size;
@@ -57,29 +56,30 @@ void chunk_scores(const ChunkScoresParams& p) {
                               });
 }
 
-// A pass of tree attention with one row, no tree and no values.
+// Scores by a pass of tree attention with one row, no tree and no values.
 void chunk_scores_keys(const ChunkScoresKeysParams& p, DType dtype) {
   TreeAttentionParams a = p.attention;
   const int64_t element_size = dtype == DType::kFloat32 ? 4 : 2;
   const int64_t row_size = a.head_dim * element_size;
   const int64_t num_states = int64_t(a.batch) * a.num_heads;
-  const std::unique_ptr<char[]> rows(new char[size_t(num_states * row_size)]);
-  const std::unique_ptr<float[]> states(
-      new float[size_t(num_states * (1 + int64_t(a.num_chunks)))]);
+  static thread_local Scratch<char> row_scratch;
+  static thread_local Scratch<float> state_scratch;
+  char* rows = row_scratch.get(size_t(num_states * row_size));
+  float* states = state_scratch.get(size_t(num_states * (1 + int64_t(a.num_chunks))));
   for (int64_t b = 0; b < a.batch; ++b) {
     const int64_t row = std::clamp<int64_t>(p.rows[b], 0, a.num_rows - 1);
     for (int64_t h = 0; h < a.num_heads; ++h) {
       const int64_t offset = b * a.q_stride_b + row * a.q_stride_m + h * a.q_stride_h;
-      std::memcpy(rows.get() + (b * a.num_heads + h) * row_size,
+      std::memcpy(rows + (b * a.num_heads + h) * row_size,
                   static_cast<const char*>(a.q) + offset * element_size, size_t(row_size));
     }
   }
-  a.q = rows.get();
+  a.q = rows;
   a.q_stride_b = a.q_stride_m = int64_t(a.num_heads) * a.head_dim;
   a.q_stride_h = a.head_dim;
   a.num_rows = 1;
-  a.lse = states.get();
-  a.chunk_lse = states.get() + num_states;
+  a.lse = states;
+  a.chunk_lse = states + num_states;
   tree_attention(a, dtype);
 
   const int64_t chunk_stride_b = int64_t(a.num_heads) * a.num_chunks;

@@ -10,8 +10,8 @@
 namespace specextend::cpu {
 namespace {
 
-// The path of one head. In path order, so that a row P + i is written after it has been read, and
-// before it all rows still to be read, P + path[j] with path[j] >= j > i, lie untouched.
+// Moves the path of one head. It goes in path order, so that a row P + i is written after it has
+// been read, while all rows still to be read, P + path[j] with path[j] >= j > i, lie untouched.
 void compact(const CompactKvParams& p, int cache, int b, int h) {
   const KvRows rows{p.caches[cache], p.stride_b, p.stride_s, p.stride_h};
   const int count = compact_count(p, b);

@@ -15,8 +15,9 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 15;  // logits that are worth a thread
 
-// A value that at least k elements of the row reach, close to the k-th largest: the k-th largest of
-// the maxima of some hundred disjoint groups (lanes of runs of blocks). -inf if it has none.
+// Returns a value that at least k elements of the row reach, close to the k-th largest: the k-th
+// largest of the maxima of some hundred disjoint groups (lanes of runs of blocks); -inf if it has
+// none.
 float reachable_threshold(const float* lane_max, int64_t num_blocks, int64_t k) {
   static thread_local Scratch<float> scratch;
   const int64_t run = std::max<int64_t>(1, num_blocks * kVocabLanes / (4 * k));
@@ -36,7 +37,7 @@ float reachable_threshold(const float* lane_max, int64_t num_blocks, int64_t k) 
   return groups[k - 1];
 }
 
-// The top_k elements of one row, with the log of their probabilities on top of `logp`.
+// Finds the top_k elements of one row, and the log of their probabilities on top of `logp`.
 void expand_row(const VocabKernels& kernels, const void* row, int64_t vocab, float logp, int top_k,
                 int64_t* tokens, float* logps) {
   static thread_local Scratch<float> floats;
@@ -58,7 +59,7 @@ void expand_row(const VocabKernels& kernels, const void* row, int64_t vocab, flo
   if (count > top_k) std::nth_element(keys, keys + top_k, keys + count);
   std::sort(keys, keys + top_k);
 
-  // Log of the softmax at the largest logit. Logits of +inf share all the probability.
+  // This is the log of the softmax at the largest logit. Logits of +inf share all the probability.
   double log_first = -INFINITY;
   if (max == INFINITY) {
     log_first =
@@ -75,7 +76,7 @@ void expand_row(const VocabKernels& kernels, const void* row, int64_t vocab, flo
   }
 }
 
-// The best `width` of all candidates: a merge of the nodes' lists, each of which is in order.
+// Finds the best `width` of all candidates by merging the nodes' lists, each of which is in order.
 void best_candidates(const float* logps, int frontier, int top_k, int width, int32_t* beam,
                      float* beam_logp) {
   static thread_local Scratch<uint64_t> scratch;

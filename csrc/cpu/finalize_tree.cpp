@@ -10,7 +10,7 @@
 namespace specextend::cpu {
 namespace {
 
-// A candidate's rank: smaller is better. A child is never better than its parent, because it
+// Ranks a candidate: smaller is better. A child is never better than its parent, because it
 // inherits the parent's log probability as a bound and is deeper; the best n are therefore closed
 // under taking ancestors whatever the probabilities are.
 struct Rank {

@@ -12,8 +12,9 @@
 namespace specextend::cpu {
 namespace {
 
-// Cosines and sines for one distance and one set of frequencies. A chunk needs one table for all
-// its rows and heads; neighbouring chunks, and layers of the same frequencies, need the same again.
+// Holds cosines and sines for one distance and one set of frequencies. A chunk needs one table for
+// all its rows and heads; neighbouring chunks, and layers of the same frequencies, need the same
+// again.
 class RotationTable {
  public:
   explicit RotationTable(int pairs) : cos_(size_t(pairs)), sin_(size_t(pairs)) {}
@@ -50,7 +51,7 @@ class Gather {
     rotary_bytes_ = int64_t(p.rotary_dim) * (dtype == DType::kFloat32 ? 4 : 2);
   }
 
-  // One slot of one layer of one sequence.
+  // Gathers one slot of one layer of one sequence.
   void run(int b, int slot, const GatherLayer& layer, RotationTable& table) const {
     const int64_t rows = gather_rows(p_, b, slot);
     if (rows == 0) return;

@@ -12,24 +12,24 @@ struct RowStats {
   bool has_nan;
 };
 
-// Passes over one contiguous row of n logits of one dtype (csrc/cpu/isa/vocab.h).
+// These pass over one contiguous row of n logits of one dtype (csrc/cpu/isa/vocab.h).
 struct VocabKernels {
-  // Lowest index of the largest element; -1 if one is NaN or all are -inf.
+  // Returns the lowest index of the largest element; -1 if one is NaN or all are -inf.
   int64_t (*argmax)(const void* row, int64_t n);
-  // Per block: its largest element (ref), the sum of exp(x - ref), where NaN counts as -inf, and
-  // the largest element of each lane.
+  // Writes for each block its largest element (ref), the sum of exp(x - ref), where NaN counts as
+  // -inf, and the largest element of each lane.
   RowStats (*row_stats)(const void* row, int64_t n, float* block_refs, double* block_sums,
                         float* lane_max);
-  // out = exp(x - ref), with the bits that row_stats summed. n <= kVocabBlock.
+  // Writes exp(x - ref) to out, with the bits that row_stats summed. n <= kVocabBlock.
   void (*exp_block)(const void* row, int n, float ref, float* out);
-  // The elements >= threshold, NaN counting as -inf, in index order, but of those equal to it only
-  // the first max_equal; returns their number. lane_max is what row_stats gave.
+  // Collects the elements >= threshold, NaN counting as -inf, in index order, but of those equal to
+  // it only the first max_equal; returns their number. lane_max is what row_stats gave.
   int64_t (*collect)(const void* row, int64_t n, const float* lane_max, float threshold,
                      int64_t max_equal, float* values, int32_t* indices);
 };
 
-// mass[c] += exp(chunk_lse[c] - lse), or the larger of both, for c < n; returns the sum of these
-// exponentials. NaN and +inf count as -inf. `mass` has room for a multiple of kVocabLanes.
+// Adds exp(chunk_lse[c] - lse) to mass[c], or takes the larger of both, for c < n; returns the sum
+// of these exponentials. NaN and +inf count as -inf. `mass` has room for a multiple of kVocabLanes.
 using ChunkMassKernel = double (*)(const float* chunk_lse, int64_t n, float lse, double* mass);
 
 // Rotates the first 2 * pairs elements of a key: each pair (a, b) becomes (a cos - b sin,
@@ -44,7 +44,8 @@ struct RotateKernels {
 constexpr int kAttentionBlock = 128;     // keys between two updates of the running maximum
 constexpr int kAttentionSegment = 1024;  // keys that are summed apart
 
-// Some rows of one KV head over some segments of their keys (csrc/cpu/isa/tree_attention.h).
+// An item is some rows of one KV head over some segments of their keys
+// (csrc/cpu/isa/tree_attention.h).
 struct AttentionItem {
   const TreeAttentionParams* params;
   int b, kv_head;
@@ -75,17 +76,8 @@ struct Isa {
   RotateKernels rotate[3];        // by DType
 };
 
-// The instruction sets in this binary, the plainest first.
-struct IsaList {
-  const Isa* const* first;
-  int count;
-  const Isa* const* begin() const { return first; }
-  const Isa* const* end() const { return first + count; }
-};
-IsaList built_isas();
-
-// The table in use: the best that this machine runs, or the one named by SPECEXTEND_CPU_ISA. Chosen
-// once, at the first call.
+// Returns the table in use: the best that this machine runs, or the one that SPECEXTEND_CPU_ISA
+// names. It is chosen once, at the first call.
 const Isa& isa();
 
 }  // namespace specextend::cpu

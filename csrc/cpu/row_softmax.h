@@ -22,20 +22,20 @@ inline double accumulate(double* values, int64_t n) {
   return total;
 }
 
-// The same for the sums of row_stats, all in units of exp(max): the denominator of the row's
-// softmax. max is finite.
+// Does the same for the sums of row_stats, in units of exp(max), and returns the denominator of the
+// row's softmax. max is finite.
 inline double accumulate_blocks(const float* refs, double* sums, int64_t num_blocks, float max) {
   for (int64_t b = 0; b < num_blocks; ++b) sums[b] *= block_scale(refs[b], max);
   return accumulate(sums, num_blocks);
 }
 
-// The first block whose cumulative sum exceeds the threshold of a draw.
+// Returns the first block whose cumulative sum exceeds the threshold of a draw.
 inline int64_t block_above(const double* cumulative, int64_t num_blocks, double threshold) {
   return std::upper_bound(cumulative, cumulative + num_blocks, threshold) - cumulative;
 }
 
-// The first of n values whose cumulative sum by runs, from `base` on, exceeds the threshold; where
-// rounding lets none, the last above 0.
+// Returns the first of n values whose cumulative sum by runs, from `base` on, exceeds the
+// threshold; where rounding lets none, the last above 0.
 inline int first_above(const double* values, int n, double base, double threshold) {
   int last = 0;
   for (int begin = 0; begin < n; begin += kVocabRun) {

@@ -13,8 +13,8 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 16;  // logits that are worth a thread
 
-// The first token whose cumulative probability exceeds u: exponentials in fp32, their sums in fp64
-// and in fixed order, so that the draw depends on the row and on u alone.
+// Returns the first token whose cumulative probability exceeds u. Exponentials are fp32, their sums
+// fp64 and in fixed order, so that the draw depends on the row and on u alone.
 int64_t draw(const VocabKernels& kernels, const void* row, int64_t vocab, int element_size,
              double u) {
   static thread_local Scratch<float> floats;

@@ -10,29 +10,31 @@
 namespace specextend::cpu {
 
 // Working memory that grows and is kept, one per thread (`static thread_local`), so that an op of
-// some microseconds does not go to the heap. It begins with a cache line, and is not initialised.
+// some microseconds does not go to the heap. It is uninitialised and begins at a cache line.
 template <typename T>
 class Scratch {
   static_assert(std::is_trivial_v<T>);
 
  public:
+  // Returns memory for `size` elements. What an earlier call returned is no longer valid.
   T* get(size_t size) {
     if (size > capacity_) {
-      data_.reset();
+      memory_.reset();
       capacity_ = 0;
-      const size_t bytes = (size * sizeof(T) + 63) / 64 * 64;
-      data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
-      STD_TORCH_CHECK(data_, "out of memory: ", bytes, " bytes of scratch are wanted");
+      const size_t bytes = (size * sizeof(T) + kCacheLine - 1) / kCacheLine * kCacheLine;
+      memory_.reset(static_cast<T*>(std::aligned_alloc(kCacheLine, bytes)));
+      STD_TORCH_CHECK(memory_, "specextend: out of memory, ", bytes, " bytes of scratch");
       capacity_ = size;
     }
-    return data_.get();
+    return memory_.get();
   }
 
  private:
+  static constexpr size_t kCacheLine = 64;
   struct Free {
     void operator()(T* p) const { std::free(p); }
   };
-  std::unique_ptr<T, Free> data_;
+  std::unique_ptr<T, Free> memory_;
   size_t capacity_ = 0;
 };
 

@@ -1,4 +1,4 @@
-// Cuts the work of tree attention into items for the kernels of csrc/cpu/isa/tree_attention.h. How
+// Work partition of tree attention: items go to the kernels of csrc/cpu/isa/tree_attention.h. How
 // the work is cut depends on the number of threads, the bits of the result do not.
 
 #include <torch/csrc/stable/ops.h>
@@ -19,6 +19,8 @@ constexpr int64_t kItemsPerThread = 16;     // so that threads end together
 constexpr int64_t kSerialWork = 1 << 19;    // multiplications that are not worth a second thread
 constexpr int64_t kReadingRows = 16;        // reading a key counts as so many rows
 
+thread_local Scratch<float> scratch, partials, pieces;
+
 // Calls f(i) for i < n from up to `threads` threads, each taking the next one when it is free.
 template <typename F>
 void for_each_item(int64_t n, int64_t threads, const F& f) {
@@ -35,7 +37,6 @@ void for_each_item(int64_t n, int64_t threads, const F& f) {
 }  // namespace
 
 void tree_attention(const TreeAttentionParams& p, DType dtype) {
-  static thread_local Scratch<float> pieces, partials;
   const AttentionKernels& kernels = isa().attention[int(dtype)];
   const int packed = p.num_rows * (p.num_heads / p.num_kv_heads);
   if (packed == 0 || p.batch == 0) return;
@@ -65,9 +66,9 @@ void tree_attention(const TreeAttentionParams& p, DType dtype) {
   if (!whole_chunks) {
     const int64_t key_blocks = segments * (kAttentionSegment / kAttentionBlock);
     item.num_pieces = key_blocks * kAttentionBlock / p.chunk_size + key_blocks + 1;
-    item.pieces = pieces.get(int64_t(p.batch) * p.num_rows * p.num_heads * item.num_pieces);
+    item.pieces = pieces.get(size_t(int64_t(p.batch) * p.num_rows * p.num_heads * item.num_pieces));
   }
-  float* const all_partials = split ? partials.get(units * unit_partials) : nullptr;
+  float* const all_partials = split ? partials.get(size_t(units * unit_partials)) : nullptr;
   const auto unit_item = [&](int64_t unit) {
     AttentionItem i = item;
     const int block = int(unit % blocks);
@@ -78,8 +79,7 @@ void tree_attention(const TreeAttentionParams& p, DType dtype) {
     i.segment_end = segments;
     i.last = true;
     i.partials = split ? all_partials + unit * unit_partials : nullptr;
-    static thread_local Scratch<float> scratch;  // of the thread that runs the item
-    i.scratch = scratch.get(kernels.scratch_floats(p, i.num_rows));
+    i.scratch = scratch.get(size_t(kernels.scratch_floats(p, i.num_rows)));
     return i;
   };
   if (!split) {

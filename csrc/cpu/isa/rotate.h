@@ -50,7 +50,7 @@ SPECEXTEND_ALWAYS_INLINE void store_key(simd::Half* p, Floats x) {
 #endif
 }
 
-// Each pair (a, b) becomes (a cos - b sin, b cos + a sin).
+// Turns a pair (a, b) into (a cos - b sin, b cos + a sin).
 template <typename T>
 SPECEXTEND_ALWAYS_INLINE void rotate_pair(T a, T b, float cos, float sin, T* to_a, T* to_b) {
   const float x = simd::to_float(a), y = simd::to_float(b);

@@ -1,7 +1,8 @@
 #pragma once
 
-// One register of floats, of the width that the including translation unit is compiled for, and the
-// elementary functions on it. Everything has internal linkage: one copy per instruction set.
+// This is one register of floats, of the width that the including translation unit is compiled for,
+// and the elementary functions on it. Everything has internal linkage: one copy per instruction
+// set.
 
 #include <math.h>
 #include <stdint.h>
@@ -63,7 +64,7 @@ SPECEXTEND_ALWAYS_INLINE Floats fma(Floats a, Floats b, Floats c) {
 #endif
 }
 
-// a > b ? a : b; so b where either is NaN.
+// Returns a > b ? a : b, which is b where either is NaN.
 SPECEXTEND_ALWAYS_INLINE Floats max(Floats a, Floats b) {
 #if defined(__AVX512F__)
   return _mm512_max_ps(a, b);
@@ -96,7 +97,7 @@ SPECEXTEND_ALWAYS_INLINE float reduce_add(Floats x) {
 #endif
 }
 
-// Lane i: the sum of the vector at p + i * kLanes.
+// Returns in lane i the sum of the vector at p + i * kLanes.
 SPECEXTEND_ALWAYS_INLINE Floats reduce_add_each(const float* p) {
 #if defined(__AVX512F__)
   // Halves, quarters, pairs and words are folded; the order of loading makes the lanes come out
@@ -142,13 +143,14 @@ SPECEXTEND_ALWAYS_INLINE Ints lane_ids() {
   return ids;
 }
 
-// The lanes in [begin, end) of x, `other` elsewhere.
+// Returns x with `other` outside of lanes [begin, end).
 SPECEXTEND_ALWAYS_INLINE Floats keep_lanes(Floats x, int begin, int end, float other) {
   const Ints ids = lane_ids();
   return (ids >= begin) & (ids < end) ? x : broadcast(other);
 }
 
-// 2^n and 2^f - 1 of x = n + f, |f| <= 1/2. Below -127 (-200 with AVX-512) both 2^n are 0.
+// Splits x into n + f, |f| <= 1/2, and returns 2^n (with AVX-512 n, for scalef) and 2^f - 1. 2^n is
+// 0 below -127 (-200 with AVX-512).
 SPECEXTEND_ALWAYS_INLINE void split_exp2(Floats x, Floats* power, Floats* rest) {
 #if defined(__AVX512F__)
   x = _mm512_max_ps(broadcast(-200.f), x);
@@ -165,7 +167,7 @@ SPECEXTEND_ALWAYS_INLINE void split_exp2(Floats x, Floats* power, Floats* rest) 
   *power = as_floats((i + 127) << 23);
 #endif
   const Floats f = x - n;
-  // Minimax for (2^f - 1) / f, relative error 2e-8.
+  // This is the minimax polynomial of (2^f - 1) / f, with a relative error of 2e-8.
   Floats q = broadcast(0x1.4308fap-13f);
   q = fma(q, f, broadcast(0x1.5f07b4p-10f));
   q = fma(q, f, broadcast(0x1.3b2ba0p-7f));
@@ -175,7 +177,7 @@ SPECEXTEND_ALWAYS_INLINE void split_exp2(Floats x, Floats* power, Floats* rest) 
   *rest = q * f;
 }
 
-// 2^x for x <= 0; exactly 1 at 0, exactly 0 at -inf.
+// Returns 2^x for x <= 0: exactly 1 at 0, exactly 0 at -inf.
 SPECEXTEND_ALWAYS_INLINE Floats exp2(Floats x) {
   Floats power, rest;
   split_exp2(x, &power, &rest);
@@ -200,11 +202,11 @@ SPECEXTEND_ALWAYS_INLINE Floats tanh(Floats x) {
   return as_floats(as_ints(-e / (e + 2.f)) | sign);
 }
 
-// log2(x) for normal x > 0.
+// Returns log2(x) for normal x > 0.
 SPECEXTEND_ALWAYS_INLINE Floats log2(Floats x) {
   const Ints exponent = (as_ints(x) - 0x3f3504f3) >> 23;  // mantissa in [sqrt(1/2), sqrt(2))
   const Floats t = as_floats(as_ints(x) - (exponent << 23)) - 1.f;
-  // log(1 + t) = 2 atanh(t / (t + 2)), |s| < 0.1716: the series.
+  // The series is that of log(1 + t) = 2 atanh(t / (t + 2)), |s| < 0.1716.
   const Floats s = t / (t + 2.f), z = s * s;
   Floats q = broadcast(1.f / 9);
   q = fma(q, z, broadcast(1.f / 7));
@@ -214,7 +216,7 @@ SPECEXTEND_ALWAYS_INLINE Floats log2(Floats x) {
   return fma(q, s * 2.885390081777927f, __builtin_convertvector(exponent, Floats));
 }
 
-// Element by element, for edges and for machines without the instructions.
+// These convert element by element, for edges and for machines without the instructions.
 SPECEXTEND_ALWAYS_INLINE float to_float(float x) { return x; }
 SPECEXTEND_ALWAYS_INLINE float to_float(BFloat16 x) {
   const uint32_t bits = uint32_t(x.bits) << 16;
@@ -272,7 +274,7 @@ SPECEXTEND_ALWAYS_INLINE void from_float(float x, Half* y) {
 
 constexpr int kTileWords = kLanes < 8 ? kLanes : 8;
 
-// kTileWords floats: half a register with AVX-512, else one.
+// A tile is kTileWords floats: half a register with AVX-512, else one.
 #if defined(__AVX2__)
 typedef __m256 Tile;
 SPECEXTEND_ALWAYS_INLINE Tile load_tile(const float* p) { return _mm256_loadu_ps(p); }
@@ -280,7 +282,7 @@ SPECEXTEND_ALWAYS_INLINE Tile load_tile(const Half* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 SPECEXTEND_ALWAYS_INLINE Tile load_tile(const BFloat16* p) {
-  // To the upper halves of words, below which are zeros: one instruction beside the load.
+  // The elements go to the upper halves of words, above zeros: one instruction beside the load.
   const __m256i spread =
       _mm256_set_epi8(15, 14, -1, -1, 13, 12, -1, -1, 11, 10, -1, -1, 9, 8, -1, -1, 7, 6, -1, -1, 5,
                       4, -1, -1, 3, 2, -1, -1, 1, 0, -1, -1);
@@ -296,14 +298,13 @@ SPECEXTEND_ALWAYS_INLINE Tile load_tile(const T* p) {
   return x;
 }
 #endif
-// Tiles side by side in a register, from its low words on.
-constexpr int kRegisterTiles = kLanes / kTileWords;
-
-SPECEXTEND_ALWAYS_INLINE Floats join(const Tile tiles[kRegisterTiles]) {
+// Returns a register of tiles side by side: tile(0), and with AVX-512 tile(1) behind it.
+template <typename F>
+SPECEXTEND_ALWAYS_INLINE Floats join_tiles(const F& tile) {
 #if defined(__AVX512F__)
-  return _mm512_insertf32x8(_mm512_castps256_ps512(tiles[0]), tiles[1], 1);
+  return _mm512_insertf32x8(_mm512_castps256_ps512(tile(0)), tile(1), 1);
 #else
-  return tiles[0];
+  return tile(0);
 #endif
 }
 
@@ -311,13 +312,12 @@ SPECEXTEND_ALWAYS_INLINE Floats join(const Tile tiles[kRegisterTiles]) {
 SPECEXTEND_ALWAYS_INLINE Floats load_floats(const float* p) { return load(p); }
 template <typename T>
 SPECEXTEND_ALWAYS_INLINE Floats load_floats(const T* p) {
-  const Tile tiles[kRegisterTiles] = {load_tile(p), load_tile(p + 8)};
-  return join(tiles);
+  return join_tiles([&](int i) { return load_tile(p + i * kTileWords); });
 }
 #endif
 
-// A tile of keys x words: as loaded, register i holds kTileWords words of key i (with AVX-512, of
-// keys i and i + 8); transposed, register i holds word i of kLanes keys.
+// Transposes a tile of keys x words. As loaded, register i holds kTileWords words of key i (with
+// AVX-512, of keys i and i + 8); transposed, it holds word i of kLanes keys.
 SPECEXTEND_ALWAYS_INLINE void transpose(Floats rows[kTileWords]) {
 #if defined(__AVX512F__)
   __m512d u[8];
@@ -332,8 +332,8 @@ SPECEXTEND_ALWAYS_INLINE void transpose(Floats rows[kTileWords]) {
     u[i + 2] = _mm512_unpacklo_pd(b, d);
     u[i + 3] = _mm512_unpackhi_pd(b, d);
   }
-  // Quarters of u[i]: keys 0-3 word i, the same word i + 4, keys 8-11 word i, the same word i + 4;
-  // u[i + 4]: keys 4-7 and 12-15.
+  // The quarters of u[i] are word i of keys 0-3, word i + 4 of the same, word i of keys 8-11, word
+  // i + 4 of the same; those of u[i + 4] belong to keys 4-7 and 12-15.
   const __m512i low = _mm512_set_epi64(13, 12, 5, 4, 9, 8, 1, 0);
   const __m512i high = _mm512_set_epi64(15, 14, 7, 6, 11, 10, 3, 2);
 #pragma GCC unroll 4

@@ -35,7 +35,7 @@ constexpr int kParts = kVocabLanes / kWidth;
 typedef uint16_t Shorts __attribute__((vector_size(2 * kWidth)));
 typedef double Doubles __attribute__((vector_size(4 * kWidth)));
 
-// Bit i: a[i] >= b[i].
+// Returns bit i: a[i] >= b[i].
 SPECEXTEND_ALWAYS_INLINE unsigned at_least(Floats a, Floats b) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ);
@@ -91,7 +91,7 @@ SPECEXTEND_ALWAYS_INLINE Floats load_row(const Half* x) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
 #else
   // The exponent is re-biased by a product, exact also for subnormals; infinity and NaN, whose
-  // exponent stays all ones, apart.
+  // exponent stays all ones, are set apart.
   const Ints bits = load_bits(x);
   const Floats magnitude = as_floats((bits & 0x7fff) << 13) * 0x1p112f;
   const Ints special = ((bits & 0x7c00) == 0x7c00) & 0x7f800000;
@@ -125,7 +125,7 @@ SPECEXTEND_ALWAYS_INLINE void for_lanes(const T* x, int n, const F& f) {
   f(load_lanes(tail), j);
 }
 
-// Bit i: v[i] >= x.
+// Returns bit i: v[i] >= x.
 SPECEXTEND_ALWAYS_INLINE unsigned at_least(const Lanes& v, float x) {
   unsigned bits = 0;
   const Floats bound = broadcast(x);
@@ -141,7 +141,7 @@ SPECEXTEND_ALWAYS_INLINE float highest(const Lanes& v) {
   return best;
 }
 
-// The sum of all lanes: halves onto each other, down to one.
+// Returns the sum of all lanes: halves are added onto each other, down to one.
 SPECEXTEND_ALWAYS_INLINE double add_lanes(const Doubles (&low)[kParts],
                                           const Doubles (&high)[kParts]) {
   double lanes[kVocabLanes];
@@ -162,7 +162,7 @@ SPECEXTEND_ALWAYS_INLINE bool any_above(const Lanes& v, float x) {
   return bits != 0;
 }
 
-// exp_nonpositive(float) of csrc/vocab.h, lane by lane.
+// Computes exp_nonpositive(float) of csrc/vocab.h, lane by lane.
 SPECEXTEND_ALWAYS_INLINE Floats exp(Floats x) {
   const Floats shifted = x * Exp32::kLog2E + Exp32::kRound;
   const Floats n = shifted - Exp32::kRound;

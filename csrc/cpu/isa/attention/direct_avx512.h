@@ -56,10 +56,8 @@ struct Direct {
     Prefetcher ahead = *prefetch;
     const float* const q = p.a;
     const T* const first = k.first;
-    const int64_t stride = k.stride, c_stride = p.c_stride;
+    const int64_t stride = k.stride;
     const int words = p.steps;
-    const float scale = p.scale;
-    float* const c = p.c;
     for (int col = 0; col < kBlock; col += kGroups * kLanes) {
       Floats sum[R][kGroups] = {};
       for (int w0 = 0; w0 < words; w0 += 2 * kTileWords) {
@@ -80,11 +78,13 @@ struct Direct {
           }
         }
       }
+      float* const c = p.c + col;
+      const int64_t c_stride = p.c_stride;
+      const float scale = p.scale;
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int g = 0; g < kGroups; ++g)
-          store(c + r * c_stride + col + g * kLanes, sum[r][g] * scale);
+        for (int g = 0; g < kGroups; ++g) store(c + r * c_stride + g * kLanes, sum[r][g] * scale);
     }
     *prefetch = ahead;
   }

@@ -62,13 +62,11 @@ struct Float32Math {
   SPECEXTEND_ALWAYS_INLINE static void pack_value_row(const T* const from[1], int begin, int dim,
                                                       int width, float* to) {
     for (int d = 0; d < width; d += kLanes) {
-      Tile tiles[kRegisterTiles];
-#pragma GCC unroll 2
-      for (int i = 0; i < kRegisterTiles; ++i) {
+      const Floats x = join_tiles([&](int i) {
         const bool some = from[0] && (i == 0 || dim - begin - d > i * kTileWords);
-        tiles[i] = some ? load_tile(from[0] + begin + d + i * kTileWords) : Tile{};
-      }
-      store(to + d, join(tiles));
+        return some ? load_tile(from[0] + begin + d + i * kTileWords) : Tile{};
+      });
+      store(to + d, x);
     }
   }
 };

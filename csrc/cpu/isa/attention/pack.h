@@ -27,13 +27,10 @@ SPECEXTEND_ALWAYS_INLINE void load_transposed(const T* k, int64_t stride, int n,
                                               Floats rows[kTileWords]) {
 #pragma GCC unroll 8
   for (int i = 0; i < kTileWords; ++i) {
-    Tile tiles[kRegisterTiles];
-#pragma GCC unroll 2
-    for (int t = 0; t < kRegisterTiles; ++t) {
-      const int key = i + t * kTileWords;
-      tiles[t] = key < n ? Math::load(k + key * stride, words) : Tile{};
-    }
-    rows[i] = join(tiles);
+    rows[i] = join_tiles([&](int tile) {
+      const int key = i + tile * kTileWords;
+      return key < n ? Math::load(k + key * stride, words) : Tile{};
+    });
   }
   transpose(rows);
 }
