@@ -39,6 +39,9 @@ def quoted(cell: str) -> list[str]:
 
 # ---- Python --------------------------------------------------------------------------------------
 
+# What a module may take from the package itself, whose other names lead up to the engine.
+ROOT_NAMES = {"_C", "__version__"}
+
 
 def modules(package: Path) -> dict[str, Path]:
     """Return the files of a package by the names of its modules, without the package's own."""
@@ -53,7 +56,9 @@ def modules(package: Path) -> dict[str, Path]:
 
 def imports(package: Path) -> dict[str, set[str]]:
     """Return, for each module of a package, the modules of the package that it imports anywhere in
-    its text; ``from .x import y`` is of ``x.y`` where that is a module."""
+    its text. ``from .x import y`` is of ``x.y`` where that is a module, else of ``x``; what a
+    module takes from the package itself, such as ``from . import y``, is named ``""`` where ``y``
+    is neither a module nor one of ROOT_NAMES."""
     known = modules(package)
     found: dict[str, set[str]] = {}
     for name, path in known.items():
@@ -61,23 +66,22 @@ def imports(package: Path) -> dict[str, set[str]]:
         found[name] = set()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
-                wanted = [alias.name for alias in node.names]
-                wanted = [n.removeprefix(f"{package.name}.") for n in wanted if "." in n]
+                names = [n.name for n in node.names if n.name.split(".")[0] == package.name]
+                wanted = [n.partition(".")[2] for n in names]
             elif isinstance(node, ast.ImportFrom):
-                base = (node.module or "").split(".") if node.module else []
+                base = node.module.split(".") if node.module else []
                 if node.level:
                     base = here[: len(here) - node.level + 1] + base
                 elif base[:1] == [package.name]:
                     base = base[1:]
                 else:
                     continue
-                wanted = [".".join([*base, alias.name]) for alias in node.names]
-                wanted += [".".join(base)]
+                names = [alias.name for alias in node.names if base or alias.name not in ROOT_NAMES]
+                full = [".".join([*base, n]) for n in names]
+                wanted = [n if n in known else ".".join(base) for n in full]
             else:
                 continue
-            hits = [n for n in wanted if n in known and n != name]
-            # A package that is named only on the way to one of its modules is not imported.
-            found[name].update(n for n in hits if not any(h.startswith(f"{n}.") for h in hits))
+            found[name].update(n for n in wanted if n in ("", *known) and n != name)
     return found
 
 
@@ -96,7 +100,7 @@ def upward(graph: dict[str, set[str]], floor_of: dict[str, int]) -> list[str]:
     return [
         f"{name} ({floor_of[name.split('.')[0]]}) imports {other} ({floor_of[other.split('.')[0]]})"
         for name, others in graph.items()
-        for other in sorted(others)
+        for other in sorted(others - {""})
         if floor_of[name.split(".")[0]] < floor_of[other.split(".")[0]]
     ]
 
@@ -127,6 +131,10 @@ class TestImports:
         assert set(floor_of) - tops == set(), "rows with modules that are not there"
         assert upward(graph, floor_of) == []
 
+    def test_nothing_comes_from_the_package_itself(self):
+        graph = imports(ROOT / "specextend")
+        assert [name for name, others in graph.items() if "" in others] == []
+
     def test_no_circle(self):
         assert circle(imports(ROOT / "specextend")) == []
 
@@ -137,12 +145,15 @@ class TestImports:
         (package / "__init__.py").write_text("")
         (package / "cellar.py").write_text("def f():\n    from .attic import box\n")
         (package / "hall.py").write_text("from . import cellar\nfrom .attic.box import lid\n")
-        (package / "attic" / "__init__.py").write_text("")
+        (package / "attic" / "__init__.py").write_text(
+            "import house.hall, xml.attic\nfrom .. import _C, roof\nfrom house.attic import box\n"
+        )
         (package / "attic" / "box.py").write_text(
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..hall import x\n"
         )
         graph = imports(package)
         assert graph["cellar"] == {"attic.box"} and graph["hall"] == {"cellar", "attic.box"}
+        assert graph["attic"] == {"", "attic.box", "hall"} and graph["attic.box"] == {"hall"}
         assert circle(graph) == ["attic.box", "hall", "attic.box"]
         assert upward(graph, {"cellar": 0, "hall": 1, "attic": 2}) == [
             "cellar (0) imports attic.box (2)", "hall (1) imports attic.box (2)",
@@ -284,8 +295,10 @@ def cpp_functions(text: str) -> Iterator[tuple[str, int]]:
         if sign == "{":
             head = text[statement:at].strip()
             head = re.sub(r"^(public|private|protected)\s*:", "", head).strip()
-            scope = re.match(r"(extern|namespace|struct|class|union|enum)\b", _untemplated(head))
-            if inside is None and not scope and re.search(r"\)[\w\s:<>,&*()]*$", head):
+            scope = re.match(
+                r"(extern\s*$|namespace|struct|class|union|enum)\b", _untemplated(head)
+            )
+            if inside is None and not scope and re.search(r"\)([\w\s:<>,&*()]|->)*$", head):
                 inside, begin = depth, text.count("\n", 0, at - len(text[statement:at].lstrip()))
                 names = [n for n in re.findall(r"([~\w]+)\s*\(", head) if n[:2] != "__"]
                 name = names[0] if names else "?"
@@ -296,6 +309,7 @@ def cpp_functions(text: str) -> Iterator[tuple[str, int]]:
                 yield name, text.count("\n", 0, at) - begin + 1
                 inside = None
         statement = at + 1
+    assert depth == 0, f"{text.count('{')} braces open, {text.count('}')} close"
 
 
 def _untemplated(head: str) -> str:
@@ -359,11 +373,19 @@ class TestLengths:
             ("int g() { return 1; }\n", [("g", 1)]),
             ("#if X\nvoid h(int a,\n       int b) {\n}\n#endif\n", [("h", 3)]),
             ("struct S {\n  void m() {\n  }\n};\n", [("m", 2)]),
+            ("auto f(int x) -> int {\n  if (x) {\n  }\n}\n", [("f", 4)]),
+            ('extern "C" int f(int x) {\n  if (x) {\n  }\n}\n', [("f", 4)]),
             ('int a[] = {1, 2};\nenum E { A };\nextern "C" {\nint f() {\n}\n}\n', [("f", 2)]),
         ],
     )
     def test_functions_of_cpp(self, text, expected):
         assert list(cpp_functions(text)) == expected
+
+    def test_braces_that_cannot_be_read(self):
+        """Branches of the preprocessor that open a brace each would hide what follows them."""
+        text = "#if X\nvoid f() {\n#else\nvoid f(int x) {\n#endif\n}\n"
+        with pytest.raises(AssertionError, match="2 braces open, 1 close"):
+            list(cpp_functions(text))
 
 
 # ---- documentation of the source -----------------------------------------------------------------
