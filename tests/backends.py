@@ -1,4 +1,4 @@
-"""What the tests of an op run on: the CPU kernels, the CUDA kernels emulated, the CUDA kernels.
+"""Says what the tests of an op run on: CPU kernels, CUDA kernels emulated, CUDA kernels.
 
 A test that takes the fixture ``device`` runs once on each that there is:
 
@@ -12,11 +12,11 @@ Launches follow a schedule drawn from the test's name and printed when it fails;
 
     def test_races(device, schedule):
         for kind in KINDS:
-            with schedule(kind=kind, seed=3, multiprocessors=2):   # nothing on other backends
+            with schedule(kind=kind, seed=3, multiprocessors=2):   # does nothing on other backends
                 ...
 
-Cases that say nothing about the kernel or take too long
-(a thread costs about 0.1 us, and as much at each barrier or shuffle; an mma about 10 us) are marked
+Cases that say nothing about the kernel or take too long (a thread costs about 0.1 us, and as much
+at each barrier or shuffle; an mma costs about 10 us) are marked
 ``@pytest.mark.not_emulated("why")``; where a loop inside a test is too long, the test asks
 ``schedule.emulated``.
 """
@@ -66,7 +66,7 @@ class Scheduler:
 
 
 def for_each(**values: Iterable):
-    """Makes of a test one test of all combinations of the values that some arguments take:
+    """Make of a test one test of all combinations of the values that some arguments take:
 
         @for_each(seed=range(12), right_aligned=[False, True])
         def test_random(seed, right_aligned, device):
@@ -103,7 +103,7 @@ def for_each(**values: Iterable):
 
 
 def capture(function):
-    """A CUDA graph of a function, and what the function returned.
+    """Return a CUDA graph of a function, and what the function returned.
 
     It runs once before: a kernel is loaded at its first launch, which a capture may not allow.
     """
@@ -114,14 +114,14 @@ def capture(function):
 
 
 def draw_schedule(test: str) -> Schedule:
-    """The same for a test on every machine."""
+    """Draw a schedule from a test's name, the same on every machine."""
     base = os.environ.get("SPECEXTEND_EMULATION_SEED", "")
     seed = zlib.crc32((test + base).encode())
     return Schedule(seed, KINDS[seed % len(KINDS)])
 
 
 def build_or_skip(*args, build=emulation.build_ops) -> Library:
-    """The ops as ``build`` makes them; what does not compile is a failure."""
+    """Return the ops as ``build`` makes them; what does not compile is a failure."""
     if not (emulation.ROOT / "csrc").is_dir():
         pytest.skip("csrc/ is not part of this installation")
     try:
@@ -138,7 +138,7 @@ def _counterpart(op: torch._ops.OpOverload, namespace: str):
 
 @contextlib.contextmanager
 def emulated(library: Library, schedule: Schedule) -> Iterator[Scheduler]:
-    """Inside, the functions of ``specextend.ops`` call the library's ops, on guarded memory.
+    """Have the functions of ``specextend.ops`` call the library's ops, on guarded memory.
 
     Ops that the library does not have stay as they are.
     """

@@ -22,20 +22,20 @@ def pytest_configure(config: pytest.Config):
 
 @pytest.fixture(scope="session")
 def emulated_library() -> Library:
-    """The CUDA branch of all ops, compiled for this machine's processor."""
+    """Return the CUDA branch of all ops, compiled for this machine's processor."""
     return build_or_skip("specextend_emulated")
 
 
 @pytest.fixture(scope="session")
 def avx512_library() -> Library:
-    """The ops on the CPU by AVX-512, its instructions emulated."""
+    """Return the ops on the CPU by AVX-512, its instructions emulated."""
     return build_or_skip("specextend_avx512", build=build_avx512)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def emulated_isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    """SPECEXTEND_EMULATED_ISA=avx512|avx512_bf16: on the CPU, all tests by those kernels; =own: by
-    this processor's, in which tools/mutate.py plants faults."""
+    """Run all tests on the CPU by the kernels of SPECEXTEND_EMULATED_ISA=avx512|avx512_bf16; with
+    =own, by this processor's, in which tools/mutate.py plants faults."""
     name = os.environ.get("SPECEXTEND_EMULATED_ISA")
     if not name:
         yield
@@ -51,7 +51,7 @@ def emulated_isa(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[tuple[str, Scheduler]]:
-    """Each backend of this build and this machine, as its device and its schedule: backends.py."""
+    """Return each backend of this build and machine, as device and schedule: see backends.py."""
     if request.param != "emulated":
         yield request.param, Scheduler()
         return

@@ -1,4 +1,4 @@
-"""Small EAGLE heads in every dialect, and their forward in plain PyTorch.
+"""Makes small EAGLE heads in every dialect, and has their forward in plain PyTorch.
 
 Names of tensors and of configuration fields are those of published checkpoints and of the loaders
 of SGLang, vLLM and speculators.
@@ -7,6 +7,7 @@ of SGLang, vLLM and speculators.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,14 +23,14 @@ LAYERS = 5  # of the target; EAGLE-3 reads hidden states 2, 2 and 2 by default
 
 @dataclass
 class Head:
-    """One head.
+    """Holds one head.
 
     Attributes:
-        tensors: as in the file.
-        config: as in config.json.
+        tensors: by their names in the file.
+        config: what config.json holds.
         names: from names in the file to plain ones, ``l0.`` being the first layer.
         version, features, norm_before_residual, norm_output, theta: what the reference needs.
-        binary: pytorch_model.bin instead of model.safetensors.
+        binary: whether its file is pytorch_model.bin instead of model.safetensors.
     """
 
     tensors: dict[str, Tensor]
@@ -66,149 +67,227 @@ DIALECTS = (
 
 
 def make(dialect: str, hidden: int = 32, vocab: int = VOCAB, seed: int = 0) -> Head:
-    """A random head for a target of width ``hidden`` and ``LAYERS`` layers."""
-    g = torch.Generator().manual_seed(seed)
-    version = 1 if dialect.startswith("eagle1") else 3
-    size = 24 if dialect == "eagle3-other-width" else hidden
-    heads, kv, dim, mlp = 4, 2, 8, 40
-    layers = 2 if "two-layers" in dialect else 1
-    features = (LAYERS,) if version == 1 or dialect == "eagle3-last-hidden" else (2, 2, 2)
-
-    def weight(*shape):
-        return torch.randn(*shape, generator=g) / shape[-1] ** 0.5
-
-    def norm(n):
-        return 1 + 0.2 * torch.randn(n, generator=g)
-
-    t: dict[str, Tensor] = {}
-    for i in range(layers):
-        inputs = 2 * size if version == 3 and i == 0 else size
-        for name, rows, cols in (
-            ("self_attn.q_proj", heads * dim, inputs), ("self_attn.k_proj", kv * dim, inputs),
-            ("self_attn.v_proj", kv * dim, inputs), ("self_attn.o_proj", size, heads * dim),
-            ("mlp.gate_proj", mlp, size), ("mlp.up_proj", mlp, size), ("mlp.down_proj", size, mlp),
-        ):  # fmt: skip
-            t[f"layers.{i}.{name}.weight"] = weight(rows, cols)
-        t[f"layers.{i}.post_attention_layernorm.weight"] = norm(size)
-        if version == 3 and i == 0 or "sglang" in dialect:
-            t[f"layers.{i}.hidden_norm.weight"] = norm(size)
-        if version == 3 and i == 0 or i > 0 and "sglang" not in dialect:
-            t[f"layers.{i}.input_layernorm.weight"] = norm(size)
-    config = dict(
-        model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=size,
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
-        intermediate_size=mlp, vocab_size=vocab, hidden_act="silu", rms_norm_eps=1e-5,
-        max_position_embeddings=2048, head_dim=dim,
+    """Draw a random head for a target of width ``hidden`` and ``LAYERS`` layers."""
+    maker = Maker(dialect, hidden, vocab, seed)
+    maker.add_layers()
+    maker.add_ends()
+    if change := CHANGES.get(dialect):
+        change(maker)
+    if maker.version == 3 and "vllm" not in dialect and "speculators" not in dialect:
+        for name in maker.tensors:
+            if name.startswith("layers.0."):
+                maker.names[name] = name.replace("layers.0.", "midlayer.")
+    return Head(
+        {maker.names.get(name, name): tensor for name, tensor in maker.tensors.items()},
+        maker.config, {there: name for name, there in maker.names.items()},
+        maker.version, maker.features, **maker.extra,
     )  # fmt: skip
-    names: dict[str, str] = {}
-    extra: dict = {}
-    if version == 1:
-        t["fc.weight"] = weight(size, 2 * size)
-    else:
-        t["norm.weight"] = norm(size)
-        if dialect != "eagle3-last-hidden":
-            t["fc.weight"] = weight(size, len(features) * hidden)
-        if dialect not in ("eagle3-shared-head", "eagle3-tied", "eagle3-vllm"):
-            ids = torch.randperm(vocab, generator=g)[:DRAFT_VOCAB].sort().values
+
+
+class Maker:
+    """Draws the tensors that all dialects have; a function of CHANGES then adds what one has.
+
+    Attributes:
+        tensors: by their plain names.
+        config: what config.json will hold.
+        names: from plain names to those in the file, where they differ.
+        extra: arguments of ``Head`` besides.
+    """
+
+    heads, kv, dim, mlp = 4, 2, 8, 40
+
+    def __init__(self, dialect: str, hidden: int, vocab: int, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.dialect, self.hidden, self.vocab = dialect, hidden, vocab
+        self.version = 1 if dialect.startswith("eagle1") else 3
+        self.size = 24 if dialect == "eagle3-other-width" else hidden
+        self.layers = 2 if "two-layers" in dialect else 1
+        last_alone = self.version == 1 or dialect == "eagle3-last-hidden"
+        self.features = (LAYERS,) if last_alone else (2, 2, 2)
+        self.tensors: dict[str, Tensor] = {}
+        self.names: dict[str, str] = {}
+        self.extra: dict = {}
+        self.config = dict(
+            model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=self.size,
+            num_hidden_layers=self.layers, num_attention_heads=self.heads,
+            num_key_value_heads=self.kv, intermediate_size=self.mlp, vocab_size=vocab,
+            hidden_act="silu", rms_norm_eps=1e-5, max_position_embeddings=2048, head_dim=self.dim,
+        )  # fmt: skip
+
+    def weight(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator) / shape[-1] ** 0.5
+
+    def norm(self, n: int) -> Tensor:
+        return 1 + 0.2 * torch.randn(n, generator=self.generator)
+
+    def add_layers(self) -> None:
+        t, size, sglang = self.tensors, self.size, "sglang" in self.dialect
+        queries, keys = self.heads * self.dim, self.kv * self.dim
+        for i in range(self.layers):
+            takes_both = self.version == 3 and i == 0  # embeddings and features, side by side
+            inputs = 2 * size if takes_both else size
+            for name, rows, columns in (
+                ("self_attn.q_proj", queries, inputs), ("self_attn.k_proj", keys, inputs),
+                ("self_attn.v_proj", keys, inputs), ("self_attn.o_proj", size, queries),
+                ("mlp.gate_proj", self.mlp, size), ("mlp.up_proj", self.mlp, size),
+                ("mlp.down_proj", size, self.mlp),
+            ):  # fmt: skip
+                t[f"layers.{i}.{name}.weight"] = self.weight(rows, columns)
+            t[f"layers.{i}.post_attention_layernorm.weight"] = self.norm(size)
+            if takes_both or sglang:
+                t[f"layers.{i}.hidden_norm.weight"] = self.norm(size)
+            if takes_both or i > 0 and not sglang:
+                t[f"layers.{i}.input_layernorm.weight"] = self.norm(size)
+
+    def add_ends(self) -> None:
+        """Add what stands before the layers and behind them."""
+        t, size, vocab = self.tensors, self.size, self.vocab
+        if self.version == 1:
+            t["fc.weight"] = self.weight(size, 2 * size)
+            return
+        t["norm.weight"] = self.norm(size)
+        if self.dialect != "eagle3-last-hidden":
+            t["fc.weight"] = self.weight(size, len(self.features) * self.hidden)
+        if self.dialect not in ("eagle3-shared-head", "eagle3-tied", "eagle3-vllm"):
+            ids = torch.randperm(vocab, generator=self.generator)[:DRAFT_VOCAB].sort().values
             t["d2t"] = ids - torch.arange(DRAFT_VOCAB)
             t["t2d"] = torch.zeros(vocab, dtype=torch.bool).scatter(0, ids, True)
-            t["lm_head.weight"] = weight(DRAFT_VOCAB, size)
-            config["draft_vocab_size"] = DRAFT_VOCAB
+            t["lm_head.weight"] = self.weight(DRAFT_VOCAB, size)
+            self.config["draft_vocab_size"] = DRAFT_VOCAB
 
-    if dialect in ("eagle1", "eagle1-own-embedding"):
-        t["fc.bias"] = weight(size)
-        config["bias"] = True
-        extra["binary"] = True
-        if dialect == "eagle1-own-embedding":
-            t["embed_tokens.weight"] = weight(vocab, size)
-    elif dialect == "eagle1-qwen2":
-        for name, rows in (("q", heads * dim), ("k", kv * dim), ("v", kv * dim)):
-            t[f"layers.0.self_attn.{name}_proj.bias"] = weight(rows)
-        config.update(bias=False, rope_theta=500.0)
-        extra["theta"] = 500.0
-    elif dialect == "eagle1-speculators":
-        t["layers.0.input_layernorm.weight"] = norm(size)
-        t["embed_norm.weight"], t["norm.weight"] = norm(size), norm(size)
-        t["fc.bias"] = weight(size)
-        names = {
-            k: k.replace("layers.0.", "transformer.").replace("fc.", "fusion_fc.")
-            .replace("embed_norm", "embedding_layernorm")
-            for k in t
-        }  # fmt: skip
-        names["norm.weight"] = "pre_lm_head_layernorm.weight"
-        config = dict(
-            speculators_model_type="eagle", architectures=["EagleSpeculator"], layernorms=True,
-            fusion_bias=True, transformer_layer_config=config,
-        )  # fmt: skip
-    elif dialect == "eagle3-vllm":
-        t["lm_head.weight"] = weight(vocab, size)
-        names = {k: f"model.{k}" for k in t if k != "lm_head.weight"}
-        config["eagle_aux_hidden_state_layer_ids"] = [1, 3, 5]
-        features = (1, 3, 5)
-    elif dialect == "eagle3-other-width":
-        t["embed_tokens.weight"] = weight(vocab, size)
-        config["target_hidden_size"] = hidden
-    elif dialect == "eagle3-specforge":
-        config.update(
-            architectures=["LlamaForCausalLMEagle3"],
-            eagle_config=dict(
-                eagle_aux_hidden_state_layer_ids=[0, 2, 3], use_aux_hidden_state=True
-            ),
-            rope_theta=300.0, rope_scaling=None,
-        )  # fmt: skip
-        features = (1, 3, 4)
-        extra["theta"] = 300.0
-    elif dialect.startswith("eagle3-speculators"):
-        t["embed_tokens.weight"] = weight(vocab, size)
-        if dialect.endswith("qwen3"):
-            t["layers.0.self_attn.q_norm.weight"] = norm(dim)
-            t["layers.0.self_attn.k_norm.weight"] = norm(dim)
-        else:
-            extra["norm_before_residual"] = True  # the default
-        config = dict(
-            speculators_model_type="eagle3", architectures=["Eagle3Speculator"],
-            draft_vocab_size=config.pop("draft_vocab_size"), target_hidden_size=None,
-            eagle_aux_hidden_state_layer_ids=[0, 3, 4], transformer_layer_config=config,
-            speculators_config=dict(algorithm="eagle3", verifier=dict(name_or_path="target"),
-                                    proposal_methods=[dict(speculative_tokens=3)]),
-        )  # fmt: skip
-        config["transformer_layer_config"]["rope_parameters"] = dict(
-            rope_type="default", rope_theta=700.0
-        )
-        if dialect.endswith("qwen3"):
-            config["norm_before_residual"] = False
-        features = (0, 3, 4)
-        extra["theta"] = 700.0
-    elif dialect.startswith("eagle3.1"):
-        for i in range(3):
-            t[f"fc_norm.{i}.weight"] = norm(hidden)
-        config.update(fc_norm=True, norm_output=True)
-        extra["norm_output"] = True
-        if dialect.endswith("legacy"):
-            for i, place in enumerate(("low", "mid", "high")):
-                names[f"fc_norm.{i}.weight"] = f"aux_norm_{place}.weight"
-    elif dialect == "eagle3-norm-before-fc":
-        t["input_norm.weight"] = norm(3 * hidden)
-        config["norm_before_fc"] = True
-    elif dialect == "eagle3-shared-head":
-        config["draft_vocab_size"] = None
-    elif dialect == "eagle3-tied":
-        t["embed_tokens.weight"] = weight(vocab, size)
-        config["tie_word_embeddings"] = True
-    elif dialect == "eagle3-last-hidden":
-        config["eagle_config"] = dict(use_aux_hidden_state=False)
-    if version == 3 and not names and "vllm" not in dialect and "speculators" not in dialect:
-        names = {}
-    if version == 3 and ("vllm" not in dialect and "speculators" not in dialect):
-        for k in t:
-            if k.startswith("layers.0."):
-                names[k] = k.replace("layers.0.", "midlayer.")
-    if dialect == "eagle3":
-        extra["binary"] = True
-    return Head(
-        {names.get(k, k): v for k, v in t.items()}, config,
-        {v: k for k, v in names.items()}, version, features, **extra,
+
+def _eagle1(m: Maker) -> None:
+    m.tensors["fc.bias"] = m.weight(m.size)
+    m.config["bias"] = True
+    m.extra["binary"] = True
+
+
+def _eagle1_own_embedding(m: Maker) -> None:
+    _eagle1(m)
+    _own_embedding(m)
+
+
+def _own_embedding(m: Maker) -> None:
+    m.tensors["embed_tokens.weight"] = m.weight(m.vocab, m.size)
+
+
+def _eagle1_qwen2(m: Maker) -> None:
+    for name, rows in (("q", m.heads * m.dim), ("k", m.kv * m.dim), ("v", m.kv * m.dim)):
+        m.tensors[f"layers.0.self_attn.{name}_proj.bias"] = m.weight(rows)
+    m.config.update(bias=False, rope_theta=500.0)
+    m.extra["theta"] = 500.0
+
+
+def _eagle1_speculators(m: Maker) -> None:
+    t = m.tensors
+    t["layers.0.input_layernorm.weight"] = m.norm(m.size)
+    t["embed_norm.weight"], t["norm.weight"] = m.norm(m.size), m.norm(m.size)
+    t["fc.bias"] = m.weight(m.size)
+    m.names = {
+        name: name.replace("layers.0.", "transformer.").replace("fc.", "fusion_fc.")
+        .replace("embed_norm", "embedding_layernorm")
+        for name in t
+    }  # fmt: skip
+    m.names["norm.weight"] = "pre_lm_head_layernorm.weight"
+    m.config = dict(
+        speculators_model_type="eagle", architectures=["EagleSpeculator"], layernorms=True,
+        fusion_bias=True, transformer_layer_config=m.config,
     )  # fmt: skip
+
+
+def _eagle3(m: Maker) -> None:
+    m.extra["binary"] = True
+
+
+def _eagle3_vllm(m: Maker) -> None:
+    m.tensors["lm_head.weight"] = m.weight(m.vocab, m.size)
+    m.names = {name: f"model.{name}" for name in m.tensors if name != "lm_head.weight"}
+    m.config["eagle_aux_hidden_state_layer_ids"] = [1, 3, 5]
+    m.features = (1, 3, 5)
+
+
+def _eagle3_other_width(m: Maker) -> None:
+    _own_embedding(m)
+    m.config["target_hidden_size"] = m.hidden
+
+
+def _eagle3_specforge(m: Maker) -> None:
+    m.config.update(
+        architectures=["LlamaForCausalLMEagle3"],
+        eagle_config=dict(eagle_aux_hidden_state_layer_ids=[0, 2, 3], use_aux_hidden_state=True),
+        rope_theta=300.0, rope_scaling=None,
+    )  # fmt: skip
+    m.features = (1, 3, 4)
+    m.extra["theta"] = 300.0
+
+
+def _eagle3_speculators(m: Maker) -> None:
+    _own_embedding(m)
+    m.config = dict(
+        speculators_model_type="eagle3", architectures=["Eagle3Speculator"],
+        draft_vocab_size=m.config.pop("draft_vocab_size"), target_hidden_size=None,
+        eagle_aux_hidden_state_layer_ids=[0, 3, 4], transformer_layer_config=m.config,
+        speculators_config=dict(algorithm="eagle3", verifier=dict(name_or_path="target"),
+                                proposal_methods=[dict(speculative_tokens=3)]),
+    )  # fmt: skip
+    m.config["transformer_layer_config"]["rope_parameters"] = dict(
+        rope_type="default", rope_theta=700.0
+    )
+    m.features = (0, 3, 4)
+    m.extra["theta"] = 700.0
+    if m.dialect.endswith("qwen3"):
+        m.tensors["layers.0.self_attn.q_norm.weight"] = m.norm(m.dim)
+        m.tensors["layers.0.self_attn.k_norm.weight"] = m.norm(m.dim)
+        m.config["norm_before_residual"] = False
+    else:
+        m.extra["norm_before_residual"] = True  # the default
+
+
+def _eagle3_1(m: Maker) -> None:
+    for i, place in enumerate(("low", "mid", "high")):
+        m.tensors[f"fc_norm.{i}.weight"] = m.norm(m.hidden)
+        if m.dialect.endswith("legacy"):
+            m.names[f"fc_norm.{i}.weight"] = f"aux_norm_{place}.weight"
+    m.config.update(fc_norm=True, norm_output=True)
+    m.extra["norm_output"] = True
+
+
+def _eagle3_norm_before_fc(m: Maker) -> None:
+    m.tensors["input_norm.weight"] = m.norm(3 * m.hidden)
+    m.config["norm_before_fc"] = True
+
+
+def _eagle3_shared_head(m: Maker) -> None:
+    m.config["draft_vocab_size"] = None
+
+
+def _eagle3_tied(m: Maker) -> None:
+    _own_embedding(m)
+    m.config["tie_word_embeddings"] = True
+
+
+def _eagle3_last_hidden(m: Maker) -> None:
+    m.config["eagle_config"] = dict(use_aux_hidden_state=False)
+
+
+CHANGES: dict[str, Callable[[Maker], None]] = {
+    "eagle1": _eagle1,
+    "eagle1-own-embedding": _eagle1_own_embedding,
+    "eagle1-qwen2": _eagle1_qwen2,
+    "eagle1-speculators": _eagle1_speculators,
+    "eagle3": _eagle3,
+    "eagle3-other-width": _eagle3_other_width,
+    "eagle3-specforge": _eagle3_specforge,
+    "eagle3-vllm": _eagle3_vllm,
+    "eagle3-speculators": _eagle3_speculators,
+    "eagle3-speculators-qwen3": _eagle3_speculators,
+    "eagle3.1": _eagle3_1,
+    "eagle3.1-legacy": _eagle3_1,
+    "eagle3-norm-before-fc": _eagle3_norm_before_fc,
+    "eagle3-shared-head": _eagle3_shared_head,
+    "eagle3-tied": _eagle3_tied,
+    "eagle3-last-hidden": _eagle3_last_hidden,
+}
 
 
 def rms(x: Tensor, weight: Tensor | None, eps: float = 1e-5) -> Tensor:
@@ -216,16 +295,16 @@ def rms(x: Tensor, weight: Tensor | None, eps: float = 1e-5) -> Tensor:
 
 
 def reference(head: Head, target, tokens: Tensor, features: Tensor, steps: int):
-    """What the head proposes behind every position, from the papers' equations, in fp64.
+    """Return what the head proposes behind every position, from the papers' equations, in fp64.
 
-    Chain by chain, every one with a causal forward of its own over all that it sees.
+    Chains are computed one by one, each with a causal forward of its own over all that it sees.
 
     Args:
         tokens: [L]. features: [L, F].
 
     Returns:
-        by (t, step): logits over the draft's vocabulary and the next hidden state, where row t
-        knows features up to t and tokens up to t + 1 + step.
+        A dict by (t, step) of logits over the draft's vocabulary and the next hidden state, where
+        row t knows features up to t and tokens up to t + 1 + step.
     """
     w = {k: v.double() if v.is_floating_point() else v for k, v in head.plain.items()}
     embedding = w.get("embed_tokens.weight", target.get_input_embeddings().weight.double())
@@ -255,7 +334,7 @@ def reference(head: Head, target, tokens: Tensor, features: Tensor, steps: int):
 
 
 def causal_forward(head: Head, w, embeds: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and hidden state of the last row of [n, H] inputs."""
+    """Return output and hidden state of the last row of [n, H] inputs."""
     embeds = rms(embeds, w.get("embed_norm.weight"))
     x = hidden
     if head.version == 1:

@@ -1,4 +1,4 @@
-"""Generations that a test watches or steers, for ``SpecExtend(..., generation=...)``."""
+"""Makes generations that a test watches or steers, for ``SpecExtend(..., generation=...)``."""
 
 from __future__ import annotations
 

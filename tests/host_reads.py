@@ -11,7 +11,7 @@ READERS = ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__ind
 
 
 def reads_per_round(stream: Iterator, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Runs a stream to its end; the names of the calls of each round, its prefill left out."""
+    """Run a stream to its end, and return the names of the calls of each round but the prefill."""
     reads: list[str] = []
     for name in READERS:
         original = getattr(torch.Tensor, name)

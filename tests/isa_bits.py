@@ -1,4 +1,4 @@
-"""Results of the vectorised ops as digests, to compare the instruction sets bit by bit.
+"""Gives results of the vectorised ops as digests, to compare the instruction sets bit by bit.
 
 Run as a program with SPECEXTEND_CPU_ISA set, it prints {op: digest}.
 """
@@ -12,13 +12,13 @@ from specextend import _C, ops
 
 
 def runnable() -> list[str]:
-    """The instruction sets that this machine runs, up to the one in use, the plainest first."""
+    """Return the instruction sets that this machine runs, up to the one in use, plainest first."""
     isas = _C.cpu_isas()
     return isas[: isas.index(_C.cpu_isa()) + 1]
 
 
 def hard_logits(dtype: torch.dtype, vocab: int) -> torch.Tensor:
-    """[2, 3, vocab]: rows where roundings, ties and underflow show."""
+    """Return logits [2, 3, vocab] with rows where roundings, ties and underflow show."""
     generator = torch.Generator().manual_seed(vocab)
     logits = torch.randn(2, 3, vocab, generator=generator) * 4
     logits[0, 0, :: max(2, vocab // 5)] = -torch.inf
@@ -90,7 +90,7 @@ OPS = {
 
 
 def digest(op: str) -> str:
-    """Of the op's results under the instruction set of this process."""
+    """Digest the op's results under the instruction set of this process."""
     bits = hashlib.sha256()
     for tensor in OPS[op]():
         bits.update(tensor.contiguous().numpy().tobytes())

@@ -1,4 +1,4 @@
-"""KV caches in every layout, with guards around them."""
+"""Makes KV caches in every layout, with guards around them."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def as_bits(t: Tensor) -> Tensor:
-    """The same memory as integers, so that NaN equals itself and -0 is not 0."""
+    """View the same memory as integers, so that NaN equals itself and -0 is not 0."""
     sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return t.view(sizes[t.element_size()])
 
@@ -18,7 +18,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 class Guarded:
-    """A tensor [B, S, H, D] inside a larger one of NaN, all of which can be compared.
+    """Holds a tensor [B, S, H, D] inside a larger one of NaN, all of which can be compared.
 
     Attributes:
         t: the tensor, in the layout asked for.
@@ -46,7 +46,7 @@ class Guarded:
         self.t.copy_(values.to(dtype))
 
     def twin(self) -> "Guarded":
-        """Another one of the same contents and layout, elsewhere."""
+        """Make another one of the same contents and layout, elsewhere."""
         other = object.__new__(Guarded)
         other.base = self.base.clone()
         other.t = torch.as_strided(
@@ -55,7 +55,7 @@ class Guarded:
         return other
 
     def poison(self, lens: list[int]) -> "Guarded":
-        """NaN from row lens[b] on."""
+        """Write NaN from row lens[b] on."""
         for b, length in enumerate(lens):
             self.t[b, max(length, 0) :] = torch.nan
         return self

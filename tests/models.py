@@ -1,4 +1,4 @@
-"""Tiny random models of many families, for tests of the loop."""
+"""Makes tiny random models of many families, for tests of the loop."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _BASE = dict(
 )
 # Tied, some random models repeat their last token for ever.
 _UNTIED = dict(tie_word_embeddings=False)
-_WINDOW = 24  # of the models with sliding layers: shorter than the tests' prompts
+_WINDOW = 24  # that models with sliding layers see: shorter than the tests' prompts
 _MOE = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 
-# What differs from _BASE. head_dim must be a multiple of 8.
+# Each family lists what differs from _BASE. head_dim must be a multiple of 8.
 FAMILIES: dict[str, dict] = {
     "llama": {},
     "qwen2": {},
@@ -75,7 +75,7 @@ FAMILIES: dict[str, dict] = {
 def tiny_model(
     family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes
 ) -> PreTrainedModel:
-    """A random model of ``family``, in evaluation mode, the same for the same seed."""
+    """Make a random model of ``family``, in evaluation mode, the same for the same seed."""
     kwargs = {**_BASE, **FAMILIES[family], **changes}
     if family == "gpt2":
         for name in (
@@ -98,6 +98,6 @@ def tiny_model(
 
 
 def prompt(length: int, seed: int = 0) -> torch.Tensor:
-    """[1, length] random token ids, none of them special."""
+    """Draw [1, length] random token ids, none of them special."""
     generator = torch.Generator().manual_seed(1000 + seed)
     return torch.randint(3, VOCAB, (1, length), generator=generator)

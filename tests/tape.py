@@ -1,4 +1,4 @@
-"""A CUDA graph's stand-in on the CPU: the ops of a function, recorded and done again.
+"""Stands in for CUDA graphs on the CPU: records the ops of a function, and does them again.
 
 What would break or betray a capture shows here, too: a value read by the host, a tensor made from
 host memory, a number that the host computed while recording and that no longer holds.
@@ -49,7 +49,7 @@ def _indices(args):
 
 @contextmanager
 def _no_lists():
-    """``tolist`` and ``numpy`` do not go through the dispatcher."""
+    """Refuse ``tolist`` and ``numpy``, which do not go through the dispatcher."""
     originals = {name: getattr(torch.Tensor, name) for name in ("tolist", "numpy")}
 
     def refuse(self, *args, **kwargs):

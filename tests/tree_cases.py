@@ -1,4 +1,4 @@
-"""Random draft trees for the tests of the ops that build and walk them."""
+"""Draws random draft trees for the tests of the ops that build and walk them."""
 
 import random
 
@@ -6,7 +6,7 @@ import torch
 
 
 def random_parents(rng: random.Random, num_nodes: int, shuffle: bool = False) -> list[int]:
-    """Parents of a random tree, node 0 the root; shuffled, parents may come after children."""
+    """Draw the parents of a random tree, node 0 the root; shuffled, they may follow children."""
     shape = rng.choice(["wide", "deep", "any"])
     parents = [-1]
     for node in range(1, num_nodes):
@@ -23,7 +23,7 @@ def random_parents(rng: random.Random, num_nodes: int, shuffle: bool = False) ->
 
 
 def ancestors(parents: list[int], node: int) -> list[int]:
-    """The path from the root to `node`, both included."""
+    """Return the path from the root to ``node``, both included."""
     path = [node]
     while path[-1] > 0:
         path.append(parents[path[-1]])
@@ -31,6 +31,6 @@ def ancestors(parents: list[int], node: int) -> list[int]:
 
 
 def unpack_mask(mask: torch.Tensor, num_keys: int) -> torch.Tensor:
-    """Packed [..., words] int64 -> bool [..., num_keys]."""
+    """Unpack [..., words] int64 to bool [..., num_keys]."""
     keys = torch.arange(num_keys)
     return (mask[..., keys // 64] >> (keys % 64)) & 1 == 1

@@ -1,4 +1,4 @@
-"""Tensors with strides beyond 32 bits, in memory of which only the elements are ever touched."""
+"""Makes tensors with strides beyond 32 bits, in memory of which only elements are ever touched."""
 
 import math
 import mmap
@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-MAP_NORESERVE = 0x4000  # Linux; the module `mmap` has it from Python 3.13 on
+MAP_NORESERVE = 0x4000  # on Linux; the module `mmap` has it from Python 3.13 on
 
 
 def spread(t: Tensor, dim: int, device: str = "cpu", far: int = 2**32) -> Tensor:
-    """A copy of ``t`` with a stride beyond ``far`` elements in one dimension.
+    """Copy ``t``, with a stride beyond ``far`` elements in one dimension.
 
     The low 32 bits of any offset in it are those of another place in its memory, which reads as 0:
     what computes with 32 bits is wrong there and does not crash.
