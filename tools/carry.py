@@ -2,11 +2,12 @@
 
     python tools/carry.py [--python python3.12] [--torch 2.11.0]
 
-In a clean environment of that Python and torch (build/carry/venv), for sm_90 and sm_90a alone. Says
-what to carry along with the source tree: the module, which `bench/gpu/a_right.py` puts in its place
-there, and those of CUTLASS's headers that it is built with, should it have to be built there.
+It is built in a clean environment of that Python and torch (build/carry/venv), for sm_90 and sm_90a
+alone. The script says what to carry along with the source tree: the module, which
+`bench/gpu/a_right.py` puts in its place there, and those of CUTLASS's headers that it is built
+with, should it have to be built there.
 
-No GPU is needed here, but nvcc. What can be tried without a GPU is tried: that the module loads,
+No GPU is needed here, but nvcc is. What can be tried without a GPU is tried: that the module loads,
 `specextend info`, the operators on the CPU.
 """
 
@@ -33,7 +34,7 @@ def run(*command, cwd=ROOT, **variables):
 
 
 def environment(python, torch, index):
-    """A clean environment, and its Python."""
+    """Make a clean environment, unless it is there, and return its Python."""
     version = ask(python, "import sys; print('%d.%d' % sys.version_info[:2])")
     if version is None:
         fail(f"{python} is not there: name another with --python")
@@ -49,7 +50,7 @@ def environment(python, torch, index):
 
 
 def headers(python):
-    """CUTLASS, of the pinned package."""
+    """Fetch CUTLASS by the pinned package, and return its folder."""
     wheel = FOLDER / "wheel"
     if not wheel.exists():
         run(python, "-m", "pip", "install", "-q", "--no-deps", "--target", wheel, pins()[HEADERS])
@@ -57,7 +58,7 @@ def headers(python):
 
 
 def build(python, cutlass):
-    """The module; and of CUTLASS's headers those that it was built with."""
+    """Build the module and return it; lay those of CUTLASS's headers beside it that it used."""
     shutil.rmtree(MODULE, ignore_errors=True)
     options = [
         "-DSPECEXTEND_CUDA_ARCHS=90-real", "-DSPECEXTEND_SM90A=ON",
@@ -86,7 +87,7 @@ def build(python, cutlass):
 
 
 def try_it(python, module):
-    """As far as it goes without a GPU, from a copy of the package with the module in its place."""
+    """Try what goes without a GPU, in a copy of the package with the module in its place."""
     place = FOLDER / "tried"
     shutil.rmtree(place, ignore_errors=True)
     ignored = shutil.ignore_patterns("_C.*.so", "__pycache__")

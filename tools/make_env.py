@@ -2,7 +2,7 @@
 
 A torch that the running Python has already is used where it lies: the new environment is laid over
 that Python's packages, nothing of which is changed, and pins then count only for what is missing.
-Needs the standard library alone; may run again over a half-made environment.
+It needs the standard library alone, and may run again over a half-made environment.
 """
 
 import argparse
@@ -18,8 +18,8 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-HEADERS = "nvidia-cutlass"  # of which nothing is imported: its dependencies are left out
-LINTERS = ("ruff", "clang-format")  # which `make lint` installs
+HEADERS = "nvidia-cutlass"  # nothing is imported from it: its dependencies are left out
+LINTERS = ("ruff", "clang-format")  # `make lint` installs them
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # PyPI's torch for x86-64 brings CUDA: gigabytes
 
 
@@ -28,7 +28,7 @@ def fail(text):
 
 
 def ask(python, code):
-    """What a line of Python prints in another interpreter; None if it fails there."""
+    """Return what a line of Python prints in another interpreter; None if it fails there."""
     command = [str(python), "-c", code]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, cwd=tempfile.gettempdir())
@@ -38,7 +38,7 @@ def ask(python, code):
 
 
 def numbers(version):
-    """(2, 13, 0) of "2.13.0+cpu"."""
+    """Turn "2.13.0+cpu" into (2, 13, 0)."""
     return tuple(int(n) for n in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
@@ -86,20 +86,20 @@ def check_compiler():
 
 
 def pins():
-    """{name: requirement line} of constraints.txt."""
+    """Read {name: requirement line} from constraints.txt."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     lines = [line.partition("#")[0].strip() for line in lines]
     return {line.partition("==")[0]: line for line in lines if line}
 
 
 def ranges():
-    """{name: ">=2.10,<2.16"} that the package itself asks for. (tomllib is not in Python 3.10.)"""
+    """Read {name: ">=2.10,<2.16"}, what the package asks for. (Python 3.10 has no tomllib.)"""
     text = (ROOT / "pyproject.toml").read_text()
     return dict(re.findall(r'"([\w.-]+)(>=[\d.]+(?:,<[\d.]+)?)"', text))
 
 
 def is_in(version, allowed):
-    """Whether a version is within a range like ">=2.10,<2.16"; all are within ""."""
+    """Say whether a version is within a range like ">=2.10,<2.16"; all are within ""."""
     least, _, end = allowed.partition(",")
     at = numbers(version)
     return at >= numbers(least) and (not end or at < numbers(end))
@@ -111,7 +111,7 @@ def is_installed(python, name, allowed):
 
 
 def own_torch(allowed):
-    """Version of the torch that the running Python imports, None if there is none to be kept."""
+    """Return the version of the running Python's torch, None if there is none to be kept."""
     version = ask(sys.executable, "import torch; print(torch.__version__)")
     if version and not is_in(version, allowed):
         print(f"environment: torch {version} of {sys.executable} is not {allowed}: not used")
@@ -127,7 +127,7 @@ def has_gpu():
 
 
 def torch_options(index):
-    """pip's options for torch: ``index``, a URL, "" for none, or "auto"."""
+    """Return pip's options for torch; ``index`` is a URL, "" for none, or "auto"."""
     if index != "auto":
         return ["--extra-index-url", index] if index else []
     if has_gpu():
@@ -163,7 +163,7 @@ def make_venv(folder, over_own_packages):
     if ran.returncode:
         fail(f"{' '.join(command)} failed:\n{(ran.stdout + ran.stderr).strip()}")
     if over_own_packages and sys.prefix != sys.base_prefix:
-        # The running Python is of a virtual environment, which --system-site-packages looks past.
+        # The running Python is a virtual environment's, which --system-site-packages looks past.
         theirs = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
         ours = ask(python, "import sysconfig; print(sysconfig.get_path('purelib'))")
         lines = "".join(f"import site; site.addsitedir({path!r})\n" for path in theirs)

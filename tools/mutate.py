@@ -5,8 +5,8 @@
 The faults are listed in tools/mutants/. Each is run against the tests that it names, on this
 machine's processor: CUDA kernels by the emulation, CPU kernels and the partition of attention work
 by libraries built of the same sources, Python as it is. Nothing is written into the tree. A fault
-in C++ lies in a folder that tests/emulation compiles what it changes from; one in Python in a tree
-of links to this one.
+in C++ lies in a folder from which tests/emulation compiles what it changes; one in Python lies in a
+tree of links to this one.
 
 Results are kept in build/mutants/results.json as they come: what was begun can be gone on with, and
 only faults are run again whose file, tests or own text, or the emulation, have changed (--again:
@@ -42,18 +42,18 @@ from mutants import ROOT, Area, Mutant, areas
 FOLDER = ROOT / "build" / "mutants"
 RESULTS = FOLDER / "results.json"
 WANTED = 0.95
-SECONDS = 300  # that a fault's tests may take; they are over in much less, or hang
-COMMON = ("tests/conftest.py", "tests/backends.py")  # to all tests, besides their own file
+SECONDS = 300  # a fault's tests may take so long; they are over in much less, or hang
+COMMON = ("tests/conftest.py", "tests/backends.py")  # all tests use them besides their own file
 
 
 @dataclass
 class Result:
-    """What became of a fault.
+    """Says what became of a fault.
 
     Attributes:
         outcome: "found", "survived" or "broken".
-        by: the test that failed, and the first line of its error; what is broken.
-        seconds: with what had to be compiled.
+        by: the test that failed, and the first line of its error; or what is broken.
+        seconds: how long it took, with what had to be compiled.
     """
 
     outcome: str
@@ -71,14 +71,14 @@ def files_of(tests: tuple[str, ...]) -> list[str]:
 
 @functools.cache
 def emulation() -> list[str]:
-    """What kernels run on."""
+    """List the files that kernels run on."""
     folder = ROOT / "tests" / "emulation"
     files = [path for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h", ".cuh")]
     return sorted(str(path.relative_to(ROOT)) for path in files)
 
 
 def digest(area: Area, mutant: Mutant) -> str:
-    """Of all that a result is kept for."""
+    """Digest all that a result depends on."""
     said = {**asdict(mutant), "why_it_survives": ""}
     parts = [json.dumps([said, area.keyword, area.environment], sort_keys=True)]
     for file in (mutant.file, *files_of(mutant.tests), *COMMON, *emulation()):
@@ -87,7 +87,7 @@ def digest(area: Area, mutant: Mutant) -> str:
 
 
 class Kept:
-    """Results by digest, in a file that is whole at any time."""
+    """Keeps results by digest, in a file that is whole at any time."""
 
     def __init__(self):
         self.results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -112,11 +112,11 @@ class Kept:
 
 
 def plant_in_cpp(mutant: Mutant, folder: Path) -> dict[str, str]:
-    """Variables by which the tests' libraries have the fault."""
+    """Write the fault, and return variables by which the tests' libraries have it."""
     changed = folder / "overlay" / mutant.file
     changed.parent.mkdir(parents=True)
     changed.write_text(mutant.planted(), encoding="utf-8")
-    # A header finds those beside it before all others: they come along.
+    # Headers find those beside them before all others, which therefore come along.
     for header in (ROOT / mutant.file).parent.glob("*.h"):
         if header.name != changed.name:
             (changed.parent / header.name).symlink_to(header)
@@ -125,7 +125,7 @@ def plant_in_cpp(mutant: Mutant, folder: Path) -> dict[str, str]:
 
 
 def plant_in_python(mutant: Mutant, folder: Path) -> None:
-    """A tree of links to this one, with one file changed."""
+    """Make a tree of links to this one, with one file changed."""
     link_tree(folder)
     changed = folder / mutant.file
     changed.unlink()
@@ -146,14 +146,14 @@ def link_tree(folder: Path) -> None:
 
 
 def run_tests(tests: list[str], keyword: str, tree: Path, variables: dict, seconds: float):
-    """(status, output) of pytest; the status is None where it took too long.
+    """Run pytest and return (status, output); the status is None where it took too long.
 
     The tests come first in the tree that is given, also for the processes that they start.
     """
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", keyword]
     path = [str(tree), *filter(None, [variables.get("PYTHONPATH")])]
     variables = {
-        # One thread each, and processes that need not compile the bytecode of torch anew.
+        # Tests have one thread each, and their processes need not compile torch's bytecode anew.
         "OMP_NUM_THREADS": "1",
         **variables,
         "PYTHONPATH": os.pathsep.join(path),
@@ -178,7 +178,7 @@ def run_tests(tests: list[str], keyword: str, tree: Path, variables: dict, secon
 
 
 def judge(status: int | None, output: str) -> tuple[str, str]:
-    """Outcome and its reason, of what pytest has returned and printed."""
+    """Return the outcome and its reason, from what pytest has returned and printed."""
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+(?: .*)?)$", output, re.MULTILINE)
     first = failed[0][:200] if failed else ""
     if "does not compile" in output:
@@ -197,19 +197,19 @@ def judge(status: int | None, output: str) -> tuple[str, str]:
 
 
 def crashed_in(output: str) -> str:
-    """The innermost frame of a test that faulthandler has shown."""
+    """Find the innermost frame of a test that faulthandler has shown."""
     frames = re.findall(r'File "[^"]*/(tests/[^"]+)", line (\d+)', output)
     return ":".join(frames[0]) if frames else "a test"
 
 
 def stages(mutant: Mutant) -> list[list[str]]:
-    """The tests that it names one by one, then whole files: pytest has an order of its own."""
+    """Return the tests that it names one by one, then its files: pytest has an order of its own."""
     single = [test for test in mutant.tests if "::" in test]
     return [tests for tests in (single, [t for t in mutant.tests if t not in single]) if tests]
 
 
 def union(mutants: list[Mutant]) -> list[str]:
-    """All tests that they name, none twice."""
+    """Return all tests that they name, none twice."""
     tests = dict.fromkeys(test for mutant in mutants for test in mutant.tests)
     return [test for test in tests if "::" not in test or test.split("::")[0] not in tests]
 
@@ -222,11 +222,11 @@ class Workers:
         self._folders: SimpleQueue[Path] = SimpleQueue()
         for i in range(jobs):
             self._folders.put(FOLDER / f"worker_{i}")
-        # Cores that compile: the workers share them.
+        # The workers share the cores that compile.
         self._jobs = {"MAX_JOBS": str(max(1, (os.cpu_count() or 1) // jobs))}
 
     def check(self, area: Area, mutants: list[Mutant]) -> None:
-        """The tests as they are; what fails without a fault finds none."""
+        """Run the tests as they are: what fails without a fault finds none."""
         variables = {**self._jobs, **area.variables()}
         start = time.monotonic()
         status, output = run_tests(union(mutants), area.keyword, ROOT, variables, 3600)
@@ -272,7 +272,7 @@ def line(area: Area, mutant: Mutant, result: Result) -> str:
 
 
 def summary(results: list[tuple[Area, Mutant, Result]]) -> float:
-    """Print the totals; the part that was found."""
+    """Print the totals, and return the part that was found."""
     names = list(dict.fromkeys(area.name for area, _, _ in results))
     print(f"\n{'area':10s} {'faults':>7s} {'found':>7s} {'survived':>9s} {'broken':>7s} {'':>7s}")
     for name in [*names, "all"]:

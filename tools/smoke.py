@@ -3,12 +3,12 @@
     python tools/smoke.py newest    # the newest that pip may choose, then the newest there are
     python tools/smoke.py oldest    # the oldest that pip may choose
 
-Each time as a user would: an environment of its own (build/smoke), torch, `pip install .` in a
-fresh clone of the last commit; then tests/test_smoke.py, about a minute, in that clone.
+Each is installed as a user would: an environment of its own (build/smoke), torch, `pip install .`
+in a fresh clone of the last commit; then tests/test_smoke.py runs in that clone, about a minute.
 
 The newest that there are may lie outside the range. That they fail is only told as long as they are
-younger than two weeks: whoever changes the project that day need not mend it. Needs git and a
-package index, and the standard library alone.
+younger than two weeks: whoever changes the project that day need not mend it. The script needs git
+and a package index, and the standard library alone.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def named(versions):
 
 
 def runs(command, **options):
-    """Whether a command succeeds; what it prints is shown where it does not."""
+    """Say whether a command succeeds; show what it prints where it does not."""
     ran = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
     )
@@ -59,7 +59,7 @@ def runs(command, **options):
 
 
 def environment(name):
-    """The Python of build/smoke/``name``, with a pip that knows the dates of releases."""
+    """Make build/smoke/``name`` with a pip that knows dates of releases; return its Python."""
     folder = FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
     python = make_venv(folder / "venv", over_own_packages=False)
@@ -69,9 +69,9 @@ def environment(name):
 
 
 def resolve(python, requirements, index, before=None):
-    """{package: version} that pip would install today, or would have installed ``before`` a time.
+    """Return {package: version}, as pip would install today, or would have ``before`` a time.
 
-    None if pip finds none, which may be because the index does not say when its files came.
+    It is None if pip finds none, perhaps because the index does not say when its files came.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
@@ -87,7 +87,7 @@ def resolve(python, requirements, index, before=None):
 
 
 def clone(folder):
-    """The last commit, in a folder."""
+    """Clone the last commit into a folder."""
     command = ["git", "clone", "--quiet", "--no-local", str(ROOT), str(folder)]
     if not runs(command):
         sys.exit(1)
@@ -97,7 +97,7 @@ def clone(folder):
 
 
 def lift_upper_ends(project):
-    """What raising the ranges would do, if they had no end."""
+    """Leave out where the ranges end, which is what raising them would do."""
     text = project.read_text()
     for name in PACKAGES:
         text = re.sub(rf'"({name}>=[\d.]+),<[\d.]+"', r'"\1"', text)
@@ -105,7 +105,7 @@ def lift_upper_ends(project):
 
 
 def smoke(name, versions, index):
-    """Install and try one combination; whether all of it works."""
+    """Install and try one combination, and say whether all of it works."""
     start = time.monotonic()
     say(f"{named(versions)}: installing")
     python = environment(name)

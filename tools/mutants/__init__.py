@@ -1,4 +1,4 @@
-"""Faults for ``tools/mutate.py``, by the area that they are planted in."""
+"""Lists faults for ``tools/mutate.py``, by the area that they are planted in."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Mutant:
-    """A fault: one change of one file, which some test must notice.
+    """Describes a fault: one change of one file, which some test must notice.
 
     Attributes:
         name: what is wrong.
-        file: below the root.
+        file: its path below the root.
         old, new: ``old``, which is in the file once, becomes ``new``.
         tests: files of tests or ids of tests in them, as pytest takes them; run until one fails,
             the files last.
-        sources: below the root, what has to be compiled again for it; of a fault in C++.
+        sources: what has to be compiled again for a fault in C++, as paths below the root.
         why_it_survives: why no test can notice. It counts as not found all the same.
     """
 
@@ -32,7 +32,7 @@ class Mutant:
     why_it_survives: str = ""
 
     def planted(self) -> str:
-        """The text of the file with the fault in it."""
+        """Return the text of the file with the fault in it."""
         text = (ROOT / self.file).read_text(encoding="utf-8")
         count = text.count(self.old)
         if count != 1:
@@ -42,12 +42,12 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Area:
-    """Faults that are planted and run in one way.
+    """Holds faults that are planted and run in one way.
 
     Attributes:
-        name: in tables.
+        name: what tables call it.
         mutants: the faults.
-        keyword: of the tests that they name those are run that pytest's -k chooses by it.
+        keyword: what pytest's -k chooses by, among the tests that they name.
         environment: variables that choose what the tests run on.
     """
 
@@ -61,7 +61,7 @@ class Area:
 
 
 def areas() -> list[Area]:
-    """All faults there are."""
+    """Return all faults there are."""
     from . import cpu, cuda, python
 
     on_the_cpu = "not emulated and not cuda"

@@ -1,11 +1,11 @@
-"""Faults in the CPU kernels, and in the partition of attention work over blocks."""
+"""Lists faults in the CPU kernels, and in the partition of attention work over blocks."""
 
 from __future__ import annotations
 
 from . import Mutant
 
 CPU, ISA = "csrc/cpu", "csrc/cpu/isa"
-# The kernels that are compiled per instruction set, here for one.
+# These kernels are compiled per instruction set, here for one.
 KERNELS = ("csrc/cpu/isa/baseline.cpp",)
 
 
@@ -14,7 +14,7 @@ def op(*names: str) -> tuple[str, ...]:
 
 
 def tests(name: str, *functions: str) -> tuple[str, ...]:
-    """Of an op these."""
+    """Name these tests of an op."""
     file = f"tests/test_{name}.py"
     return tuple(f"{file}::test_{function}" for function in functions)
 

@@ -1,4 +1,4 @@
-"""Faults in the CUDA kernels, their launches and the CUDA branch of the ops."""
+"""Lists faults in the CUDA kernels, their launches and the CUDA branch of the ops."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def cuda(*names: str) -> tuple[str, ...]:
 
 
 def instance(name: str) -> tuple[str, ...]:
-    """Of the sources that csrc/cuda/attention/instantiate.py writes."""
+    """Name one of the sources that csrc/cuda/attention/instantiate.py writes."""
     return (f"build/emulation/instantiations/{name}.cu",)
 
 
 def tests(name: str, *functions: str) -> tuple[str, ...]:
-    """Of an op these, and then the others: whatever its file has for the emulation."""
+    """Name these tests of an op, and then the others that its file has for the emulation."""
     file = f"tests/test_{name}.py"
     return (*(f"{file}::test_{function}" for function in functions), file)
 
 
-# One kernel of many: bf16 and head dimensions up to 64. With chunks it is another one.
+# This is one kernel of many: bf16 and head dimensions up to 64. With chunks it is another one.
 BF16 = instance("tree_attention_bf16_d64")
 BF16_CHUNKS = instance("tree_attention_bf16_d64_chunks")
 BOTH = BF16 + BF16_CHUNKS
@@ -57,9 +57,9 @@ CHUNKED = (
 WINDOWS = ("tree_attention", "window[emulated-7-dtype2]", "window[emulated-64-dtype2]")
 CUTS = ("tree_attention", "multiprocessors[emulated-dtype2]", "batch[emulated-dtype2]")
 
-# More sequences than the largest grid takes, which then come one after the other in a block.
+# Here are more sequences than the largest grid takes: they come one after the other in a block.
 SEQUENCES = ("tests/test_emulation.py::test_one_block_for_all_sequences",)
-# All strides that an op takes, beyond 32 bits.
+# All strides that an op takes are beyond 32 bits here.
 OFFSETS = ("tests/test_offsets.py::test_strides_beyond_32_bits",)
 
 MUTANTS = [
@@ -1015,7 +1015,7 @@ MUTANTS = [
 
 # ---- tree_attention on Hopper: in a library without portable kernels --------------------------
 
-# Of d64 a ring has six places, of d256 two.
+# A ring has six places for d64, two for d256.
 D64, D256 = instance("tree_attention_d64_sm90"), instance("tree_attention_d256_sm90")
 LARGE = ("tests/test_hopper.py::test_head_dims",)
 LAUNCH90 = cuda("attention/hopper_sm90")

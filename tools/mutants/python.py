@@ -1,4 +1,4 @@
-"""Faults in the loop, its caches and its drafts."""
+"""Lists faults in the loop, its caches and its drafts."""
 
 from __future__ import annotations
 
