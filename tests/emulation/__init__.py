@@ -1,4 +1,4 @@
-"""The CUDA branch of the ops on a machine without a GPU.
+"""Builds the CUDA branch of the ops for a machine without a GPU.
 
 The CUDA sources are compiled for the host, unchanged, against the headers of ``include/``. A
 library built so registers ``torch.ops.<namespace>.<op>`` with the schemas of the real ops, for CPU
@@ -30,7 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]  # also from a tree of links to it
 HERE = ROOT / "tests/emulation"
 BUILD = ROOT / "build/emulation"
-PER_INSTRUCTION_SET = [  # ops, on the CPU
+PER_INSTRUCTION_SET = [  # these ops have kernels for each, on the CPU
     "chunk_scores",
     "expand_tree",
     "gather_chunks",
@@ -41,19 +41,19 @@ RUNTIME = sorted(set(HERE.glob("*.cpp")) - {HERE / "namespace.cpp"})
 
 
 class ToolMissing(Exception):
-    """There is no compiler, or no ninja."""
+    """Says that there is no compiler, or no ninja."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the threads of a launch, and its blocks, take turns.
+    """Says how the threads of a launch, and its blocks, take turns.
 
     Attributes:
-        seed: of all that is drawn: the order of threads and blocks, when copies land.
+        seed: decides all that is drawn: the order of threads and blocks, when copies land.
         kind: ``"random"``; ``"ahead"`` or ``"behind"``: one warp, and one lane of each, is always
             as far ahead or behind as barriers allow, and copies land as late as they may.
-        multiprocessors: of the device, which decide the size of many grids.
-        capability: of the device, ten times major plus minor.
+        multiprocessors: how many the device has, which decides the size of many grids.
+        capability: the device's, ten times major plus minor.
     """
 
     seed: int = 0
@@ -66,7 +66,7 @@ KINDS = ["random", "ahead", "behind"]
 
 
 class Library:
-    """A compiled emulation, loaded."""
+    """Holds a compiled emulation, loaded, and sets how it runs."""
 
     def __init__(self, path: Path, namespace: str | None = None):
         self.namespace = namespace
@@ -79,7 +79,7 @@ class Library:
 
     @contextlib.contextmanager
     def schedule(self, schedule: Schedule) -> Iterator[None]:
-        """Launches inside follow it."""
+        """Have the launches inside follow a schedule."""
         self._schedules.append(schedule)
         self._apply()
         try:
@@ -94,16 +94,16 @@ class Library:
 
     @property
     def early_launches(self) -> int:
-        """Launches so far that may begin before the kernel in front of them has ended."""
+        """Count the launches so far that may begin before the kernel in front has ended."""
         return self.handle.specextend_emulation_early_launches()
 
     def use_isa(self, name: str) -> None:
-        """``"avx512"`` or ``"avx512_bf16"`` from now on, in what ``build_avx512`` has built."""
+        """Use ``"avx512"`` or ``"avx512_bf16"`` from now on, in what ``build_avx512`` built."""
         self.handle.specextend_emulation_isa(int(name == "avx512_bf16"))
 
     @contextlib.contextmanager
     def guarded_memory(self) -> Iterator[None]:
-        """CPU tensors made inside are poisoned and end where memory must not be touched."""
+        """Poison CPU tensors made inside, and end them where memory must not be touched."""
         self._guard(1)
         try:
             yield
@@ -123,14 +123,14 @@ def build(
     """Compile what has changed since the last time, and link it.
 
     Args:
-        name: of the library.
+        name: the library's.
         shared: C++ and CUDA files whose objects libraries share.
-        own: those whose objects are this library's alone, and come first.
-        options: of the compiler, for ``own``; what they include comes before ``csrc/``.
+        own: files whose objects are this library's alone, and come first.
+        options: the compiler's, for ``own``; what they include comes before ``csrc/``.
 
     Raises:
-        ToolMissing: without a C++ compiler or ninja.
-        RuntimeError: with the compiler's words.
+        ToolMissing: There is no C++ compiler, or no ninja.
+        RuntimeError: The compiler fails; the message has its words.
     """
     ninja, compiler = _tool("ninja"), os.environ.get("CXX") or _tool("g++", "c++", "clang++")
     if not (ninja and compiler):
@@ -198,27 +198,27 @@ def build(
 
 
 def mutant() -> Path | None:
-    """The folder of the fault that is planted, if one is."""
+    """Return the folder of the fault that is planted, if one is."""
     folder = os.environ.get("SPECEXTEND_MUTANT")
     return Path(folder) if folder else None
 
 
 def headers() -> list[str]:
-    """Options by which a compiler finds the headers of ``csrc/``, those with a fault first."""
+    """Return the options for the headers of ``csrc/``, those with a planted fault first."""
     planted = mutant()
     return [*([f"-I{planted}/overlay/csrc"] if planted else []), f"-I{ROOT}/csrc"]
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A source below the root, what is built of it, and the compiler's options for it."""
+    """Names a source below the root, what is built of it, and the compiler's options for it."""
 
     source: str
     built: Path
     options: list[str]
 
     def planted(self, folder: Path) -> Unit:
-        """The same with the files that a fault has changed."""
+        """Return the same unit with the files that a fault has changed."""
         own = folder / "overlay" / self.source
         return Unit(
             str(own) if own.exists() else self.source,
@@ -239,14 +239,14 @@ def instantiations() -> list[Path]:
 
 
 def ops_sources() -> list[Path]:
-    """The host side of every op, and every CUDA file that a host can run."""
+    """List the host side of every op, and every CUDA file that a host can run."""
     kernels = [*(ROOT / "csrc/cuda").rglob("*.cu"), *instantiations()]
     kernels = [path for path in kernels if not path.stem.endswith("_sm90")]
     return sorted([*(ROOT / "csrc/ops").glob("*.cpp"), *kernels])
 
 
 def build_ops(namespace: str, own: Sequence[Path] = (), options: Sequence[str] = ()) -> Library:
-    """All ops, as ``torch.ops.<namespace>.*``.
+    """Build all ops, as ``torch.ops.<namespace>.*``.
 
     Args:
         own, options: as for ``build``: sources that take the place of those of the same name.
@@ -263,15 +263,16 @@ def build_ops(namespace: str, own: Sequence[Path] = (), options: Sequence[str] =
 
 
 def build_avx512(namespace: str, options: Sequence[str] = ()) -> Library:
-    """The CPU branch of the ops that are compiled per instruction set, with AVX-512's kernels.
+    """Build the CPU branch of the ops that have kernels per instruction set, with AVX-512's.
 
-    Their intrinsics are those of ``avx512/immintrin.h``. Not optimised, which would take minutes.
+    Their intrinsics are those of ``avx512/immintrin.h``. They are not optimised, which would take
+    minutes.
 
     Args:
         namespace, options: as for ``build_ops``.
 
     Raises:
-        ToolMissing: without a compiler, or a processor with AVX2.
+        ToolMissing: There is no compiler, or the processor has no AVX2.
     """
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         raise ToolMissing("emulation: AVX-512 is emulated by AVX2, which this processor lacks")
@@ -293,9 +294,9 @@ def build_avx512(namespace: str, options: Sequence[str] = ()) -> Library:
 
 
 def build_cpu(namespace: str) -> Library:
-    """The CPU branch of all ops, by AVX2 where the processor has it, else by its least.
+    """Build the CPU branch of all ops, by AVX2 where the processor has it, else by its least.
 
-    Little optimised: for faults planted in it.
+    It is optimised little, as faults are planted in it.
     """
     csrc = ROOT / "csrc"
     sources = [path for branch in ("ops", "cpu") for path in sorted((csrc / branch).glob("*.cpp"))]
@@ -303,7 +304,7 @@ def build_cpu(namespace: str) -> Library:
     path = build(
         namespace,
         RUNTIME,
-        # The one that is always there, whatever it is compiled for.
+        # The baseline is always there, whatever it is compiled for.
         [*sources, csrc / "cpu/isa/baseline.cpp", HERE / "namespace.cpp"],
         [
             f"-O1 -Wno-psabi -USPECEXTEND_HAS_CUDA {'-mavx2 -mfma -mf16c' if wide else ''}",

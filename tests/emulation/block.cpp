@@ -1,4 +1,4 @@
-// The scheduler: runs the blocks of a grid one after the other, the threads of a block as fibers.
+// The scheduler runs the blocks of a grid one after the other, the threads of a block as fibers.
 
 #include "emulation/block.h"
 
@@ -60,11 +60,11 @@ struct Thread {
   Fiber fiber;
   uint3 index;
   State state;
-  Place place;    // where it waits
-  unsigned mask;  // in a warp call
+  Place place;    // it waits here
+  unsigned mask;  // a warp call gives it
   void* operand;  // likewise
-  int barrier;    // at a barrier
-  int sum;        // what the barrier gave
+  int barrier;    // it waits at this one
+  int sum;        // the barrier gave it
 };
 
 struct Barrier {
@@ -73,29 +73,29 @@ struct Barrier {
   std::vector<int> waiting;
 };
 
-// Everything about the launch that runs. One at a time.
+// Holds everything about the launch that runs; there is one at a time.
 struct Run {
   std::mutex mutex;
   Thread threads[kMaxThreads];
-  unsigned char* shared_end;  // of all shared memory; a guard follows, and one comes before
-  unsigned char* shared;      // of the cluster's first block
-  size_t shared_bytes, shared_stride;  // of a block
-  size_t shared_open;                  // bytes before the end that may be touched
+  unsigned char* shared_end;  // all shared memory ends here; a guard follows, and one comes before
+  unsigned char* shared;      // the cluster's first block has its own here
+  size_t shared_bytes, shared_stride;  // a block has so many bytes; the next one's lie so far on
+  size_t shared_open;                  // so many bytes before the end may be touched
 
   std::string kernel, error;
   void (*body)(void*);
   void* argument;
-  int count, block_threads, exited, current, polls;  // `count`: threads of the cluster
-  unsigned ready[kMaxThreads / kWarp];               // lanes of each warp
+  int count, block_threads, exited, current, polls;  // the cluster has `count` threads
+  unsigned ready[kMaxThreads / kWarp];               // these lanes of each warp can go on
   unsigned ready_warps;
-  unsigned calling[kMaxThreads / kWarp];          // lanes of each warp that wait in a warp call
-  Barrier barriers[kMaxCluster * kBarriers + 1];  // of each block; the cluster's
+  unsigned calling[kMaxThreads / kWarp];          // these lanes of each warp wait in a warp call
+  Barrier barriers[kMaxCluster * kBarriers + 1];  // each block has its own; the cluster's is last
   int favourite_warp, favourite_lane;
   uint64_t random;
 
   pthread_t host;
   sigjmp_buf abandon;
-  volatile bool expired;  // the time for a block
+  volatile bool expired;  // a block has used up its time
   int signal;
   void* address;
 
@@ -110,7 +110,7 @@ struct Run {
   }
 
   Thread& me() { return threads[current]; }
-  int rank() const { return current / block_threads; }  // of the block in the cluster
+  int rank() const { return current / block_threads; }  // the block's, in the cluster
 
   uint64_t next() {  // splitmix64
     uint64_t x = random += 0x9e3779b97f4a7c15;
@@ -132,7 +132,7 @@ struct Run {
     if (ready[current / kWarp] == 0) ready_warps &= ~(1u << current / kWarp);
   }
 
-  // One of the bits, as the schedule wants it.
+  // Chooses one of the bits, as the schedule wants it.
   int choose(unsigned bits, int favourite) {
     const unsigned favoured = polls < kFairPolls ? bits & 1u << favourite : 0;
     if (settings.kind == Kind::kAhead && favoured) return favourite;
@@ -161,7 +161,7 @@ std::string Run::where() const {
          ": ";
 }
 
-// "0-31, 40"
+// Writes "0-31, 40".
 std::string ranges(const std::vector<int>& sorted) {
   std::string text;
   for (size_t i = 0; i < sorted.size();) {
@@ -174,7 +174,7 @@ std::string ranges(const std::vector<int>& sorted) {
   return text;
 }
 
-// Who waits where, when nobody can go on.
+// Says who waits where, when nobody can go on.
 std::string Run::report() const {
   std::map<std::string, std::vector<int>> groups;
   for (int i = 0; i < count; ++i) {
@@ -226,7 +226,7 @@ void Run::run_block() {
   forget_copies(count);
   forget_products(count);
   begin_block_accesses(count, (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x);
-  const unsigned first = blockIdx.x;  // of the cluster
+  const unsigned first = blockIdx.x;  // the cluster begins with it
   while (exited < count && error.empty()) {
     if (ready_warps == 0) {
       error = report();
@@ -274,7 +274,7 @@ void on_signal(int signal, siginfo_t* info, void*) {
     if (signal == SIGVTALRM) {
       pthread_kill(r.host, signal);
     } else {
-      ::signal(signal, SIG_DFL);  // not ours: comes again as soon as this returns
+      ::signal(signal, SIG_DFL);  // it is not ours: it comes again as soon as this returns
     }
     return;
   }
@@ -288,7 +288,7 @@ void on_signal(int signal, siginfo_t* info, void*) {
   siglongjmp(r.abandon, 1);
 }
 
-// Signal handlers while a grid runs, on a stack of their own.
+// Sets signal handlers while a grid runs, on a stack of their own.
 class Handlers {
  public:
   Handlers() {
@@ -336,7 +336,7 @@ std::string describe_fault(const Run& r) {
   return "access to " + describe_address(address);
 }
 
-// "merge_states_kernel<float, 4>"
+// Writes "merge_states_kernel<float, 4>".
 std::string kernel_name(const void* kernel) {
   Dl_info info{};
   dladdr(kernel, &info);
@@ -346,7 +346,7 @@ std::string kernel_name(const void* kernel) {
   char* text = abi::__cxa_demangle(name, nullptr, nullptr, &status);
   std::string result = status == 0 ? text : name;
   free(text);
-  // "void specextend::kernel<...>(specextend::Params)": without the type, namespace and parameters
+  // Of "void specextend::kernel<...>(specextend::Params)" type, namespace and parameters go.
   if (result.rfind("void ", 0) == 0) result.erase(0, 5);
   if (!result.empty() && result.back() == ')') {
     int depth = 0;
@@ -361,7 +361,7 @@ std::string kernel_name(const void* kernel) {
   return result;
 }
 
-// The memory in front of what the cluster does not have becomes inaccessible.
+// Makes inaccessible the memory in front of what the cluster has.
 void open_shared(Run& r, size_t bytes, size_t cluster) {
   const size_t aligned = (bytes + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
   const size_t open = round_to_pages(cluster * aligned);
@@ -510,7 +510,7 @@ void warp_call(const char* name, const char* file, int line, unsigned mask, void
 
 namespace {
 
-// The calling thread waits until `threads` have come to the barrier; the sum of their values.
+// Waits until `threads` have come to the barrier, and gives the sum of their values.
 int meet(const Place& place, int barrier, int threads, bool uniform, int value) {
   Run& r = run();
   Thread& me = r.me();
@@ -580,7 +580,7 @@ unsigned char* shared_memory() {
 void check_shared(const char* what, const void* p, size_t bytes) {
   const Run& r = run();
   const auto* address = static_cast<const unsigned char*>(p);
-  int64_t offset = address - r.shared;  // in one of the cluster's blocks
+  int64_t offset = address - r.shared;  // it may be in any of the cluster's blocks
   if (offset > 0 && address < r.shared_end) offset %= int64_t(r.shared_stride);
   if (offset < 0 || offset + int64_t(bytes) > int64_t(r.shared_bytes)) {
     fail(std::string(what) + " at byte " + std::to_string(offset) +

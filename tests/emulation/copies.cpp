@@ -1,5 +1,5 @@
-// Copies that go on while threads do other things. They take effect as late as a wait allows, or,
-// with random schedules, some of them at other times before; their source is read when they are
+// Makes copies that go on while threads do other things. They take effect as late as a wait allows,
+// or, with random schedules, some of them at other times before; their source is read when they are
 // asked for or when they take effect, and their destination is poisoned in between.
 
 #include <algorithm>
@@ -14,12 +14,12 @@
 namespace specextend::emulation {
 namespace {
 
-constexpr int kPatience = 64;  // polls of an mbarrier before a copy must land
+constexpr int kPatience = 64;  // after so many polls of an mbarrier a copy must land
 
 struct AsyncCopy {
   unsigned char* to;
   const unsigned char* from;
-  bool valid, read, landed;  // `read`: the bytes are here already
+  bool valid, read, landed;  // once `read`, the bytes are here
   int group;
   unsigned char bytes[16];
 };
@@ -28,9 +28,9 @@ struct BulkCopy {
   unsigned char* to;
   const unsigned char* from;
   size_t size;
-  std::vector<unsigned char> bytes;  // empty while they are not read
-  uint64_t* barrier;                 // of copies to shared memory
-  int group;                         // of copies to global memory
+  std::vector<unsigned char> bytes;  // they are empty while they are not read
+  uint64_t* barrier;                 // copies to shared memory have one
+  int group;                         // copies to global memory have one
 };
 
 struct ThreadCopies {
@@ -41,7 +41,7 @@ struct ThreadCopies {
 };
 
 ThreadCopies all_copies[kMaxThreads];
-std::vector<BulkCopy> loads;  // of all threads
+std::vector<BulkCopy> loads;  // all threads share them
 
 ThreadCopies& mine() { return all_copies[thread()]; }
 
@@ -67,20 +67,20 @@ void write(BulkCopy& c) {
 
 struct Mbarrier {
   uint16_t count, pending;  // arrivals
-  int32_t bytes_and_phase;  // twice the bytes under way, and whose turn it is
+  int32_t bytes_and_phase;  // twice the bytes under way, plus the phase's parity
 
   int phase() const { return bytes_and_phase & 1; }
 };
 static_assert(sizeof(Mbarrier) == sizeof(uint64_t));
 
-// What is known of it besides.
+// Holds what is known of it besides.
 struct MbarrierNotes {
-  int number;      // among those of the cluster
-  uint32_t phase;  // counted from 1
-  int maker;       // the thread that has initialised it,
-  bool fenced;     // and for whom alone it is there before the fence
-  Times arriving;  // what those have done who have arrived in this phase,
-  Times arrived;   // in the ones before
+  int number;      // it tells those of the cluster apart
+  uint32_t phase;  // it counts from 1
+  int maker;       // this thread has initialised it,
+  bool fenced;     // and it is there for that one alone before the fence
+  Times arriving;  // this is what those have done who have arrived in this phase,
+  Times arrived;   // and this in the ones before
 };
 std::map<const uint64_t*, MbarrierNotes> all_notes;
 
@@ -102,7 +102,7 @@ Mbarrier load(const uint64_t* p) {
   return b;
 }
 
-// The phase may be over.
+// Stores it, and ends the phase where it is over.
 void store(uint64_t* p, Mbarrier b) {
   if (b.pending == 0 && b.bytes_and_phase >> 1 == 0) {
     b.pending = b.count;

@@ -13,7 +13,7 @@
 namespace specextend::emulation {
 namespace {
 
-constexpr size_t kGuardBytes = 64 * 1024;  // below each stack; a whole number of pages everywhere
+constexpr size_t kGuardBytes = 64 * 1024;  // lies below each stack; whole pages everywhere
 
 }  // namespace
 
@@ -42,7 +42,7 @@ void enter(unsigned f0, unsigned f1, unsigned a0, unsigned a1) {
   reinterpret_cast<void (*)(void*)>(pointer(f0, f1))(pointer(a0, a1));
 }
 
-// At the low end of the fiber's stack.
+// Lies at the low end of the fiber's stack.
 struct Contexts {
   ucontext_t own, resumer;
 };

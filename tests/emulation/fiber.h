@@ -1,6 +1,7 @@
 #pragma once
 
-// A thread of a block: a stack of its own, and a switch to it and back of some nanoseconds.
+// A fiber is a thread of a block: it has a stack of its own, and a switch to it and back takes some
+// nanoseconds.
 
 #include <cstddef>
 
@@ -13,7 +14,7 @@ class Fiber {
   Fiber();
   Fiber(const Fiber&) = delete;
 
-  // Whether the address lies behind the end of the stack, which must not be touched.
+  // Says whether the address lies behind the end of the stack, which must not be touched.
   bool overflows(const void* address) const;
 
   // The next resume() calls function(argument), which must not return.
@@ -24,8 +25,8 @@ class Fiber {
 
  private:
   unsigned char* stack_;
-  void* own_;      // where the fiber goes on
-  void* resumer_;  // where the one who runs it goes on
+  void* own_;      // the fiber goes on here
+  void* resumer_;  // who runs it goes on here
 };
 
 }  // namespace specextend::emulation

@@ -1,5 +1,5 @@
-// Memory of torch's CPU tensors, each piece between pages that must not be touched and poisoned, so
-// that a kernel that leaves its tensors or reads what nobody wrote shows.
+// Makes the memory of torch's CPU tensors, each piece poisoned and between pages that must not be
+// touched, so that a kernel that leaves its tensors or reads what nobody wrote shows.
 
 #undef TORCH_TARGET_VERSION  // the allocator is no part of the stable ABI
 
@@ -24,13 +24,13 @@ size_t guarded_bytes = 0;
 namespace {
 
 const size_t kPage = round_to_pages(1);
-constexpr size_t kAlignment = 16;  // of the end; what kernels may ask of a tensor
+constexpr size_t kAlignment = 16;  // the end has it: what kernels may ask of a tensor
 
 struct Piece {
-  unsigned char* open;   // where the memory that can be touched begins
-  unsigned char* begin;  // of the tensor
+  unsigned char* open;   // the memory that can be touched begins here
+  unsigned char* begin;  // the tensor begins here
   size_t bytes;
-  unsigned char* end;  // of what can be touched
+  unsigned char* end;  // what can be touched ends here
 
   unsigned char* mapping() const { return open - kPage; }
   size_t mapping_bytes() const { return size_t(end - open) + 2 * kPage; }
@@ -47,7 +47,7 @@ std::map<const void*, Piece>& pieces() {  // by their begin
 // All pieces lie in one range of addresses, of which memory is taken as it is needed.
 constexpr size_t kAddresses = size_t(1) << 40;
 
-// The next addresses that no piece has: those of a piece that has gone are used again late.
+// Takes the next addresses that no piece has: those of a piece that has gone are used again late.
 unsigned char* take_addresses(size_t bytes) {
   static unsigned char* next = nullptr;
   if (guarded_begin == nullptr) {
@@ -140,7 +140,7 @@ std::string find_damage() {
 
 }  // namespace specextend::emulation
 
-// Called from Python: whether CPU tensors made from now on are guarded.
+// Called from Python; says whether CPU tensors made from now on are guarded.
 extern "C" __attribute__((visibility("default"))) void specextend_emulation_guard(int on) {
   static auto* const guarded = new specextend::emulation::GuardedAllocator;
   static c10::Allocator* const usual = c10::GetCPUAllocator();

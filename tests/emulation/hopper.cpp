@@ -1,6 +1,6 @@
-// What Hopper alone has: products of a warpgroup, maps of tensors, copies of boxes. Products read
-// their operands, and write their results, at a time that the schedule draws between the call and
-// the end of the wait for them.
+// Does what Hopper alone does: products of a warpgroup, maps of tensors, copies of boxes. Products
+// read their operands, and write their results, at a time that the schedule draws between the call
+// and the end of the wait for them.
 
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -27,11 +27,11 @@ struct Operand {
 
 struct Product {
   std::function<void()> run;
-  std::vector<Operand> operands;  // in shared memory
+  std::vector<Operand> operands;  // they lie in shared memory
   bool done;
 };
 
-// Of each thread: its products that it has not waited for, and its registers that others' read.
+// Hold each thread's products that it has not waited for, and its registers that others' read.
 std::deque<Product> products[kMaxThreads];
 const void* registers[kMaxThreads];
 
@@ -39,7 +39,7 @@ void meet_warp(const char* name, const char* file, int line) {
   warp_call(name, file, line, 0xffffffffu, nullptr, [](void* const*, unsigned) {});
 }
 
-// Each lane looks after its part.
+// Notes the reads of operands; each lane looks after its part.
 void note_operands(const Product& product) {
   for (const Operand& o : product.operands) {
     for (size_t at = lane() * 16; at < o.bytes; at += kWarp * 16) {
@@ -91,7 +91,7 @@ void multiply_values(float* o, const T* v, int keys, int dim, int thread, int qu
   }
 }
 
-// --- maps: what was asked for, in the place of the driver's own form ---
+// --- maps hold what was asked for, in the place of the driver's own form ---
 
 struct Map {
   const char* data;
@@ -142,7 +142,8 @@ void wait_products(int pending, const char* file, int line) {
 }
 
 void copy_box(void* shared, const CUtensorMap& map, uint64_t* barrier, const int (&at)[4]) {
-  // As it will lie in shared memory. The newest ones are kept: that many are never under way.
+  // The box is laid out as it will lie in shared memory. The newest ones are kept: that many are
+  // never under way.
   static std::deque<std::vector<uint16_t>> images(256);
   Map m;
   memcpy(&m, &map, sizeof(m));
@@ -169,7 +170,7 @@ using namespace specextend::emulation;
 
 namespace {
 
-// The arguments of all calls, [n, 9]: address, sizes, strides, rows of the box.
+// Holds the arguments of all calls, [n, 9]: address, sizes, strides, rows of the box.
 std::vector<uint64_t> all_maps;
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The host's side: the runtime API, what csrc/ops/ asks of csrc/stream.h, and the settings.
+// Has the host's side: the runtime API, what csrc/ops/ asks of csrc/stream.h, and the settings.
 
 #include "host.h"
 
@@ -17,11 +17,11 @@ namespace {
 
 constexpr int kSharedBytesUnasked = 48 * 1024;
 constexpr int kSharedBytesOfMultiprocessor = 228 * 1024;
-constexpr int kReservedSharedBytes = 1024;  // of each block
+constexpr int kReservedSharedBytes = 1024;  // each block gives them up
 constexpr int kThreadsOfMultiprocessor = 2048;
 constexpr int kBlocksOfMultiprocessor = 32;
 
-// What a kernel was allowed to use, and asked a multiprocessor to set aside.
+// Says what a kernel was allowed to use, and asked a multiprocessor to set aside.
 struct KernelSettings {
   int limit = kSharedBytesUnasked;
   int carveout = cudaSharedmemCarveoutDefault;
@@ -135,7 +135,7 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
   return cudaSuccess;
 }
 
-// Without registers, of which the host knows nothing.
+// Registers do not count here: the host knows nothing of them.
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads,
                                                           size_t shared_bytes) {
   if (threads < 1 || threads > kMaxThreads) return cudaErrorInvalidValue;
@@ -185,7 +185,7 @@ extern "C" __attribute__((visibility("default"))) void specextend_emulation_set(
   settings = {seed, Kind(kind), multiprocessors, capability};
 }
 
-// Launches so far that may begin before the kernel in front of them has ended.
+// Counts the launches so far that may begin before the kernel in front of them has ended.
 extern "C" __attribute__((visibility("default"))) int specextend_emulation_early_launches() {
   return early_launches;
 }

@@ -1,4 +1,4 @@
-// The namespace of the ops, torch.ops.<namespace>: one per library, as libraries may differ.
+// Names the ops' namespace, torch.ops.<namespace>: each library has its own, as they may differ.
 
 namespace specextend::emulation {
 extern const char library_namespace[];

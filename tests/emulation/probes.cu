@@ -1,5 +1,5 @@
-// Kernels of tests/test_emulation.py, each about one thing that kernels do, most of them with a
-// fault that can be switched on.
+// Has the kernels of tests/test_emulation.py: each is about one thing that kernels do, most of them
+// with a fault that can be switched on.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -49,7 +49,7 @@ __global__ void warp_functions(Probe p) {
   put(int(__match_any_sync(kFull, value % 3)));
   put(int(__reduce_add_sync(kFull, unsigned(value))));
   put(__reduce_max_sync(kFull, value) - __reduce_min_sync(kFull, value));
-  // Two halves that meet apart.
+  // The two halves meet apart.
   put(lane < 16 ? __shfl_xor_sync(0x0000ffffu, value, 1) : __shfl_xor_sync(0xffff0000u, value, 2));
 }
 
@@ -339,7 +339,7 @@ const Named kKernels[] = {
 
 }  // namespace specextend
 
-// Called from Python. What went wrong, or null.
+// Called from Python; says what went wrong, or gives null.
 extern "C" __attribute__((visibility("default"))) const char* specextend_probe(
     const char* name, const unsigned* grid, const unsigned* block, size_t shared_bytes, int* out,
     const int* in, int count, int fault) {

@@ -13,37 +13,37 @@
 namespace specextend::emulation {
 namespace {
 
-constexpr size_t kLine = 16;                    // bytes, a bit of a mask each
-constexpr uint32_t kUnpublished = 0xffffffffu;  // the time of a cp.async that is not waited for
+constexpr size_t kLine = 16;                    // bytes; each has a bit of a mask
+constexpr uint32_t kUnpublished = 0xffffffffu;  // a cp.async has it until it is waited for
 
-// Who has accessed which bytes of a line last, and when: a thread in its own time, or, behind the
-// threads in number, a copy for an mbarrier in one of its phases.
+// Says who has accessed which bytes of a line last, and when: a thread in its own time, or, behind
+// the threads in number, a copy for an mbarrier in one of its phases.
 struct Access {
   uint32_t time;
   uint16_t who;
   uint16_t bytes;
 };
 
-// Which bytes of a line a block has accessed.
+// Says which bytes of a line a block has accessed.
 struct BlockAccesses {
   unsigned block;
   uint16_t written, updated, read;
 };
 
-// What is to be known of some bytes; nothing of accesses that all later ones are in order with.
+// Holds what is to be known of some bytes; nothing of accesses that all later ones follow in order.
 struct Line {
   uint64_t begin = 0;
-  uint64_t block = 0, era = 0;  // of the last access
+  uint64_t block = 0, era = 0;  // the last access was in them
   std::vector<Access> writes, atomics, reads;
   bool settled = false;    // all threads know of all of `writes`, and there are no atomics
-  uint64_t turn = 0;       // in which the thread that runs has found that it may read all of it,
-  uint16_t now = 0;        // and the bytes that it has read in it: not in `reads` yet
-  BlockAccesses own = {};  // of the block that runs
-  std::vector<BlockAccesses> others;  // that have written to it
+  uint64_t turn = 0;       // in it the thread that runs has found that it may read all of it,
+  uint16_t now = 0;        // and has read these bytes: they are not in `reads` yet
+  BlockAccesses own = {};  // the block that runs has made them
+  std::vector<BlockAccesses> others;  // these blocks have written to it
   uint16_t others_read = 0;
 };
 
-// Lines of tensors that a grid has touched, by pages.
+// Keeps the lines of tensors that a grid has touched, by pages.
 class Lines {
  public:
   Line& at(uint64_t begin) {
@@ -53,7 +53,7 @@ class Lines {
     return recent.lines[begin % kPageBytes / kLine];
   }
 
-  // The pages, with what was noted there, are for other tensors.
+  // Gives the pages, with what was noted there, to other tensors.
   void clear() {
     for (const auto& [page, lines] : pages_) free_.push_back(lines);
     pages_.clear();
@@ -83,31 +83,31 @@ class Lines {
 };
 
 struct State {
-  bool early = false;           // the launch
-  int threads = 0;              // of the block
-  int me = 0;                   // the thread that runs
-  unsigned number = 0;          // of the block, in its grid
-  uint64_t block = 0, era = 0;  // counted from the beginning; an era ends when all threads meet
-  uint64_t last_grid = 0;       // the last block before this grid
+  bool early = false;           // the launch may begin early
+  int threads = 0;              // the block has so many
+  int me = 0;                   // this thread runs
+  unsigned number = 0;          // the block's, in its grid
+  uint64_t block = 0, era = 0;  // they count from the beginning; an era ends when all threads meet
+  uint64_t last_grid = 0;       // this block was the last before the grid
 
-  uint32_t now[kMaxThreads];        // of each thread
+  uint32_t now[kMaxThreads];        // each thread's time
   uint32_t published[kMaxThreads];  // what it stored before is visible to tensor cores and copies
-  bool waited[kMaxThreads];         // for the kernels before this one
+  bool waited[kMaxThreads];         // it has waited for the kernels before this one
   std::shared_ptr<Times> known[kMaxThreads];
 
-  // Fences and atomic operations between blocks: who has fenced all that it stored, which blocks
-  // have told at an address that they have, what of it was read, and fenced.
+  // These are for fences and atomic operations between blocks: who has fenced all that it stored,
+  // which blocks have told at an address that they have, what of it was read, and fenced.
   bool fenced[kMaxThreads];
   std::map<const void*, std::vector<unsigned>> told;
   std::vector<unsigned> heard, acquired;
 
   Lines tensors;
   std::vector<Line> shared;
-  uint64_t turn = 1;        // counted from the beginning: of a thread, between two that meet others
-  std::vector<Line*> read;  // in this turn
+  uint64_t turn = 1;        // it counts from the beginning; a thread's ends when it meets others
+  std::vector<Line*> read;  // they were read in this turn
 };
 
-State* const the_state = new State;  // outlives static destructors
+State* const the_state = new State;  // it outlives static destructors
 State& state() { return *the_state; }
 
 bool is_shared(const void* p) { return offset_in_shared(p) < kAllSharedBytes; }
@@ -126,7 +126,7 @@ Line& find(State& s, uint64_t begin, bool shared) {
   return s.tensors.at(begin);
 }
 
-// The line, without what does not matter any more.
+// Finds the line, without what does not matter any more.
 Line& line_at(State& s, uint64_t begin, bool shared) {
   Line& line = find(s, begin, shared);
   if (line.block != s.block) {
@@ -180,7 +180,7 @@ void check_order(const State& s, const Line& line, const std::vector<Access>& ot
   }
 }
 
-// Of one thread and the same bytes only the last access is of interest.
+// Notes an access: of one thread and the same bytes only the last is of interest.
 void add(std::vector<Access>& all, const Access& a) {
   if (!all.empty() && all.back().who == a.who && all.back().time == a.time) {
     all.back().bytes |= a.bytes;
@@ -203,14 +203,14 @@ void forget(std::vector<Access>& all, uint16_t bytes) {
             all.end());
 }
 
-// What the thread has read of the line in its turn is noted.
+// Notes what the thread has read of the line in its turn.
 void note_reads(State& s, Line& line) {
   add(line.reads, {s.now[s.me], uint16_t(s.me), line.now});
   line.own.read |= line.now;
   line.turn = 0;
 }
 
-// Whether the thread may read all bytes of the line.
+// Says whether the thread may read all bytes of the line.
 bool may_read_all(const State& s, const Line& line) {
   const auto known = [&](const Access& a) { return knows(s, a); };
   return line.others.empty() &&
@@ -286,7 +286,7 @@ void touch_all(Verb verb, const void* p, size_t bytes) {
   });
 }
 
-// Most of what kernels do: what the thread knows to be readable is soon done with.
+// Does most of what kernels do: what the thread knows to be readable is soon done with.
 void read_line(State& s, uint64_t begin, uint16_t bytes, bool shared) {
   Line& line = find(s, begin, shared);
   if (line.turn == s.turn) {
@@ -341,7 +341,7 @@ void begin_block_accesses(int threads, unsigned number) {
     s.known[i] = nothing;
   }
   s.heard.clear(), s.acquired.clear();
-  s.read.clear(), ++s.turn;  // of a launch that failed
+  s.read.clear(), ++s.turn;  // a launch that failed may have left some
 }
 
 void begin_turn(int thread) { state().me = thread; }
@@ -401,7 +401,7 @@ void note_read(const void* p, size_t bytes) {
                 [&](uint64_t begin, uint16_t mask) { read_line(s, begin, mask, shared); });
 }
 
-// The same, for what is mostly shared memory that has been read in this turn already.
+// Does the same, for what is mostly shared memory that has been read in this turn already.
 template <size_t kBytes>
 void read(const void* p) {
   State& s = state();

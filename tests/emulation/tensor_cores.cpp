@@ -1,4 +1,4 @@
-// ldmatrix and mma: the last lane of a warp to come does them for all.
+// Does ldmatrix and mma: the last lane of a warp to come does them for all.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

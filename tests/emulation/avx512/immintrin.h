@@ -28,7 +28,7 @@ SPECEXTEND_LANEWISE To cast(From x) {
   return y;
 }
 
-// Lane i: f(i).
+// Puts f(i) into lane i.
 template <typename V, typename F>
 SPECEXTEND_LANEWISE V lanes(F f) {
   V x;
@@ -56,7 +56,7 @@ SPECEXTEND_CALLED __m512 fmadd_ps(__m512 a, __m512 b, __m512 c) {
                                      _mm256_fmadd_ps(x.high, y.high, z.high)});
 }
 
-// a 2^floor(b), rounded once, for |b| <= 1000 and NaN.
+// Gives a 2^floor(b), rounded once, for |b| <= 1000 and NaN.
 SPECEXTEND_CALLED __m512 scalef_ps(__m512 a, __m512 b) {
   return lanes<__m512>([&](unsigned i) {
     const float power = floorf(b[i]);
@@ -147,7 +147,7 @@ SPECEXTEND_LANEWISE __m256 flush(__m256 x) {
   return _mm256_andnot_ps(_mm256_castsi256_ps(magnitude), x);
 }
 
-// sum + a b of the odd elements, then of the even ones.
+// Gives sum + a b of the odd elements, then of the even ones.
 SPECEXTEND_LANEWISE __m256 add_products(__m256 sum, __m256i a, __m256i b) {
   const __m256i odd = _mm256_set1_epi32(int(0xffff0000));
   const auto add = [&](__m256i x, __m256i y) __attribute__((always_inline)) {
@@ -204,7 +204,7 @@ SPECEXTEND_CALLED __m512i set(More... values) {
   return cast<__m512i>(lanes<V>([&](unsigned i) { return reversed[kLanes - 1 - i]; }));
 }
 
-// Quarters: two of a, then two of b.
+// The quarters are two of a, then two of b.
 template <int kWhich>
 SPECEXTEND_CALLED __m512 shuffle_f32x4(__m512 a, __m512 b) {
   return lanes<__m512>([&](unsigned i) {
@@ -213,7 +213,7 @@ SPECEXTEND_CALLED __m512 shuffle_f32x4(__m512 a, __m512 b) {
   });
 }
 
-// In every quarter: two of a, then two of b.
+// Every quarter has two of a, then two of b.
 template <int kWhich>
 SPECEXTEND_CALLED __m512 shuffle_ps(__m512 a, __m512 b) {
   return lanes<__m512>([&](unsigned i) {
@@ -222,7 +222,7 @@ SPECEXTEND_CALLED __m512 shuffle_ps(__m512 a, __m512 b) {
   });
 }
 
-// In every quarter: those of the low (high) half of a and of b, in turn.
+// Every quarter has those of the low (high) half of a and of b, in turn.
 template <typename V, unsigned kHigh>
 SPECEXTEND_CALLED V unpack(V a, V b) {
   constexpr unsigned kInQuarter = 16 / sizeof(a[0]);
@@ -232,7 +232,7 @@ SPECEXTEND_CALLED V unpack(V a, V b) {
   });
 }
 
-// Lane i: of a and b, one behind the other, the one with the index in lane i of `which`.
+// Lane i has, of a and b one behind the other, the one with the index in lane i of `which`.
 template <typename V, typename Indices>
 SPECEXTEND_CALLED V permutex2var(V a, __m512i which, V b) {
   constexpr unsigned kLanes = sizeof(V) / sizeof(a[0]);

@@ -1,7 +1,7 @@
 #pragma once
 
-// What the stand-in headers ask of the thread block that runs (block.cpp). A thread is a fiber: it
-// runs until it waits for others, and the schedule then says who is next.
+// Declares what the stand-in headers ask of the thread block that runs (block.cpp). A thread is a
+// fiber: it runs until it waits for others, and the schedule then says who is next.
 
 #include <cuda.h>
 #include <cuda_runtime_api.h>
@@ -18,12 +18,12 @@ namespace specextend::emulation {
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxCluster = 2;                  // blocks
-constexpr size_t kMaxSharedBytes = 227 * 1024;  // of a block
-constexpr unsigned char kPoison = 0xff;         // every element a NaN, every integer -1
+constexpr size_t kMaxSharedBytes = 227 * 1024;  // a block may have so many
+constexpr unsigned char kPoison = 0xff;         // it makes every element a NaN, every integer -1
 
 enum class Kind : int { kRandom, kAhead, kBehind };
 
-// How the next launches run.
+// Says how the next launches run.
 struct Settings {
   uint64_t seed = 0;
   Kind kind = Kind::kRandom;
@@ -44,30 +44,30 @@ const std::string& last_error();
 
 unsigned lane();
 
-// Its index in the block; in a cluster, those of the next block follow.
+// Gives its index in the block; in a cluster, those of the next block follow.
 int thread();
 
-// Numbers of the schedule, below `bound`.
+// Draws a number of the schedule, below `bound`.
 unsigned draw(unsigned bound);
 
-// Another thread may run here: what a thread does that polls for others. The number of calls since
-// the block last got anywhere; too many are an error.
+// Lets another thread run, as one does that polls for others. Gives the number of calls since the
+// block last got anywhere; too many are an error.
 int yield();
 
-// All threads of the warp that `mask` names come to this place; the last one calls
+// Waits until all threads of the warp that `mask` names come to this place; the last one calls
 // run(operands, mask), operands[i] being that of lane i.
 void warp_call(const char* name, const char* file, int line, unsigned mask, void* operand,
                void (*run)(void* const* operands, unsigned mask));
 
 // Waits until `threads` threads of the block have come to barrier `id`, all at one place of the
-// kernel if `uniform`; the sum of their values.
+// kernel if `uniform`, and gives the sum of their values.
 int barrier(const char* name, const char* file, int line, int id, int threads, bool uniform,
             int value);
 
-// All threads of the cluster.
+// Waits for all threads of the cluster.
 void cluster_barrier(const char* name, const char* file, int line);
 
-// Which block of its cluster runs, and what lies in block `rank` where `p` lies in its shared
+// Say which block of its cluster runs, and what lies in block `rank` where `p` lies in its shared
 // memory.
 int cluster_rank();
 void* in_cluster(void* p, int rank);
@@ -79,12 +79,12 @@ void check_shared(const char* what, const void* p, size_t bytes);
 
 // --- order (races.cpp) ---
 
-// The lanes of the calling thread's warp that `mask` names know what the others did until now.
+// Lets the lanes of the caller's warp that `mask` names know what the others did until now.
 void order_lanes(unsigned mask);
 void note_atomic(const void* p, size_t bytes);
 void thread_fence();
 void wait_for_predecessors();
-// What the thread has stored to shared memory is visible to tensor cores and copies.
+// Makes what the thread has stored to shared memory visible to tensor cores and copies.
 void publish_shared();
 
 // --- tensor cores (tensor_cores.cpp) ---
@@ -100,7 +100,7 @@ void multiply_queries(float* s, const void* q, const void* k, int keys, int dim,
 void multiply_values(float* o, const void* p, const void* v, int keys, int dim, bool bfloat16,
                      const char* file, int line);
 void wait_products(int pending, const char* file, int line);
-// `at`: column, row, head, batch.
+// `at` has column, row, head, batch.
 void copy_box(void* shared, const CUtensorMap& map, uint64_t* barrier, const int (&at)[4]);
 
 // --- copies: the functions of ptx.cuh of the same names (copies.cpp) ---

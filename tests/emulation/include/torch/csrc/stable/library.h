@@ -1,8 +1,8 @@
 #pragma once
 
-// torch's header of this name, with other registrations: under a namespace of the emulation's, and
-// what csrc/ops/ registers for CUDA is registered for CPU tensors. What it registers for the CPU is
-// left out, except where there is no CUDA branch.
+// Includes torch's header of this name, with other registrations: they go to a namespace of the
+// emulation's, and what csrc/ops/ registers for CUDA is registered for CPU tensors. What it
+// registers for the CPU is left out, except where there is no CUDA branch.
 
 #include_next <torch/csrc/stable/library.h>
 
