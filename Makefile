@@ -103,10 +103,10 @@ $(built): $(env) $(flavour) $(sources) $(if $(module),,FORCE)
 # ---- the rest ------------------------------------------------------------------------------------
 
 # Tools of the versions in constraints.txt alone: others format otherwise.
-linters := build/linters
+linters := $(VENV)/linters
 $(linters): constraints.txt | $(env)
 	@$(python) -m pip install -q -c constraints.txt ruff clang-format
-	@mkdir -p build && touch $@
+	@touch $@
 
 cxx := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
