@@ -41,6 +41,7 @@ class Output:
         self._stream.flush()
 
     def line(self, text: str = "", style: str | None = None) -> None:
+        """Write text and end the line."""
         self.write(text, style)
         self.write("\n")
 
@@ -204,6 +205,7 @@ class LiveText:
             self._write(self._detokenizer.add(token), self._styles[i >= num_accepted])
 
     def end(self) -> None:
+        """Write what the detokenizer still holds back, and end the line."""
         self._write(self._detokenizer.end(), None)
         if self._output is not None and self.text and not self.text.endswith("\n"):
             self._output.write("\n")

@@ -276,18 +276,30 @@ def python_functions(text: str) -> Iterator[tuple[str, int]]:
 
 def without_comments(text: str) -> str:
     """Blank out comments, directives, strings and characters of C++, keeping lines."""
-    pattern = r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\''
+    pattern = r'//[^\n]*|/\*.*?\*/|R"(\w*)\(.*?\)\1"|"(?:\\.|[^"\\\n])*"'
+    pattern += r"|(?<![\da-fA-F])'(?:\\.|[^'\\\n])*'"  # in 65'536 a quote is no character's
     pattern += r"|^[ \t]*#(?:\\\n|[^\n])*"
     return re.sub(pattern, lambda m: "\n" * m[0].count("\n"), text, flags=re.S | re.M)
+
+
+def without_values(text: str) -> str:
+    """Blank out lists of values, ``x{1}``, ``= {}`` and ``f({y})``, as clang-format writes them."""
+    before = None
+    while text != before:
+        before = text
+        text = re.sub(
+            r"([\w>({,]|[=(,]\s+)\{([^{};]*)\}", lambda m: m[1] + "\n" * m[2].count("\n"), text
+        )
+    return text
 
 
 def cpp_functions(text: str) -> Iterator[tuple[str, int]]:
     """Yield name and lines of every function of C++, what is in a function belonging to it.
 
-    A block is a function's if what stands before its brace ends a list of parameters and begins
-    with neither a word of control nor one that opens a scope.
+    A block is a function's if what stands before its brace ends a list of parameters and does not
+    begin with a word that opens a scope.
     """
-    text = without_comments(text)
+    text = without_values(without_comments(text))
     depth, inside, begin, name = 0, None, 0, ""
     statement = 0  # where the text that belongs to the next brace begins
     for match in re.finditer(r"[{};]", text):
@@ -298,9 +310,10 @@ def cpp_functions(text: str) -> Iterator[tuple[str, int]]:
             scope = re.match(
                 r"(extern\s*$|namespace|struct|class|union|enum)\b", _untemplated(head)
             )
-            if inside is None and not scope and re.search(r"\)([\w\s:<>,&*()]|->)*$", head):
+            if inside is None and not scope and re.search(r"\)([\w\s:<>,&*()\[\]]|->)*$", head):
                 inside, begin = depth, text.count("\n", 0, at - len(text[statement:at].lstrip()))
-                names = [n for n in re.findall(r"([~\w]+)\s*\(", head) if n[:2] != "__"]
+                names = re.findall(r"(operator\W+?|[~\w]+)\s*\(", head)
+                names = [n for n in names if n[:2] != "__"]
                 name = names[0] if names else "?"
             depth += 1
         elif sign == "}":
@@ -376,6 +389,10 @@ class TestLengths:
             ("auto f(int x) -> int {\n  if (x) {\n  }\n}\n", [("f", 4)]),
             ('extern "C" int f(int x) {\n  if (x) {\n  }\n}\n', [("f", 4)]),
             ('int a[] = {1, 2};\nenum E { A };\nextern "C" {\nint f() {\n}\n}\n', [("f", 2)]),
+            ("S::S(int y) : x{y}, z{{1}, {2}} {\n  g();\n}\n", [("S", 3)]),
+            ("auto f(V x = {}) -> int {\n  return 1'000 + sum({1, 2});\n}\n", [("f", 3)]),
+            ("bool operator<(A a) const {\n}\n", [("operator<", 2)]),
+            ('void f() {\n  s = R"(\n{ ")";\n}\nvoid g() {\n}\n', [("f", 4), ("g", 2)]),
         ],
     )
     def test_functions_of_cpp(self, text, expected):
@@ -392,18 +409,29 @@ class TestLengths:
 
 
 def undocumented(package: Path) -> list[str]:
-    """Return the public modules, classes and functions of a package without a docstring; methods
-    that take the place of a base class's may do without."""
+    """Return the public modules, classes, functions and methods of a package without a docstring.
+
+    Methods of a class that has a base may do without: they may take the place of the base's.
+    """
     missing = []
+
+    def look(nodes: list[ast.stmt], prefix: str) -> None:
+        for node in nodes:
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                continue
+            if node.name.startswith("_"):
+                continue
+            if ast.get_docstring(node) is None:
+                missing.append(f"{prefix}{node.name}")
+            if isinstance(node, ast.ClassDef) and not node.bases:
+                look(node.body, f"{prefix}{node.name}.")
+
     for path in sorted(package.rglob("*.py")):
         name = path.relative_to(package).as_posix()
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if ast.get_docstring(tree) is None:
             missing.append(name)
-        for node in tree.body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_":
-                if ast.get_docstring(node) is None:
-                    missing.append(f"{name}: {node.name}")
+        look(tree.body, f"{name}: ")
     return missing
 
 
@@ -413,5 +441,6 @@ def test_what_is_public_is_documented():
 
 def test_what_is_not_documented_is_found(tmp_path):
     (tmp_path / "a.py").write_text('"""A."""\ndef f():\n    pass\ndef _g():\n    pass\n')
-    (tmp_path / "b.py").write_text("class C:\n    pass\n")
-    assert undocumented(tmp_path) == ["a.py: f", "b.py", "b.py: C"]
+    method = '    """."""\n    def m(self):\n        pass\n    def _n(self):\n        pass\n'
+    (tmp_path / "b.py").write_text(f"class C:\n    pass\nclass D:\n{method}class E(D):\n{method}")
+    assert undocumented(tmp_path) == ["a.py: f", "b.py", "b.py: C", "b.py: D.m"]

@@ -45,6 +45,7 @@ class Preset:
 
     @property
     def table(self) -> str:
+        """Return which table of the paper the rows are from."""
         return self.rows[0].table
 
     def config_for(self, kind: str | None) -> dict:

@@ -238,6 +238,7 @@ class Writer:
         self._out: typing.TextIO = file.open("a", encoding="utf-8", newline="\n")
 
     def write(self, record: Header | Run) -> None:
+        """Append a record as one line, which is in the file when this returns."""
         self._out.write(to_json(record) + "\n")
         self._out.flush()
 

@@ -158,6 +158,7 @@ class RaceRunner:
         self._stop.set()
 
     def close(self) -> None:
+        """Stop the race under way, and wait until its thread has ended."""
         self.stop()
         self._worker.shutdown()
 
