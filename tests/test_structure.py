@@ -1,4 +1,4 @@
-"""How the source is cut: who may import whom, and how long files and functions may be.
+"""Tests how the source is cut: who may import whom, and how long files and functions may be.
 
 The tables are docs/design.md's: a module that is in none, or that looks upwards, fails here.
 """
