@@ -1,4 +1,4 @@
-"""What a round costs, and how many tokens it must emit to pay.
+"""Measures what a round costs, and how many tokens it must emit to pay.
 
     python bench/bench_decode.py [--device cuda] [--quick] [--shape llama-3.1-8b] [--json out.json]
 
@@ -58,8 +58,8 @@ PART = 1024  # tokens of a prompt that are taken in
 
 
 def work(model: PreTrainedModel, rows: int, tokens: int) -> tuple[int, int]:
-    """Of one forward over ``rows`` behind ``tokens``: bytes that are read, the weights but for the
-    embedding table and the cache, and operations."""
+    """Count, for one forward over ``rows`` behind ``tokens``, the bytes that are read (the weights
+    but for the embedding table, and the cache) and the operations."""
     config = model.config
     table = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is table
@@ -73,8 +73,8 @@ def work(model: PreTrainedModel, rows: int, tokens: int) -> tuple[int, int]:
 def bound(
     rates: Rates, target: PreTrainedModel, tokens: int, config: SpecConfig, draft=None, depth=0
 ) -> Bound:
-    """Of a round behind ``tokens``: ``depth`` forwards of ``draft``, if that is a model, and one of
-    the target; of a plain round if ``depth`` is 0."""
+    """Bound a round behind ``tokens``: ``depth`` forwards of ``draft``, if that is a model, and one
+    of the target; a plain round if ``depth`` is 0."""
     dtype = name_of(target.dtype)
     total = rates.bound(*work(target, 1 + config.max_nodes if depth else 1, tokens), dtype)
     if isinstance(draft, PreTrainedModel):
@@ -113,12 +113,12 @@ def stretch(cache: KVCache, length: int) -> None:
 
 
 class Rounds:
-    """The rounds of one contestant.
+    """Runs the rounds of one contestant.
 
     Args:
-        spec: of its own.
+        spec: its own.
         prompt: [1, L] int64.
-        tokens: to write in all turns, the uncounted ones included.
+        tokens: how many to write in all turns, the uncounted ones included.
 
     Attributes:
         seconds: of each round that counts.
@@ -165,7 +165,7 @@ class Rounds:
 def in_turns(
     specs: dict[str, SpecExtend], prompt: torch.Tensor, turns: int, warmup: int
 ) -> dict[str, Rounds]:
-    """The rounds of all contestants, in ``turns``, behind ``warmup`` tokens that do not count."""
+    """Run all contestants' rounds, in ``turns``, behind ``warmup`` tokens that do not count."""
     longest = 1 + max(spec.config.max_depth for spec in specs.values())
     tokens = 1 + warmup + turns * TURN + (turns + 2) * longest  # a turn may write that much more
     ran = {name: Rounds(spec, prompt, tokens) for name, spec in specs.items()}
@@ -188,7 +188,7 @@ def report(
     plain_least: Bound,
     **facts,
 ) -> dict:
-    """A line of rounds: break-even, phases, and plain rounds beside them."""
+    """Add a line of rounds: break-even, phases, and plain rounds beside them."""
     spread, peer = Spread(own.seconds), Spread(plain.seconds)
     # Of means, as in the gate: what only every fourth round does, retrieval, has its share.
     needed, phases = break_even(spread.mean, peer.mean), own.phase_seconds()
@@ -291,7 +291,7 @@ def bench_pair(arguments: argparse.Namespace, results: Report) -> None:
 
 
 def trees(text: str) -> list[tuple[int, int]]:
-    """``8x3,32x5``: nodes and levels."""
+    """Read nodes and levels of ``8x3,32x5``."""
     pairs = [part.split("x") for part in text.split(",")]
     return [(int(nodes), int(depth)) for nodes, depth in pairs]
 

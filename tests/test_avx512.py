@@ -1,4 +1,4 @@
-"""The AVX-512 kernels of the CPU on processors that have AVX2 alone: their intrinsics emulated.
+"""Tests the CPU's AVX-512 kernels on processors with AVX2 alone: their intrinsics are emulated.
 
 What tests/emulation/avx512/immintrin.h stands in for is the instructions, so that the kernels'
 sources run unchanged. What a compiler makes of them shows on a processor that has them only.
@@ -27,7 +27,7 @@ TESTS = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def native():
-    """What the kernels of this machine give."""
+    """Return what the kernels of this machine give."""
     return {op: isa_bits.digest(op) for op in isa_bits.OPS}
 
 
@@ -59,7 +59,7 @@ def test_attention_head_dims(dim, isa):
 
 @pytest.mark.parametrize("dtype", test_tree_attention.DTYPES)
 def test_attention_rows(dtype, isa):
-    """The order of sums: the same alone and among others, by parts, in a tree and in a chain."""
+    """The order of sums is the same alone and among others, by parts, in a tree and in a chain."""
     for dim in (64, 72, 192, 256):
         test_tree_attention.test_few_rows(dim, dtype)
     test_tree_attention.test_row_invariance((2, 2), 64, dtype)
@@ -89,7 +89,7 @@ def test_long_all_tests_of_the_ops(name, avx512_library):
 
 @dataclass(frozen=True)
 class Fault:
-    """A change of ``csrc/cpu/isa/<header>`` that a test above notices: ``old`` is there once."""
+    """Changes ``csrc/cpu/isa/<header>`` so that a test above notices: ``old`` is there once."""
 
     header: str
     old: str

@@ -1,4 +1,4 @@
-"""The benchmarks' one form, and what their figures are made of, on set numbers and tiny models."""
+"""Tests the benchmarks' one form, and their figures on set numbers and tiny models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def given(**changes) -> argparse.Namespace:
 
 @pytest.fixture
 def report(tmp_path):
-    """A report with set rates, and its record as the file has it."""
+    """Make a report with set rates, and its record as the file has it."""
     with mock.patch.object(bench_record.Rates, "measure", return_value=RATES):
         made = bench_record.Report(given(json=tmp_path / "new/record.json"), 1.0, dtype="fp32")
     return made, lambda: json.loads((tmp_path / "new/record.json").read_text())
@@ -119,7 +119,7 @@ def sleep(ms):
 
 @pytest.fixture
 def slower_now(report):
-    """A report of which the machine has become slower since its start: 5 and 10 times."""
+    """Make a report of which the machine has become slower since its start: 5 and 10 times."""
     made, record = report
     made.rates = bench_record.Rates(
         1e9, {"fp32": 1e10},
@@ -247,7 +247,7 @@ def test_a_line_of_memory_is_one():
 
 @pytest.mark.parametrize("bits", [1, 8, 32])
 def test_a_square_tensor_shows(bits):
-    """A mask packed into bits, one of booleans, one of floats."""
+    """A mask may be packed into bits, be of booleans, or of floats."""
     peaks = [peak + n * n * bits / 8 for n, peak in zip(LENGTHS, LINE, strict=True)]
     found = bench_memory.fit(LENGTHS, peaks)
     assert not found.absent and found.per_square == pytest.approx(bits / 8, rel=0.05)
@@ -269,7 +269,7 @@ def test_resident_peak_is_seen_and_forgotten():
 
 
 def test_the_standard_way_is_measured_where_it_is_quadratic(pair):
-    """Two forwards of the model's own, as it came: a mask over the prompt, then one token."""
+    """Two forwards of the model's own run as it came: a mask over the prompt, then one token."""
     lengths = []
     bench_memory.standard(pair[0], prompt(70), lambda: lengths.append(1))
     assert len(lengths) == 2

@@ -1,4 +1,4 @@
-"""What was built, and that every op has all of its parts."""
+"""Tests what was built, and that every op has all of its parts."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class TestSetup:
 
 
 class TestCutlass:
-    """Where CMake finds CUTLASS's headers."""
+    """CMake finds CUTLASS's headers where it should."""
 
     @staticmethod
     def found(tmp_path: Path, **variables: str) -> str:
@@ -151,8 +151,8 @@ class TestCutlass:
 class TestImportErrors:
     @pytest.fixture
     def package(self, tmp_path):
-        """The package's first files alone, with no compiled module beside them; under another
-        name, so that nothing installed takes its place."""
+        """Lay out the package's first files alone, without a compiled module; they have another
+        name, so that nothing installed takes their place."""
         folder = tmp_path / "bare"
         folder.mkdir()
         for name in ("__init__.py", "versions.py"):

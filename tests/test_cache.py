@@ -1,4 +1,4 @@
-"""What lies in the caches after many rounds."""
+"""Tests what lies in the caches after many rounds."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_prefill_of_a_draft_stays_in_its_window(own):
 
 
 def working_cache(config: SpecConfig, length: int) -> WorkingCache:
-    """Of a full cache of random rows."""
+    """Make one of a full cache of random rows."""
     full = KVCache(2, length + 5, 1, torch.device("cpu"))
     for layer in full.layers:
         layer.lazy_initialization(torch.zeros(1, 2, 1, 8))

@@ -10,7 +10,7 @@ INF, NAN = torch.inf, torch.nan
 
 
 def lse_of(logits: torch.Tensor, prefix: int, chunk_size: int, num_chunks: int):
-    """Of [..., keys] logits, the first `prefix` in chunks: (chunk_lse [..., C], lse [...])."""
+    """Sum [..., keys] logits, the first `prefix` in chunks, to (chunk_lse [..., C], lse [...])."""
     padded = logits.new_full((*logits.shape[:-1], num_chunks * chunk_size), -INF)
     padded[..., :prefix] = logits[..., :prefix]
     chunk_lse = padded.unflatten(-1, (num_chunks, chunk_size)).logsumexp(-1)
@@ -329,7 +329,7 @@ def test_keys_that_do_not_exist(device):
 
 @pytest.mark.parametrize(("row", "read"), [(-(2**31), 0), (-1, 0), (3, 2), (2**31 - 1, 2)])
 def test_keys_seen_by_rows_that_do_not_exist(row, read, device):
-    """The nearest one that does."""
+    """The nearest row that does exist stands in."""
     q, k, rows, lens = random_keys(12)
     q, k, lens = (t.to(device) for t in (q, k, lens))
     got, want = (

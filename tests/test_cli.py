@@ -1,4 +1,4 @@
-"""The command line, on tiny random models."""
+"""Tests the command line, on tiny random models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALL = "--chunk-size 8 --budget 32 --recent-chunks 1 --gate off --dtype float32
 
 
 def byte_tokenizer(shift: int = 0) -> PreTrainedTokenizerFast:
-    """One token per byte; id 0 ends a text."""
+    """Make a tokenizer with one token per byte; id 0 ends a text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {c: 1 + (i + shift) % 256 for i, c in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab={"<end>": 0, **vocab}, merges=[]))
@@ -291,7 +291,7 @@ class TestOptions:
 
 
 class TestErrors:
-    """One line, 2 for bad usage and 1 for failure."""
+    """Errors take one line; the status is 2 for bad usage, 1 for failure."""
 
     @pytest.mark.parametrize(
         "arguments, text",

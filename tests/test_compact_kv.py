@@ -237,7 +237,7 @@ def test_empty(shape, length, device):
 
 @pytest.fixture(scope="module")
 def hopper_library():
-    """The emulation, with the bulk copies of Hopper."""
+    """Return the emulation with the bulk copies of Hopper."""
     own = [
         emulation.ROOT / f"csrc/{name}"
         for name in ("ops/compact_kv.cpp", "cuda/compact_kv_sm90.cu")

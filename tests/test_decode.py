@@ -1,4 +1,4 @@
-"""The loop: losslessness, exact truncation, state, options, errors."""
+"""Tests the loop: losslessness, exact truncation, state, options, errors."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class TestGreedyEqualsGenerate:
             assert torch.equal(out, greedy(model, ids))
 
     def test_adversarial_draft(self, target):
-        """A draft that finds least likely what the target finds most likely: nothing accepted."""
+        """A draft finds least likely what the target finds most likely: nothing is accepted."""
         adversary = tiny_model("llama")
         with torch.no_grad():
             adversary.lm_head.weight.neg_()
@@ -212,7 +212,7 @@ class TestSampling:
 
     @pytest.mark.parametrize("self_draft", [False, True])
     def test_distribution(self, self_draft):
-        """Two tokens against exact enumeration, chi-square (O13)."""
+        """Two tokens have the distribution of exact enumeration, by chi-square (O13)."""
         model = tiny_model(
             "llama", vocab_size=6, bos_token_id=None, pad_token_id=None, initializer_range=0.2
         )
@@ -274,7 +274,7 @@ class TestEnds:
         assert torch.equal(out, greedy(target, ids, n)) and out.shape[1] == 30 + n
 
     def test_nothing_is_run_behind_the_last_token(self, target, monkeypatch):
-        """Where a model has no more positions, for one."""
+        """A model may have no more positions there, for one."""
         forward, furthest = PatchedModel.forward, []
 
         def noting(self, tokens, positions, *args, **kwargs):
@@ -634,7 +634,7 @@ class TestLowPrecision:
         assert same >= 1
 
     def test_plain_and_speculative_have_the_same_bits(self):
-        """Where torch's linear layers give a row the same bits for any number of rows."""
+        """They have where torch's linear layers give a row the same bits for any number of rows."""
         model = tiny_model("llama", dtype=torch.bfloat16)
         x = torch.randn(16, 32).bfloat16()
         layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]

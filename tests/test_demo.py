@@ -1,4 +1,4 @@
-"""The demonstration in its short form: with the embedded pair, in a terminal and without one."""
+"""Tests the demonstration in its short form: on the embedded pair, in a terminal and without."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ESCAPE = re.compile("\x1b\\[[0-9;?]*[A-Za-z]")
 
 
 def table(text: str) -> dict[str, list[str]]:
-    """The cells of each row."""
+    """Return the cells of each row."""
     rows = {}
     for line in text.splitlines():
         for name in (*ROWS, demo.TREE):
@@ -36,7 +36,7 @@ def table(text: str) -> dict[str, list[str]]:
 
 
 def sections(text: str) -> list[str]:
-    """What was written live: the lines below each heading up to the line of statistics."""
+    """Return what was written live: the lines below each heading up to the line of statistics."""
     return re.findall(r"^-- .*\n((?:.*\n)*?)(?=\d+ tokens \| )", text, re.MULTILINE)
 
 
@@ -134,7 +134,7 @@ def test_own_models_and_document(tiny, capsys):
     ],
 )
 def test_other_drafts(tiny, tmp_path, capsys, draft, said, ways):
-    """One row for every way that a draft can be used in."""
+    """There is one row for every way that a draft can be used in."""
     if draft == "head":
         draft = str(make("eagle1", vocab=257).write(tmp_path / "head"))
     assert cli.main([*tiny, "--draft", draft, "--tokens", "300", "--max-new-tokens", "12"]) == 0

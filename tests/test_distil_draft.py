@@ -1,4 +1,4 @@
-"""What the embedded draft is distilled from: the target's own text, and the decoder's caches."""
+"""Tests what the embedded draft is distilled from: the target's text, and the decoder's caches."""
 
 from __future__ import annotations
 

@@ -105,13 +105,13 @@ def is_excerpt(info: str) -> bool:
 
 
 def commands(block: str) -> list[list[str]]:
-    """The words of every command of a block for the shell."""
+    """Return the words of every command of a block for the shell."""
     lines = block.replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def longest(table: dict, words: list[str]):
-    """The entry whose words a command begins with; None without one."""
+    """Return the entry whose words a command begins with; None without one."""
     found = [key for key in table if words[: len(key.split())] == key.split()]
     return table[max(found, key=len)] if found else None
 
@@ -200,7 +200,7 @@ class Page:
         raise AssertionError(f"{words}: {self.capsys.readouterr().err}")
 
     def program(self, words: list[str]) -> int:
-        """The exit status of a program of the project, run in this process."""
+        """Run a program of the project in this process, and return its exit status."""
         program, *arguments = words
         try:
             if program == "specextend":
@@ -223,8 +223,8 @@ class Page:
 
 @pytest.fixture(scope="module")
 def load():
-    """``from_pretrained`` that reads every model once, in float32: not all machines of the tests
-    are quick in bfloat16."""
+    """Give a ``from_pretrained`` that reads every model once, in float32: not all machines of the
+    tests are quick in bfloat16."""
     original = AutoModelForCausalLM.from_pretrained
 
     @functools.cache
@@ -236,7 +236,7 @@ def load():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Where a reader stands: the project's folders, and the files that the pages speak of."""
+    """Lay out what a reader has: the project's folders, and the files that the pages speak of."""
     for name in ("specextend", "bench"):
         (tmp_path / name).symlink_to(ROOT / name)
     text = assets.demo_document()[1]

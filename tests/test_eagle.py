@@ -32,7 +32,7 @@ CHAIN = dict(tree_shape="top_k", tree_nodes=4, tree_width=1, tree_top_k=1)
 
 
 def big_enough(family: str = "llama", **changes):
-    """A tiny target with enough layers for EAGLE-3."""
+    """Make a tiny target with enough layers for EAGLE-3."""
     if "layer_types" in FAMILIES[family]:
         changes["layer_types"] = ["sliding_attention"] + ["full_attention"] * (LAYERS - 1)
     return tiny_model(family, num_hidden_layers=LAYERS, **changes)
@@ -53,7 +53,7 @@ def greedy(model, ids, n=30):
 
 
 def features_of(model, ids: torch.Tensor, layers) -> torch.Tensor:
-    """[1, L, F] by the model itself."""
+    """Compute features [1, L, F] by the model itself."""
     with torch.inference_mode():
         states = model(ids, output_hidden_states=True).hidden_states
     return torch.cat([states[i] for i in layers], -1)
@@ -77,7 +77,7 @@ class TestDialects:
 
     @pytest.mark.parametrize("dialect", DIALECTS)
     def test_a_tree_has_the_logits_of_the_training_form(self, target, dialect, tmp_path):
-        """Every node, on our kernels and caches, as a row of its own chain (full cache)."""
+        """Every node, on our kernels and caches, is as a row of its own chain (full cache)."""
         made, ids = make(dialect), prompt(12)
         config = SMALL.replace(draft_cache="full", tree_shape="top_k")
         draft = load_draft(made.write(tmp_path), Target(target), config)
@@ -131,7 +131,7 @@ class TestDialects:
         assert set(tree.tokens[0, 1:].tolist()) <= known and max(known) > 40
 
     def test_rope_kinds_and_sizes(self):
-        """Of the head's own configuration, whatever the names; Llama's first where it is silent."""
+        """The head's own configuration says, whatever the names; Llama's first if it is silent."""
         target = big_enough(rope_parameters=dict(rope_type="default", rope_theta=77.0))
         said = make("eagle3").config
 
@@ -155,7 +155,7 @@ class TestDialects:
         assert not torch.equal(inv_freq(rope_scaling=llama3), plain(10000.0))
 
     def test_saved_and_loaded_again(self, target, tmp_path):
-        """In the official format, with the same forward."""
+        """A file in the official format gives the same forward."""
         ids = prompt(9)
         for dialect in ("eagle3", "eagle3-specforge", "eagle3.1", "eagle3-tied"):
             made = make(dialect)
@@ -263,7 +263,7 @@ class TestLossless:
 
 
 def teacher_forced(draft: EagleDraft, model, text: torch.Tensor) -> KVCache:
-    """The head's keys and values of ``text`` by one pass over the target's own features."""
+    """Compute the head's keys and values of ``text`` by one pass over the target's own features."""
     head = draft.head
     features = features_of(model, text, head.config.feature_layers)[:, :-1]
     count = text.shape[1] - 1
@@ -470,7 +470,7 @@ class TestFeatures:
 
 
 class TestCaptured:
-    """The draft's work recorded once and replayed, with counts that only the device knows."""
+    """The draft's work is recorded once and replayed, with counts that only the device knows."""
 
     def test_the_host_follows(self, target, tmp_path):
         """Its lengths are those of the device; also where the gate rests."""

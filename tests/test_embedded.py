@@ -1,4 +1,4 @@
-"""The embedded pair of models, in the loop."""
+"""Tests the embedded pair of models in the loop."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_same_text_as_generate(pair, tokenizer):
 
 
 def planted(tokenizer, module: str, first: int) -> tuple[torch.Tensor, int]:
-    """A document of 7,000 tokens whose last lines begin a passage that stands near its beginning.
+    """Make a document of 7,000 tokens whose last lines begin a passage that stands near its start.
 
     Returns:
         The document [1, L], and the chunk of 32 tokens where the passage goes on.

@@ -1,4 +1,4 @@
-"""What the embedded models are trained with: their forward, gradients, optimizer and schedule."""
+"""Tests what embedded models are trained with: their forward, gradients, optimizer, schedule."""
 
 from __future__ import annotations
 

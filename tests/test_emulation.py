@@ -1,4 +1,4 @@
-"""The emulation itself: what it does right, and the faults in kernels that it finds."""
+"""Tests the emulation itself: what it does right, and the faults in kernels that it finds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SCHEDULES = [Schedule(seed, kind) for kind in KINDS for seed in range(6)]
 
 
 class Probes(emulation.Library):
-    """The kernels of emulation/probes.cu."""
+    """Calls the kernels of emulation/probes.cu."""
 
     def __init__(self, name="probes", options=()):
         own = [emulation.HERE / "probes.cu", *([emulation.HERE / "fiber.cpp"] if options else [])]
@@ -252,7 +252,7 @@ class TestRaces:
 
     @pytest.mark.parametrize("fault", [1, 2, 3])
     def test_of_the_last_block(self, probes, fault):
-        """Which need not be the last of the grid, and has to fence on both sides of its ticket."""
+        """It need not be the last of the grid, and has to fence on both sides of its ticket."""
         found = []
         for seed in range(6):
             out = torch.zeros(12, dtype=torch.int32)
@@ -266,7 +266,7 @@ class TestRaces:
 
 
 class TestFences:
-    """Of what tensor cores, copies and the next kernel are to see."""
+    """What tensor cores, copies and the next kernel are to see needs a fence."""
 
     @on_every_schedule
     def test_all_there(self, probes, schedule):
@@ -422,7 +422,7 @@ def test_uninitialised_memory(probes):
 
 
 def test_fibers_of_other_processors():
-    """The switch that knows no processor's registers."""
+    """The switch works that knows no processor's registers."""
     probes = probes_or_skip("probes_ucontext", ["-DSPECEXTEND_EMULATION_UCONTEXT"])
     for schedule in SCHEDULES:
         with probes.guarded_memory(), probes.schedule(schedule):
@@ -498,7 +498,7 @@ def select_chunks_of(seed):
 
 @dataclass(frozen=True)
 class Mutation:
-    """A change of a kernel's source that a test of its op must notice.
+    """Changes a kernel's source, which a test of its op must notice.
 
     Attributes:
         name: what is wrong.
@@ -688,7 +688,7 @@ MUTATIONS = [
 
 
 def test_one_block_for_all_sequences():
-    """What is beyond the largest grid: blocks go from sequence to sequence."""
+    """Beyond the largest grid blocks go from sequence to sequence."""
     fewer = Mutation(
         "all sequences in one block",
         "kernels/grid.cuh",
@@ -734,7 +734,7 @@ def test_mutations_are_found(mutation):
 
 
 class TestForEach:
-    """The loop inside a test, of backends.py."""
+    """Tests the loop inside a test, of backends.py."""
 
     def test_every_combination_runs(self):
         seen = []

@@ -1,4 +1,4 @@
-"""``specextend eval``: prompts, methods, records, resuming; the command on tiny models."""
+"""Tests ``specextend eval``: prompts, methods, records, resuming; the command on tiny models."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ class TestMethods:
                 rows_of(Stage((64,), ("standard",)), {}, "cpu")
 
     def test_order(self, drafts):
-        """The reference first; each of the others in every place."""
+        """The reference comes first, and each of the others comes in every place."""
         rows = rows_of(Stage((64,), ("hf", "standard", "retrieval")), drafts, "cpu")
         prompt = prompts.Prompt("p", "joined", 4, [1, 2, 3, 4])
         keys = [(t.repeat, t.row.method.key) for t in tasks_of([prompt], rows, 3)]
@@ -390,7 +390,7 @@ ALL = ["hf", "hf_assisted", "hf_lookup", "plain", *options.LADDER, "ngram", "sel
 
 
 def test_command(evaluate, tmp_path):
-    """Every method; then an interruption, the rest, and other options."""
+    """Every method runs; then come an interruption, the rest, and other options."""
     methods = ["--methods", ",".join(ALL), "--output", tmp_path]
     code, out, err = evaluate(*SMALL, *methods, plots=True)
     assert code == 0, err
@@ -489,7 +489,7 @@ def test_sweep(evaluate, tmp_path):
 
 
 def test_synthetic(evaluate, tmp_path):
-    """Random weights, and proposals that are right as often as was said."""
+    """Random weights run, with proposals that are right as often as was said."""
     config = LlamaConfig(
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4,

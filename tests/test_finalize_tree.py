@@ -14,7 +14,7 @@ INF = math.inf
 
 
 def random_pool(seed: int):
-    """A pool of candidates with many ties: probabilities of 1 and 0 and rounded up along a path."""
+    """Draw candidates with many ties: probabilities of 1 and 0, and rounded up along a path."""
     rng = random.Random(seed)
     batch, size = rng.randint(1, 3), rng.choice([1, 2, 5, 20, 60, 63, 64, 65, 130, 200])
     steps = rng.choice([[0.0, -1.0], [0.0, -INF, -0.5], [-0.1, -0.2, -0.3], [0.0], [1e-7, -0.3]])
@@ -116,7 +116,7 @@ def test_no_stray_bits(device):
 
 @for_each(seed=range(40))
 def test_no_closed_set_is_better(seed, device):
-    """By enumeration: no ancestor-closed set of that size expects more accepted tokens."""
+    """Enumeration says so: no ancestor-closed set of that size expects more accepted tokens."""
     rng = random.Random(seed)
     size, num_nodes = 9, rng.randint(1, 6)
     parents = [rng.randint(-1, i - 1) for i in range(size)]

@@ -1,4 +1,4 @@
-"""The gate, on made-up times."""
+"""Tests the gate on made-up times."""
 
 from __future__ import annotations
 

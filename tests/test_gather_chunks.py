@@ -60,7 +60,7 @@ class Case:
         return gather(*caches, self.ids, self.counts, self.lens, inv_freq, **self.options)
 
     def wanted(self):
-        """(work_lens, K and V of the working caches in fp64, both in the op's dtype)."""
+        """Return (work_lens, K and V of the working caches in fp64, both in the op's dtype)."""
         results = []
         for dtype in (torch.float64, self.work[0][0].t.dtype):
             # Copies also of what has this dtype: the op has to fill the caches, not the reference.
@@ -409,7 +409,7 @@ def test_a_sequence_alone_is_the_same(device):
 
 
 def test_gathered_twice_is_gathered_once(device):
-    """From the full cache each time: an earlier selection leaves no trace."""
+    """Chunks come from the full cache each time: an earlier selection leaves no trace."""
     case, other = Case(seed=1, device=device), Case(seed=2, device=device)
     case.ids, case.counts = other.ids, other.counts
     first = case.run()

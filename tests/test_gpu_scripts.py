@@ -1,4 +1,4 @@
-"""The scripts for machines with a GPU: how they run and record steps, and a rehearsal of each."""
+"""Tests the scripts for machines with a GPU: how they run and record steps; rehearses each."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def python(code: str) -> list[str]:
 class TestPlans:
     @pytest.mark.parametrize("name", SCRIPTS.values())
     def test_fit_in_ten_minutes(self, steps, name, tmp_path):
-        """The limits of all steps together, so that the last one has its time, too."""
+        """The limits of all steps fit together, so that the last one has its time, too."""
         plan = importlib.import_module(name).plan(tmp_path, "cuda")
         assert sum(step.limit for step in plan if not step.needed) <= steps.DEADLINE < 600
         assert len({step.name for step in plan}) == len(plan)
@@ -58,7 +58,7 @@ class TestPlans:
 
 @pytest.mark.parametrize("key", SCRIPTS)
 def test_rehearsal(key, tmp_path):
-    """Every step in its small form; the folder gets two files, which hold all there is."""
+    """Every step runs in its small form; the folder gets two files, which hold all there is."""
     command = [sys.executable, f"bench/gpu/{SCRIPTS[key]}.py", str(tmp_path), "--rehearse"]
     ran = subprocess.run([*command, "--commit", "abc"], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -133,7 +133,7 @@ class TestRunning:
 
 
 class TestModule:
-    """What is done with the module that tools/carry.py made, and without one."""
+    """Tests what is done with the module that tools/carry.py made, and without one."""
 
     @pytest.fixture
     def module(self, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The captured round: on a GPU as CUDA graphs, on a CPU as tapes of ops done again."""
+"""Tests the captured round: on a GPU as CUDA graphs, on a CPU as tapes of ops done again."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ class TestTapedRound:
 
 
 class TestProcessors:
-    """Which processors of `transformers` may be captured, found out by recording them."""
+    """Recording finds out which processors of `transformers` may be captured."""
 
     @pytest.mark.parametrize(
         "processor",
@@ -291,7 +291,7 @@ class TestGraphs:
     @pytest.mark.parametrize("group", [1, 2, 4, 5, 7, 8, 12, 16])
     @pytest.mark.parametrize("major", [8, 9])
     def test_buckets_fill_what_the_kernels_compute(self, group, major):
-        """By the partition itself: a node more would take half as much again, or twice as much."""
+        """The partition itself says so: a node more would take half as much again, or twice."""
         sizes = sorted({bucket(n, 127, group) for n in range(1, 128)})
         assert len(sizes) <= 7
 
@@ -443,7 +443,7 @@ class TestOnCuda:
         assert tokens == ids[0, 70 : 70 + len(tokens)].tolist()
 
     def test_cuda_two_streams_and_two_threads(self, on_gpu):
-        """Two generations at once, on models of their own."""
+        """Two generations run at once, on models of their own."""
         config, results = self.CONFIG, {}
 
         def work(index):

@@ -1,4 +1,4 @@
-"""The Hopper family of tree_attention: emulated, and against CuTe's own layouts.
+"""Tests the Hopper family of tree_attention: emulated, and against CuTe's own layouts.
 
 Which calls it takes is seen by what fails: the library here has no portable kernels.
 """
@@ -165,7 +165,7 @@ def test_one_key_from_a_whole_tile(prefix, on_hopper):
 
 
 class TestSwitches:
-    """Of the environment. That the portable kernels were chosen shows in that there are none."""
+    """The environment has switches. Portable kernels show as chosen in that there are none."""
 
     CASE = dict(prefixes=(50,), rows=65, heads=(1, 1), dtype=FP16)
 
@@ -240,7 +240,7 @@ def test_only_on_hopper(library):
 
 
 def placed(t: torch.Tensor, begin: int = 0, odd: int | None = None) -> torch.Tensor:
-    """A copy that begins so many elements behind a multiple of 16 bytes. All strides but the last
+    """Copy to so many elements behind a multiple of 16 bytes. All strides but the last
     are multiples of 8 elements, but that of dimension ``odd``, which is 4 more.
     """
     strides, stride = [0, 0, 0, 1], t.shape[-1]
@@ -253,7 +253,7 @@ def placed(t: torch.Tensor, begin: int = 0, odd: int | None = None) -> torch.Ten
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_memory_that_tensor_copies_do_not_take(name, library):
-    """Each stride and the begin alone, of 8 bytes and not of 16; what is far too far apart."""
+    """Each stride and the begin alone is of 8 bytes, not of 16; or rows are far too far apart."""
     case = Case((50, 20), 65, heads=(4, 2), dtype=FP16)
     with emulated(library, Schedule(capability=90)):
         expected, t = case.run(), getattr(case, name)
@@ -299,7 +299,7 @@ LAYOUTS = {
     [(2, 40, (4, 2), 64), (1, 100, (4, 1), 128), (2, 66, (2, 2), 200), (1, 65, (1, 1), 8)],
 )
 def test_maps(layout, batch, rows, heads, dim, library):
-    """One of the keys, one of the values, each with its own strides."""
+    """One map is of the keys, one of the values, each with its own strides."""
     case = Case((20,) * batch, rows, heads=heads, dim=dim, dtype=FP16)
     expected = case.check()
     case.k = LAYOUTS[layout](case.k)

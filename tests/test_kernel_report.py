@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels."""
+"""Tests the report on what the compiler made of the CUDA kernels."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_reads_what_ptxas_says(tmp_path):
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 def test_a_spill_is_seen(tmp_path):
-    """With this machine's own compiler, through the script that the build uses."""
+    """This machine's own compiler makes one, through the script that the build uses."""
     source, target = tmp_path / "spill.cu", tmp_path / "spill.o"
     source.write_text(
         "__global__ void spilling(float* x) {\n"

@@ -1,4 +1,4 @@
-"""What ops say when a CUDA launch fails, by a host program around csrc/launch_error.h."""
+"""Tests what ops say when a CUDA launch fails, by a host program around csrc/launch_error.h."""
 
 import ctypes
 import subprocess

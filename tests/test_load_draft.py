@@ -1,4 +1,4 @@
-"""What a user may name as a draft, and what is said where it is none or does not fit."""
+"""Tests what a user may name as a draft, and what is said where it is none or does not fit."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ PUBLISHED = {
 
 
 def random_block(model, seed: int = 0, scale: float = 0.3) -> LongSpecBlock:
-    """A block with every weight random, in the model's dtype."""
+    """Make a block with every weight random, in the model's dtype."""
     torch.manual_seed(seed)
     block = LongSpecBlock(BlockShape.of_target(model))
     with torch.no_grad():
@@ -58,7 +58,7 @@ def target():
 
 
 def paper_block(state, x, cos, sin, keys, values, lag, window, eps):
-    """The block over a whole text as the paper has it, row by row, with the published weights.
+    """Run the block over a whole text as the paper has it, row by row, with the published weights.
 
     x [L, h]; cos, sin [L, D]; keys, values [L, Hkv, D], already turned.
     """
@@ -103,7 +103,7 @@ class TestAgainstThePaper:
     @pytest.mark.parametrize("lag", [1, 2, 4])
     @pytest.mark.parametrize("window", [1, 7, 16, 40])
     def test_training_form(self, family, lag, window, tmp_path):
-        """In fp64, through a file in the published format, at positions with a gap."""
+        """It agrees in fp64, through a file in the published format, at positions with a gap."""
         model = tiny_model(family)
         block = random_block(model).double()
         save_block(block, model, tmp_path / "b.pth", dtype=torch.float64)

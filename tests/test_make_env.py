@@ -1,4 +1,4 @@
-"""What `make` says where something is missing."""
+"""Tests what `make` says where something is missing."""
 
 import importlib.util
 import shutil

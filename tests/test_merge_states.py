@@ -53,7 +53,7 @@ def test_random(shape, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mark", [-INF, INF])
 def test_empty_parts_are_not_read(mark, dtype, device):
-    """One in ten empty on either side, some on both; what they hold is NaN or infinite."""
+    """One in ten is empty on either side, some on both; what they hold is NaN or infinite."""
     states = random_states((300, 16), dtype, device)
     generator = torch.Generator().manual_seed(1)
     empty = [torch.rand(300, generator=generator).to(device) < 0.1 for _ in range(2)]
@@ -137,14 +137,14 @@ def test_rows_do_not_depend_on_each_other(device):
 
 
 def moved(t, elements):
-    """The same, contiguous, that many elements behind memory that is aligned."""
+    """Copy it, contiguous, that many elements behind memory that is aligned."""
     memory = torch.empty(t.numel() + elements, dtype=t.dtype, device=t.device)
     return memory[elements:].view(t.shape).copy_(t)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unaligned_memory(dtype, device):
-    """Every offset below 16 bytes of each input: where a wide load may begin, and where not."""
+    """Every offset below 16 bytes of each input runs: a wide load may begin at some alone."""
     states = random_states((50, 64), dtype, device)
     expected = ops.merge_states(*states)
     for offset in range(16 // dtype.itemsize):

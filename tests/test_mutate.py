@@ -1,4 +1,4 @@
-"""The lists of planted faults, and how `tools/mutate.py` plants and judges them."""
+"""Tests the lists of planted faults, and how `tools/mutate.py` plants and judges them."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_tests_are_named_once():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Where results and faults of these tests are."""
+    """Give results and faults of these tests a folder."""
     monkeypatch.setattr(mutate, "FOLDER", tmp_path)
     monkeypatch.setattr(mutate, "RESULTS", tmp_path / "results.json")
     return tmp_path
@@ -111,7 +111,7 @@ QUICK = {
 @pytest.mark.long  # half a minute
 @pytest.mark.parametrize("name", QUICK)
 def test_faults_are_found(name, folder, monkeypatch, capsys):
-    """Each way of planting: on the command line, with results that are kept."""
+    """Faults are planted in each way: on the command line, with results that are kept."""
     own = [m for m in AREAS[name].mutants if m.name in QUICK[name]]
     assert len(own) == len(QUICK[name])
     area = Area(name, own, AREAS[name].keyword, AREAS[name].environment)

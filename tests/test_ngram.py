@@ -1,4 +1,4 @@
-"""The n-gram draft: what it finds, the trees it makes, losslessness, no host reads of its own."""
+"""Tests the n-gram draft: what it finds, its trees, losslessness, no host reads of its own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIG = SpecConfig(
 
 
 def tree_of(ids: list[int], depth: int = 4, config: SpecConfig = CONFIG):
-    """The tree below the last of ``ids``, half of them from the prompt."""
+    """Return the tree below the last of ``ids``, half of them from the prompt."""
     draft, half = NGramDraft(config), -(-len(ids) // 2)
     draft.begin(torch.tensor([ids[:half]]), len(ids) + 10, None, Graphs())
     draft.observe([ids[half:]])
@@ -113,7 +113,7 @@ class TestTree:
 
 
 def repeating(length: int) -> torch.Tensor:
-    """A prompt with much to find in it."""
+    """Make a prompt with much to find in it."""
     return prompt(13).repeat(1, -(-length // 13))[:, :length]
 
 
@@ -138,7 +138,7 @@ class TestLossless:
 
 
 def cycling_model(period: int = 7):
-    """A model whose greedy output is the cycle 10, 11, ..., whatever its attention does."""
+    """Make a model whose greedy output is the cycle 10, 11, ..., whatever its attention does."""
     model = tiny_model("llama", num_hidden_layers=1)
     with torch.no_grad():
         for p in model.model.layers.parameters():

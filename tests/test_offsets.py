@@ -23,7 +23,7 @@ from specextend.testing import ancestor_mask, pack_mask
 
 @dataclass
 class Call:
-    """One op on small tensors.
+    """Calls one op on small tensors.
 
     Attributes:
         arguments: by name; of a list all tensors are spread at once.
@@ -38,7 +38,7 @@ class Call:
     options: dict = field(default_factory=dict)
 
     def dims(self) -> list[tuple[str, int, bool]]:
-        """Where there is a stride: argument, dimension, and whether it may be any."""
+        """List where there is a stride: argument, dimension, and whether it may be any."""
         found = []
         for name, value in self.arguments.items():
             t = value[0] if isinstance(value, list) else value
@@ -48,7 +48,7 @@ class Call:
         return found
 
     def run(self, op, device: str, name: str | None = None, dim: int = 0) -> list[Tensor]:
-        """The results, with the argument ``name`` spread along ``dim``."""
+        """Return the results, with the argument ``name`` spread along ``dim``."""
 
         def place(key: str, value):
             if isinstance(value, list):
@@ -72,7 +72,7 @@ def normal(*shape: int, dtype=torch.float32) -> Tensor:
 
 
 def attention(dtype, rows: int) -> Call:
-    """A block of 128 keys of the prefix, and fewer; few rows and many have kernels of their own."""
+    """Attend to a block of 128 keys, and to fewer; few rows and many have kernels of their own."""
     parents = torch.arange(rows) // 2 - 1
     return Call(
         {
@@ -174,7 +174,7 @@ def expand(dtype) -> Call:
 
 
 def contiguous(arguments: dict[str, Tensor], **options) -> Callable[[torch.dtype], Call]:
-    """Of an op whose arguments all have to be."""
+    """Say so of an op whose arguments all have to be."""
     return lambda dtype: Call(arguments, options=options)
 
 
@@ -224,7 +224,7 @@ def test_every_argument_of_every_op_is_here():
 
 @pytest.mark.parametrize(("name", "call"), CASES)
 def test_strides_beyond_32_bits(name, call, device):
-    """The same bits; what has to be contiguous is refused."""
+    """Results have the same bits; what has to be contiguous is refused."""
     op = getattr(ops, name)
     expected = call.run(op, device)
     for argument, dim, may_be_any in call.dims():

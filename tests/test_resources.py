@@ -1,4 +1,4 @@
-"""What the loop must not do: large tensors, waits of the host, growth."""
+"""Tests what the loop must not do: large tensors, waits of the host, growth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The target as its own draft: losslessness, full depth, its working cache."""
+"""Tests the target as its own draft: losslessness, full depth, its working cache."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_captured_to_full_depth(target):
 
 @pytest.mark.parametrize("draft_cache", ["retrieval", "window"])
 def test_captured(target, draft_cache):
-    """The draft's work recorded once and replayed, with counts that only the device knows."""
+    """The draft's work is recorded once and replayed, with counts that only the device knows."""
     config = SMALL.replace(draft_cache=draft_cache, tree_shape="top_k", gate="auto")
     ids, texts, tapes = prompt(70), [], Tapes()
     for recorder in (tapes, None):

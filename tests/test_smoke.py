@@ -1,4 +1,4 @@
-"""A minute's look at everything, for versions of torch and `transformers` that are not pinned.
+"""Has a minute's look at everything, for versions of torch and `transformers` that are not pinned.
 
 `tools/smoke.py` runs it against the package as a user installs it; `make test` leaves it out.
 
@@ -38,7 +38,7 @@ GREEDY = dict(max_new_tokens=24, do_sample=False)
 
 
 def run(*command) -> str:
-    """What a command prints; it must succeed without a word of deprecation."""
+    """Return what a command prints; it must succeed without a word of deprecation."""
     ran = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert "deprecat" not in (ran.stdout + ran.stderr).lower(), ran.stderr
@@ -105,7 +105,7 @@ class Collector(BaseStreamer):
 
 
 def test_inside_their_generate():
-    """By ``custom_generate``, with a streamer and all that their output can hold."""
+    """It runs by ``custom_generate``, with a streamer and all that their output can hold."""
     model, ids = tiny_model("llama"), prompt(50)
     options = dict(
         **GREEDY, return_dict_in_generate=True, output_scores=True, output_logits=True,
@@ -135,7 +135,7 @@ def test_sampled():
 
 
 def test_ops():
-    """Every op, against its reference."""
+    """Every op agrees with its reference."""
     cases = list(small_cases.cases(few=True))
     assert {case.op.__name__ for case in cases} == set(ops.__all__)
     assert [case.name for case in cases if not small_cases.agrees(case, "cpu")] == []

@@ -42,7 +42,7 @@ RUN = TrainConfig(steps=6, batch=4, micro_batch=2, length=24, lr=5e-3, warmup=1,
 
 
 def words(count: int, seed: int = 0) -> list[str]:
-    """A text with a pattern that can be learnt: each word has two likely successors."""
+    """Make a text with a pattern that can be learnt: each word has two likely successors."""
     rng, at, out = np.random.default_rng(seed), 3, []
     for _ in range(count):
         at = 3 + (at * 7 + int(rng.integers(2)) * 11) % (VOCAB - 3)
@@ -100,7 +100,7 @@ class TestAnchorOffset:
 
 
 def dense_attention(q, k, v, seen):
-    """[B, L, H, D] under a mask [L, L]; a row that sees nothing is 0."""
+    """Attend [B, L, H, D] under a mask [L, L]; a row that sees nothing is 0."""
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     scores = torch.einsum("bthd,bshd->bhts", q, k) / q.shape[-1] ** 0.5
@@ -317,7 +317,7 @@ class TestRuns:
             assert torch.equal(again.recipe.module.state_dict()[name], tensor), name
 
     def test_processes_make_the_same_step(self, stream, tmp_path):
-        """Two that sum their gradients, against one that has all windows."""
+        """Two that sum their gradients step as one does that has all windows."""
         model = tiny_model("llama")
         alone = recipe_of("longspec", model, stream)
         Trainer(alone, RUN, stream, tmp_path / "alone").run()
@@ -400,7 +400,7 @@ class TestValidation:
     @pytest.mark.parametrize("kind", ["longspec", "eagle3", "ngram"])
     @pytest.mark.parametrize("shape", ["fixed", "top_k"])
     def test_counts_as_the_loop_does(self, kind, shape, stream):
-        """The same drafts along the same text: the loop's rounds, without its verify passes."""
+        """The same drafts along the same text give the loop's rounds, without its verify passes."""
         model, config = tiny_model("llama"), CONFIG.replace(tree_shape=shape, tree_depth=3)
         made = "ngram" if kind == "ngram" else recipe_of(kind, model, stream).draft(config)
         spec = SpecExtend(model, made, config)

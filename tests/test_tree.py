@@ -15,7 +15,7 @@ V = 5
 
 
 class ToyDraft:
-    """A draft whose next token depends on the whole path, so that a wrong parent or mask shows."""
+    """Has a next token that depends on the whole path, so that a wrong parent or mask shows."""
 
     def __init__(self, seed: int):
         self.seed = seed

@@ -212,7 +212,7 @@ def test_keys_and_values_differ_in_layout(layouts, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows, keys", [(1, 9), (4, 70), (16, 64), (9, 4), (3, 1), (5, 0), (1, 0)])
 def test_rows_and_keys_differ(rows, keys, dtype, device):
-    """A draft's last level against all of its levels; the prefix alone."""
+    """A draft's last level attends to all of its levels, or to the prefix alone."""
     Case((130, 0), rows, keys, dtype=dtype).check(device)
     Case((130, 7), rows, keys, dtype=dtype, tree=False).check(device, chunk_size=16)
 
@@ -425,7 +425,7 @@ def test_long_fuzz(device):
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 192, 256, 72, 136])
 @pytest.mark.parametrize("rows", [5, 13, 25, 33, 70])
 def test_row_blocks(rows, dim, device):
-    """Each kernel: blocks of 16, 32 and 64 rows, more than one block; parts of few tiles."""
+    """Each kernel runs: blocks of 16, 32 and 64 rows, more than one block; parts of few tiles."""
     dtype = torch.float16 if rows % 2 else torch.bfloat16
     case = Case((150,), rows, heads=(2, 1), dim=dim, dtype=dtype, seed=rows)
     case.check(device)
@@ -435,7 +435,7 @@ def test_row_blocks(rows, dim, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_multiprocessors(dtype, device, schedule):
-    """From one part per unit, or several units per block, to a part per tile."""
+    """Parts go from one per unit, or several units per block, to one per tile."""
     for prefixes, rows, heads in [
         ((700,), 3, (4, 2)),
         ((90, 0, 400), 9, (6, 2)),
@@ -451,7 +451,7 @@ def test_multiprocessors(dtype, device, schedule):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_more_parts_than_lanes(dtype, device, schedule):
-    """A unit in more blocks than a warp of the combine has lanes."""
+    """A unit lies in more blocks than a warp of the combine has lanes."""
     with schedule(multiprocessors=40):
         Case((3000,), 3, heads=(1, 1), dtype=dtype).check(device, chunk_size=100)
 
@@ -649,7 +649,7 @@ def test_few_rows(dim, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_window_row_invariance(dtype):
-    """The same with a window: a node of a tree at P + depth, and plain decoding at its position."""
+    """The same holds with a window: a tree's node at P + depth, plain decoding at its position."""
     for prefix, window in [(100, 50), (300, 150), (300, 4)]:
         case = Case((prefix,), 30, heads=(4, 2), dtype=dtype)
         got = case.run(window=window, **case.depths())
@@ -722,7 +722,7 @@ def test_calls_leave_no_trace(device):
 
 
 def test_every_instruction_set():
-    """The tests that go through all kernels, by each instruction set below the one in use."""
+    """Tests of all kernels pass by each instruction set below the one in use."""
     tests = "fuzz or row_invariance or few_rows or number_of_rows or head_dims or without_weight"
     tests = f"({tests}) and not (emulated or cuda)"
     for isa in isa_bits.runnable()[:-1]:

@@ -10,7 +10,7 @@ from specextend import ops, reference
 
 
 def random_case(seed: int):
-    """A batch of random trees of one size, with repeated siblings and choices that often match."""
+    """Draw random trees of one size, with repeated siblings and choices that often match."""
     rng = random.Random(seed)
     batch, num_nodes = rng.randint(1, 3), rng.choice([1, 2, 3, 5, 8, 17, 33, 64, 65])
     words = rng.choice([1, 2, 3, 6])  # few tokens: siblings repeat, walks get long

@@ -1,4 +1,4 @@
-"""Which versions of torch and `transformers` are taken, refused, and tried."""
+"""Tests which versions of torch and `transformers` are taken, refused, and tried."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class TestRanges:
     ],
 )
 def test_what_a_user_sees(package, code, tmp_path):
-    """The range, not an argument that is unknown or a name that cannot be imported."""
+    """The error is the range, not an argument that is unknown or a name that is not there."""
     change = f"import sys, {package}; {package}.__version__ = '99.0'; {code}"
     command = [sys.executable, "-c", change]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, input="")
@@ -121,7 +121,7 @@ LATER = {"torch": "2.16.0", "transformers": "5.26.0"}
 
 
 class TestNewest:
-    """What `make test-newest` tries, and what fails it."""
+    """Tests what `make test-newest` tries, and what fails it."""
 
     @pytest.mark.parametrize(
         "there, two_weeks_ago, failing, passes, tried",

@@ -1,4 +1,4 @@
-"""The page of ``specextend demo --web``: its server, and the page itself in a real browser."""
+"""Tests the page of ``specextend demo --web``: its server, and the page in a real browser."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ ORDER = {"text": TEXT, "new_tokens": NEW, **SWITCHES}
 
 @contextlib.contextmanager
 def serving(*options: str):
-    """The command, in a thread; its port."""
+    """Run the command in a thread, and give its port."""
     servers: list[uvicorn.Server] = []
     started = threading.Event()
 
@@ -83,7 +83,7 @@ def serving(*options: str):
 
 @pytest.fixture(scope="module")
 def port():
-    """Of a server with the embedded models."""
+    """Give the port of a server with the embedded models."""
     threads = [] if PICTURE else ["--threads", "1"]  # a picture shows what all of them do
     with serving(*threads, "--max-new-tokens", str(NEW)) as port:
         yield port
@@ -110,7 +110,7 @@ def ask(port: int, path: str, body=None, method: str | None = None, **headers: s
 
 
 def run(port: int, **order) -> list[dict]:
-    """The events of a race."""
+    """Return the events of a race."""
     status, text, _ = ask(port, "/api/run", {**ORDER, **order})
     assert status == 200, text
     return [json.loads(line) for line in text.splitlines()]
@@ -123,7 +123,7 @@ def refusal(port: int, **order) -> tuple[int, str]:
 
 @functools.cache
 def expected() -> list[int]:
-    """What the target itself writes behind the text."""
+    """Return what the target itself writes behind the text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = assets.target_path()
@@ -275,7 +275,7 @@ def wait_for(what) -> None:
 
 @contextlib.contextmanager
 def racing(port: int):
-    """The answer of a long race, from where both columns write."""
+    """Give the answer of a long race, from where both columns write."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     headers = {"origin": f"http://127.0.0.1:{port}", "content-type": "application/json"}
     connection.request("POST", "/api/run", json.dumps({**ORDER, "new_tokens": 500}), headers)
@@ -311,7 +311,7 @@ def test_reader_goes_away(port, monkeypatch):
 
 
 def test_failure_is_told(port, monkeypatch, caplog):
-    """What should not happen: the page says so, the log has the rest, the next order works."""
+    """A fault happens: the page says so, the log has the rest, the next order works."""
 
     def broken(*args, **kwargs):
         raise AssertionError("as if")
@@ -325,7 +325,7 @@ def test_failure_is_told(port, monkeypatch, caplog):
 
 
 def test_own_models(tmp_path):
-    """A chat template, a draft that cannot be used, a document of the command line."""
+    """Models of one's own come with a chat template, an unusable draft and a document."""
     for name, options in (("target", {}), ("draft", dict(seed=1, hidden_size=16, head_dim=8))):
         tokenizer = byte_tokenizer()
         tokenizer.chat_template = TEMPLATE
@@ -364,7 +364,7 @@ def test_wrong_options(capsys, options, text):
 
 
 def missing() -> str | None:
-    """What the browser's tests need and this machine lacks."""
+    """Say what the browser's tests need and this machine lacks."""
     for name in ("chromium", "chromedriver"):
         if shutil.which(name) is None:
             return f"there is no {name} (Debian: apt install chromium chromium-driver)"
@@ -376,7 +376,7 @@ def missing() -> str | None:
 
 
 class Page:
-    """The page in a browser: few requests to the driver, each of which costs milliseconds."""
+    """Drives the page in a browser by few requests, each of which costs milliseconds."""
 
     def __init__(self, driver, port: int):
         self.driver, self.url = driver, f"http://127.0.0.1:{port}/"
@@ -562,7 +562,7 @@ def test_page_fits_a_phone(page):
 if PICTURE:
 
     def test_picture(page):
-        """For the quick start: the demonstration's document, at the end of a generation."""
+        """The quick start shows the demonstration's document, at the end of a generation."""
         page.open()
         page.set(length="8000", new_tokens="128")
         page.generate()

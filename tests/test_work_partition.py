@@ -1,4 +1,4 @@
-"""The partition of attention work over blocks, by a host program around csrc/work_partition.h."""
+"""Tests how attention work is split over blocks, by a host program around work_partition.h."""
 
 import ctypes
 import itertools
@@ -174,7 +174,7 @@ def test_grid_is_no_larger_than_the_work(lib):
 
 @pytest.mark.parametrize("heads", [(32, 8), (32, 32), (28, 4)])
 def test_what_is_planned_is_what_blocks_find(lib, heads):
-    """The totals that predictions are made of, against the walk of all blocks."""
+    """The totals that predictions are made of are those of the walk of all blocks."""
     shape = dict(num_heads=heads[0], num_kv_heads=heads[1], head_dim=128)
     for rows, prefix in itertools.product(
         (1, 8, 31, 32, 33, 64, 65, 128), (0, 1, 500, 2048, 16384, 65536)

@@ -42,7 +42,7 @@ class Row:
 
     @property
     def title(self) -> str:
-        """For people."""
+        """Name it for people."""
         parts = [self.method.title.removeprefix("+ ")]
         if self.draft and self.method.draft == "first":
             parts.append(f"({self.draft})")
@@ -230,7 +230,7 @@ class Runner:
         )
 
     def config(self, row: Row) -> SpecConfig:
-        """The options of a row.
+        """Return the options of a row.
 
         Raises:
             ValueError: they do not go together.

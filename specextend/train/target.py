@@ -45,7 +45,7 @@ class FrozenTarget:
         self._cache: KVCache | None = None
 
     def autocast(self) -> torch.autocast:
-        """Where the target has 16 bits: products of the draft's float32 weights in bfloat16."""
+        """Multiply the draft's float32 weights in bfloat16 where the target has 16 bits."""
         dtype = self.model.dtype
         return torch.autocast(
             self.model.device.type, torch.bfloat16, enabled=dtype != torch.float32
