@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import io
 import json
@@ -9,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -18,9 +20,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 import specextend
-from specextend import SpecConfig, assets, cli, terminal
+from specextend import SpecConfig, assets, cli, machine, terminal
 from specextend.command.config_options import field_texts
 from specextend.command.options import config_from
+from specextend.errors import UsageError
 
 TEXT = "def area(width, height):\n    return width * height\n\n\ndef volume("
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
@@ -288,6 +291,56 @@ class TestOptions:
         named = ["chat", "--target", "a", "--draft", "b"]
         assert configured(named) == SpecConfig()
         assert configured(["chat", "--budget", "256"]).budget == 256
+
+
+class TestDevices:
+    """Which device a command computes on, with kernels and GPUs that this machine may not have."""
+
+    @pytest.fixture
+    def machine_with(self, monkeypatch):
+        """Pretend that there are kernels for GPUs, and so many GPUs."""
+
+        def pretend(kernels: bool, gpus: int) -> None:
+            monkeypatch.setattr(machine, "_C", types.SimpleNamespace(has_cuda=kernels))
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+            monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+
+        return pretend
+
+    @pytest.mark.parametrize(
+        "kernels, gpus, expected",
+        [(True, 1, "cuda"), (True, 0, "cpu"), (False, 1, "cpu"), (False, 0, "cpu")],
+    )
+    def test_default(self, machine_with, kernels, gpus, expected):
+        machine_with(kernels, gpus)
+        assert machine.choose_device(None) == torch.device(expected)
+
+    @pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:0", "cuda:1"])
+    def test_named(self, machine_with, name):
+        machine_with(True, 2)
+        assert machine.choose_device(name) == torch.device(name)
+
+    @pytest.mark.parametrize(
+        "kernels, gpus, name, text",
+        [
+            (True, 2, "cuda:2", "--device cuda:2: torch sees 2 GPUs"),
+            (True, 0, "cuda", "--device cuda: torch sees 0 GPUs"),
+            (False, 2, "cuda", "--device cuda: specextend was built without CUDA kernels; "),
+        ],
+    )
+    def test_not_there(self, machine_with, kernels, gpus, name, text):
+        machine_with(kernels, gpus)
+        with pytest.raises(UsageError) as error:
+            machine.choose_device(name)
+        assert str(error.value).startswith(text)
+
+    def test_every_command(self):
+        """All commands but info, which computes nothing, have the option in the same words."""
+        for name in cli.COMMANDS.keys() - {"info"}:
+            parser = argparse.ArgumentParser()
+            cli.COMMANDS[name].add_options(parser)
+            found = [a for a in parser._actions if "--device" in a.option_strings]
+            assert [(a.default, a.help) for a in found] == [(None, machine.DEVICE_HELP)], name
 
 
 class TestErrors:
