@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from specextend import SpecConfig, SpecExtend, assets, cli
 from specextend.attention import PatchedModel
 from specextend.draft import EagleDraft, LongSpecDraft
+from specextend.train import continuations
 from specextend.train.continuations import write_continuations
 from specextend.train.data import Batch, TokenStream
 from specextend.train.eagle3 import (
@@ -186,6 +187,18 @@ class TestData:
         (tmp_path / "d.jsonl").write_text('{"text": "w3"}\n' + line)
         with pytest.raises(ValueError, match=text):
             TokenStream(tmp_path / "d.jsonl", tokenizer, tmp_path)
+
+    @pytest.mark.parametrize(
+        "option, text",
+        [
+            ("--device gpu", "--device must be cpu, cuda or cuda:N, got gpu"),
+            ("--target /nowhere/model", "there is no folder /nowhere/model"),
+        ],
+    )
+    def test_continuations_of_what_is_not_there(self, capsys, option, text):
+        with pytest.raises(SystemExit):
+            continuations.main(["--data", "x", "--output", "y", *option.split()])
+        assert capsys.readouterr().err.rstrip().endswith(f"error: {text}")
 
     def test_continuations_are_the_targets(self, tokenizer, stream, tmp_path):
         model, file = tiny_model("llama", eos_token_id=None), tmp_path / "continued.jsonl"

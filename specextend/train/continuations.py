@@ -19,7 +19,7 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from ..decode import SpecExtend
-from ..errors import UsageError
+from ..errors import EXPECTED
 from ..machine import DEVICE_HELP, choose_device
 from ..pair import load_target
 from .data import TokenStream
@@ -72,14 +72,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--passage", type=int, default=768, metavar="N", help="tokens [768]")
     parser.add_argument("--new", type=int, default=256, metavar="N", help="tokens [256]")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="[0]")
-    parser.add_argument("--dtype", default="float32", help="of the target [float32]")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="float32",
+        help="of the target [float32]",
+    )  # fmt: skip
     parser.add_argument("--device", help=DEVICE_HELP)
     args = parser.parse_args(argv)
     try:
-        device = choose_device(args.device)
-    except UsageError as error:
+        model, tokenizer = load_target(args.target, args.dtype, choose_device(args.device))
+    except EXPECTED as error:
         parser.error(str(error))
-    model, tokenizer = load_target(args.target, args.dtype, device)
     stream = TokenStream(args.data, tokenizer, args.output.parent)
     write_continuations(
         SpecExtend(model, "ngram"), tokenizer, stream, args.output,
