@@ -125,7 +125,7 @@ class Task:
 
 
 def tasks_of(prompts: list[Prompt], rows: list[Row], runs: int) -> Iterator[Task]:
-    """Runs in their order: the reference first, the others in another order each time, so that what
+    """Order runs: the reference first, the others in another order each time, so that what
     else happens on the machine meets all of them."""
     reference, others = rows[0], rows[1:]
     for index, prompt in enumerate(prompts):
