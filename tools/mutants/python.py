@@ -663,7 +663,7 @@ MUTANTS = [
         GENERATION,
         "return torch.cat([*before, features[:, :-1]], 1)",
         "return features",
-        ("tests/test_eagle.py::TestFullDepth",),
+        ("tests/test_eagle.py::test_keys_from_guessed_features_are_overwritten",),
     ),
     Mutant(
         "EAGLE: a row of features is lost between rounds",
