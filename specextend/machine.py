@@ -16,6 +16,9 @@ import torch
 from . import _C, __version__
 from .errors import UsageError
 
+#: values of ``--dtype``; "auto": as the checkpoint is
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 #: what options say of ``--device``
 DEVICE_HELP = '[a GPU if there is one, else "cpu"]'
 

@@ -11,7 +11,6 @@ from .options import add_models, config_from
 
 SUMMARY = "continue a long document in several ways, and compare them"
 LENGTHS = {False: (16_000, 256), True: (2_000, 48)}  # --short: prompt, new tokens
-PAGE_LENGTH = 8_000  # of the page's prompts, unless an option says otherwise
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 def _serve(args: argparse.Namespace) -> int:
     """Serve the page until it is interrupted."""
     try:
-        from ..web.race import Race
+        from ..web.race import LENGTH, Race
         from ..web.server import serve
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "pydantic", "uvicorn"):
@@ -75,7 +74,7 @@ def _serve(args: argparse.Namespace) -> int:
         pair = load_pair(args.target, args.draft, args.dtype, choose_device(args.device))
         return Race(
             pair, config, args.draft or "model", embedded=args.target is None,
-            document=args.document, length=args.tokens or (tokens if args.short else PAGE_LENGTH),
+            document=args.document, length=args.tokens or (tokens if args.short else LENGTH),
             new_tokens=args.max_new_tokens or new,
         )  # fmt: skip
 

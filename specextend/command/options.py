@@ -10,10 +10,8 @@ import argparse
 from .. import assets
 from ..config import SpecConfig
 from ..errors import UsageError
-from ..machine import DEVICE_HELP
+from ..machine import DEVICE_HELP, DTYPES
 from .config_options import given_fields
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def own_settings(target: str | None, draft: str | None) -> dict[str, object]:

@@ -36,7 +36,11 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
 
 
 def generation_options(args: argparse.Namespace, tokenizer) -> dict:
-    """Return the arguments of ``SpecExtend.stream``."""
+    """Return the keyword arguments of ``SpecExtend.stream`` that the options ask for.
+
+    Raises:
+        UsageError: options that do not go together, or out of range.
+    """
     filters = {k: getattr(args, k) for k in ("top_k", "top_p", "min_p")}
     filters = {k: v for k, v in filters.items() if v is not None}
     temperature = args.temperature
@@ -67,7 +71,7 @@ def template(tokenizer, messages: list[dict]) -> torch.Tensor:
 
 
 def encode(tokenizer, text: str) -> torch.Tensor:
-    """Return the tokens of a text, [1, L] int64."""
+    """Return the tokens of a text, [1, L] int64; ValueError if there are none."""
     ids = tokenizer(text).input_ids
     if not ids:
         raise ValueError("the prompt is empty")
@@ -87,7 +91,7 @@ def summary(stats) -> str:
 
 
 def run(spec, ids: torch.Tensor, options: dict, live, meter) -> list[int]:
-    """Generate, and show what comes."""
+    """Generate behind ``ids`` [1, L] int64, show what comes, and return the new token ids."""
     tokens: list[int] = []
     try:
         for step in spec.stream(ids, **options):

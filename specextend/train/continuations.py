@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..decode import SpecExtend
 from ..errors import EXPECTED
-from ..machine import DEVICE_HELP, choose_device
+from ..machine import DEVICE_HELP, DTYPES, choose_device
 from ..pair import load_target
 from .data import TokenStream
 
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--new", type=int, default=256, metavar="N", help="tokens [256]")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="[0]")
     parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="float32",
+        "--dtype", choices=DTYPES, default="float32",
         help="of the target [float32]",
     )  # fmt: skip
     parser.add_argument("--device", help=DEVICE_HELP)

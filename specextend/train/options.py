@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+from ..machine import DTYPES
+
 KINDS = ("longspec", "eagle3")
 
 
@@ -85,7 +87,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, metavar="N", help="[0]")
     group.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        "--dtype", choices=DTYPES, default="auto",
         help="of the target; the draft is trained in float32 [as its checkpoint]",
     )  # fmt: skip
 

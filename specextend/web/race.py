@@ -30,6 +30,7 @@ from ..terminal import Detokenizer, dtype_name, last_lines, size_text
 from ..timing import Timed, difference, timed_steps
 
 MAX_CHARS = 1_000_000  # of a text that a page may send
+LENGTH = 8_000  # tokens of an included document, unless somebody says otherwise
 # Fields of SpecConfig that the page has a switch for.
 SWITCHES = ("draft_cache", "tree_shape", "tree_nodes", "tree_attention", "budget", "gate")
 NAMES = {
@@ -58,7 +59,7 @@ class Order(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     document: str | None = None
-    length: int = Field(8_000, ge=2)
+    length: int = Field(LENGTH, ge=2)
     text: str = Field("", max_length=MAX_CHARS)
     instruction: str = Field("", max_length=MAX_CHARS)
     new_tokens: int = Field(256, ge=1, le=4096)
