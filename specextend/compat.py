@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import transformers
 from packaging.version import Version
+from transformers import GenerationConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from . import versions
@@ -12,6 +13,9 @@ versions.check("transformers", transformers.__version__)
 
 #: The name of the KV cache in the arguments of models and of ``generate``.
 CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+
+#: What ``generate`` takes for options that neither the call nor the checkpoint sets.
+GENERATION_DEFAULTS: dict[str, object] = GenerationConfig._get_default_generation_params()
 
 
 class CacheLayer(CacheLayerMixin):

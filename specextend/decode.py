@@ -37,7 +37,7 @@ class SpecExtend:
             part of its own cache; or None for plain decoding on the same kernels.
         config: options; a :class:`SpecConfig` or a dict of its fields.
         tokenizer, draft_tokenizer: if both are given they are compared, and must agree; needed when
-            the heads have different sizes.
+            the heads have different sizes. The first serves for ``stop_strings`` too.
         streamer: receives the tokens of every generation, besides one given to ``generate``.
         progress: called as ``progress("prefill", done, total)`` behind each part of the prompt.
         generation: makes the state of each generation, with the arguments of :class:`Generation`;
@@ -83,6 +83,7 @@ class SpecExtend:
         base = config if isinstance(config, SpecConfig) else SpecConfig().replace(**(config or {}))
         self.config = base.replace(**options)
         self.target = Target(model, self.config.score_layers)
+        self.tokenizer = tokenizer
         self.streamer = streamer
         self.progress = progress
         self.stats = SpecStats()
@@ -113,7 +114,7 @@ class SpecExtend:
         Args:
             inputs: [1, L] int64 prompt (also as ``input_ids=``).
             streamer: receives the prompt, then every token, as from ``model.generate``.
-            tokenizer: for ``stop_strings``.
+            tokenizer: for ``stop_strings``, in place of the constructor's.
             generator: seeds the sampling noise, if the configuration has no seed.
             **kwargs: as for ``model.generate``. Beams, several sequences, attentions and hidden
                 states are refused.
@@ -126,7 +127,8 @@ class SpecExtend:
         def run(model, input_ids, **rest):
             return self._run(model, input_ids, streamer=streamer, generator=generator, **rest)
 
-        return hf.through_generate(self.model, run, inputs, tokenizer, kwargs)
+        method = hf.DecodingMethod(run, tokenizer or self.tokenizer)
+        return method.through(self.model, inputs, kwargs)
 
     def stream(
         self,
@@ -141,12 +143,26 @@ class SpecExtend:
         def run(model, input_ids, **rest):
             return self._steps(model, input_ids, generator=generator, **rest)
 
-        return hf.through_generate(self.model, run, inputs, tokenizer, kwargs)
+        method = hf.DecodingMethod(run, tokenizer or self.tokenizer)
+        return method.through(self.model, inputs, kwargs)
 
-    def __call__(self, model: PreTrainedModel, input_ids: Tensor, **kwargs):
+    __signature__ = hf.HandedOn()
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        assistant_model: PreTrainedModel | None = None,
+        **kwargs,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
         """Serve as ``model.generate(custom_generate=spec)``."""
         streamer = hf.streamer_of_generate()
-        return self._run(model, input_ids, streamer=streamer, prompt_streamed=True, **kwargs)
+        return self._run(
+            model, input_ids, streamer=streamer, prompt_streamed=True,
+            assistant_model=assistant_model, **kwargs,
+        )  # fmt: skip
 
     # ---- a generation ----------------------------------------------------------------------------
 
@@ -161,7 +177,7 @@ class SpecExtend:
             lambda: self._steps(model, input_ids, **kwargs), input_ids, config, streamers
         )
 
-    def _steps(self, model, input_ids, *, stopping_criteria, **prepared) -> Iterator[Step]:
+    def _steps(self, model, input_ids, **prepared) -> Iterator[Step]:
         """Check, then return the generator: errors in the arguments come at the call."""
         if model is not self.model:
             raise ValueError("this SpecExtend was made for another model object")
@@ -172,10 +188,9 @@ class SpecExtend:
             )
         seed = self.config.seed
         request = hf.read_request(self.target, self.draft, input_ids, seed=seed, **prepared)
-        stop = hf.Stop(stopping_criteria, prepared["generation_config"].max_length, input_ids)
-        return self._rounds(request, stop)
+        return self._rounds(request)
 
-    def _rounds(self, request: Request, stop: hf.Stop) -> Iterator[Step]:
+    def _rounds(self, request: Request) -> Iterator[Step]:
         """Run the generation, and free what belongs to it when it ends or is given up."""
         self.stats = SpecStats(num_prompt_tokens=request.prompt.shape[1])
         self._running = True
@@ -187,10 +202,9 @@ class SpecExtend:
                     self.progress,
                 )  # fmt: skip
                 generation.prefill()
-            while not stop.done:
+            while not request.stop.done:
                 with torch.inference_mode():
-                    step = stop.truncate(generation.round())
-                self.stats.num_emitted_tokens += len(step.tokens)
+                    step = generation.round()
                 yield step
         finally:
             self._running = False

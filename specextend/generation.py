@@ -23,6 +23,7 @@ from .gate import Gate
 from .graphs import Capture, Graphs, Mailbox, Stopwatch, bucket, obstacle
 from .sampling import TokenChooser
 from .stats import SpecStats
+from .stopping import Stop
 from .target import Target
 from .tree import Tree
 from .verify import Decisions, Outcome, Verifier
@@ -38,7 +39,8 @@ class Step:
     Attributes:
         tokens: token ids in order; the last one is the target's own, those before it were proposed
             by the draft and accepted.
-        num_accepted: of ``tokens``, proposed by the draft.
+        num_accepted: of ``tokens``, proposed by the draft. The last one counts as the target's own,
+            also where it ends the text and a draft had proposed it.
         scores, logits: one [1, V] fp32 row per token, processed and raw, when asked for.
     """
 
@@ -56,12 +58,14 @@ class Request:
         prompt: [1, L] int64, without padding, on the target's device.
         max_length: tokens of prompt and output at most.
         chooser: the target's choice at a node.
+        stop: where the text ends.
         keep_scores, keep_logits: whether steps bring them.
     """
 
     prompt: Tensor
     max_length: int
     chooser: TokenChooser
+    stop: Stop
     keep_scores: bool = False
     keep_logits: bool = False
 
@@ -247,7 +251,8 @@ class Generation:
             self.stats.num_retrievals += 1
             ids = self.draft.retrieve(scores.clone())
             if ids is not None:
-                self.stats.retrieved_ids.append(ids.clone())
+                with torch.inference_mode(False):  # the caller may do with them what it likes
+                    self.stats.retrieved_ids.append(ids.clone())
 
     # ---- behind the round ------------------------------------------------------------------------
 
@@ -297,38 +302,43 @@ class Generation:
         read = self._mailbox.receive()
         accepted = int(read[0])
         tokens = [int(t) for t in read[1 : accepted + 2]]
-        if tokens[-1] < 0:
-            raise ValueError(
-                f"the target's logits at position {length + accepted} are NaN: no token can be "
-                "chosen"
-            )
+        nodes = [int(n) for n in read[1 + width : 2 + width + accepted]]
         if tree.gain is not None:
             self._adapt_depth(tree.depth, read[2 * width + 1])
+
+        def rows(source: Tensor, wanted: bool) -> tuple[Tensor, ...]:
+            return tuple(_own_row(source, n) for n in nodes) if wanted else ()
+
+        request = self.request
+        scores = rows(outcome.scores, request.keep_scores)
+        logits = rows(outcome.logits, request.keep_logits)
+        count = len(tokens)
+        if not request.chooser.walks:  # which ends the text itself
+            count = request.stop.take([t for t in tokens if t >= 0], scores)
+        if not request.stop.done and tokens[-1] < 0:
+            raise ValueError(
+                f"the target's scores at position {length + accepted} are NaN, or -inf for every "
+                "token: none can be chosen"
+            )
         self._num_emitted = accepted + 1
         self.cache.settle(accepted + 1)
         if self.draft is not None:
             self.draft.observe([tokens])
         self.backlog.add(accepted + 1)
-        nodes = [int(n) for n in read[1 + width : 2 + width + accepted]]
-
-        def rows(source: Tensor, wanted: bool) -> tuple[Tensor, ...]:
-            if not wanted:
-                return ()
-            return tuple(source[:, n].to(torch.float32, copy=True) for n in nodes)
-
-        request = self.request
-        return Step(
-            tokens,
-            accepted,
-            rows(outcome.scores, request.keep_scores),
-            rows(outcome.logits, request.keep_logits),
-        )
+        self.stats.num_emitted_tokens += count
+        return Step(tokens[:count], count - 1, scores[:count], logits[:count])
 
     def _adapt_depth(self, depth: int, gain: float) -> None:
         """Follow OPT-Tree's rule, one level per round: the tree grows while its last level pays."""
         if self.config.tree_shape == "opt" and depth == self._depth:
             wanted = depth + 1 if gain > self.config.tree_threshold else depth - 1
             self._depth = min(max(wanted, 1), self.config.max_depth)
+
+
+def _own_row(source: Tensor, node: int) -> Tensor:
+    """Copy a row of [1, M, V] to [1, V] fp32 that the caller may change, and learn from."""
+    with torch.inference_mode(False):
+        return source[:, node].detach().to(torch.float32, copy=True)
 
 
 class Backlog:

@@ -6,6 +6,8 @@ and made a :class:`specextend.generation.Request`, and what it wants back put to
 
 from __future__ import annotations
 
+import copy
+import inspect
 import sys
 from collections.abc import Callable, Iterable
 
@@ -17,52 +19,19 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
-    StopStringCriteria,
 )
-from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-from .compat import CACHE
+from .compat import CACHE, GENERATION_DEFAULTS
 from .draft import Draft
 from .generation import Request, Step
 from .guard import check_length
 from .sampling import TokenChooser
+from .stopping import Stop
 from .target import Target
 
 # ---- the way in ----------------------------------------------------------------------------------
-
-
-def through_generate(
-    model: PreTrainedModel,
-    run: Callable,
-    inputs: Tensor | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    kwargs: dict,
-):
-    """Have ``model.generate`` prepare configuration, processors and criteria for ``run``.
-
-    Args:
-        run: called as ``run(model, input_ids, **prepared)``; what it returns is returned.
-        inputs: [1, L] int64 prompt, or in ``kwargs``.
-        tokenizer: for ``stop_strings``.
-        kwargs: the user's arguments to ``generate``.
-    """
-    if inputs is not None:
-        kwargs["inputs"] = inputs
-    check_prompt(kwargs.get("inputs", kwargs.get("input_ids")))
-    config = kwargs.get("generation_config") or model.generation_config
-    stop = kwargs.pop("stop_strings", None) or config.stop_strings
-    if stop is not None:
-        if tokenizer is None:
-            raise ValueError("stop_strings need the tokenizer: generate(..., tokenizer=tokenizer)")
-        criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
-        criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop))
-        kwargs["stopping_criteria"] = criteria
-        if config.stop_strings is not None:  # generate would build the criterion once more
-            kwargs["generation_config"] = GenerationConfig(
-                **{**config.to_dict(), "stop_strings": None}
-            )
-    return model.generate(custom_generate=run, **kwargs)
 
 
 def streamer_of_generate() -> BaseStreamer | None:
@@ -75,7 +44,90 @@ def streamer_of_generate() -> BaseStreamer | None:
     return sys._getframe(2).f_locals.get("streamer")
 
 
+class HandedOn:
+    """Describes a callable ``custom_generate`` to ``generate``, and gets it what that drops.
+
+    A descriptor, for ``__signature__``. ``generate`` takes ``tokenizer`` and ``assistant_model``
+    out of its arguments, asks for the signature of a callable, and forgets them, though stop
+    strings need the one, and the other must not be ignored. While it asks they are put back; as the
+    signature names them, they are handed on. This can go once `transformers` does so itself.
+
+    The callable has an attribute ``tokenizer``, which serves where none is given.
+    """
+
+    def __get__(self, method, owner=None) -> inspect.Signature:
+        if method is None:
+            raise AttributeError("__signature__")
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_code.co_name != "_extract_generation_mode_kwargs":
+            frame = frame.f_back
+        if frame is not None:
+            dropped = frame.f_locals["generation_mode_kwargs"]
+            given = {"tokenizer": method.tokenizer, **dropped}
+            for name in ("tokenizer", "assistant_model"):
+                if given.get(name) is not None:
+                    frame.f_locals["kwargs"][name] = given[name]
+        return inspect.signature(method.__call__)
+
+
+class DecodingMethod:
+    """Has ``model.generate`` prepare configuration, processors and criteria for a function.
+
+    Args:
+        run: called as ``run(model, input_ids, **prepared)``.
+        tokenizer: for stop strings.
+    """
+
+    __signature__ = HandedOn()
+
+    def __init__(self, run: Callable, tokenizer: PreTrainedTokenizerBase | None):
+        self.tokenizer = tokenizer
+        self._run = run
+
+    def __call__(self, model, input_ids, *, tokenizer=None, assistant_model=None, **prepared):
+        return self._run(model, input_ids, assistant_model=assistant_model, **prepared)
+
+    def through(self, model: PreTrainedModel, inputs: Tensor | None, kwargs: dict):
+        """Call ``model.generate``, and return what the function returns.
+
+        Args:
+            inputs: [1, L] int64 prompt, or in ``kwargs``.
+            kwargs: the user's arguments to ``generate``.
+        """
+        if inputs is not None:
+            kwargs["inputs"] = inputs
+        check_prompt(kwargs.get("inputs", kwargs.get("input_ids")))
+        return model.generate(custom_generate=self, **kwargs)
+
+
 # ---- what is asked for ---------------------------------------------------------------------------
+
+
+# Options of `generate` by what becomes of them. What is in none of these is refused where set.
+#: made a processor or a criterion by ``generate``, or followed here
+HONOURED = frozenset(
+    """max_length max_new_tokens min_length min_new_tokens max_time stop_strings do_sample
+    temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty
+    encoder_repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    renormalize_logits forced_bos_token_id forced_eos_token_id remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens sequence_bias
+    guidance_scale watermarking_config output_scores output_logits return_dict_in_generate
+    pad_token_id bos_token_id eos_token_id""".split()
+)
+#: without a meaning outside of the modes that :func:`_refuse_options` refuses, or for encoders
+IDLE = frozenset(
+    """num_beams num_beam_groups early_stopping length_penalty diversity_penalty low_memory
+    constraints force_words_ids penalty_alpha dola_layers use_mtp prompt_lookup_num_tokens
+    max_matching_ngram_size assistant_early_exit is_assistant num_assistant_tokens
+    num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehind
+    target_lookbehind assistant_ensemble_weight speculation_type decoder_start_token_id
+    disable_compile transformers_version""".split()
+)
+#: how `generate` would compute: what a checkpoint says of it does not matter to the text
+COMPUTING = frozenset(
+    """use_cache cache_implementation cache_config max_cache_len prefill_chunk_size
+    compile_config""".split()
+)
 
 
 def read_request(
@@ -84,42 +136,51 @@ def read_request(
     input_ids: Tensor,
     *,
     logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     seed: int | None,
     generator: torch.Generator | None = None,
     attention_mask: Tensor | None = None,
+    assistant_model: PreTrainedModel | None = None,
     **model_kwargs,
 ) -> Request:
     """Check what ``generate`` has prepared.
 
     Args:
         target, draft: that are to write it.
-        input_ids: [1, L] int64, perhaps padded on the left.
-        logits_processor, generation_config: as prepared.
+        input_ids: [1, L] int64 or int32, perhaps padded on the left.
+        logits_processor, stopping_criteria, generation_config: as prepared.
         seed: of the sampling noise; None: drawn from ``generator``, or torch's default one.
         attention_mask: [1, L], 0 at padding.
+        assistant_model: must be None.
         **model_kwargs: what else ``generate`` would give to the forward.
 
     Raises:
         ValueError: an option or an input that the loop cannot honour.
     """
-    _refuse_modes(generation_config)
+    if assistant_model is not None:
+        raise ValueError("assistant_model is not available: a draft is given to SpecExtend(draft=)")
+    _refuse_options(generation_config, target.model.generation_config)
     check_prompt(input_ids)
-    prompt = _strip_padding(input_ids, attention_mask).to(target.model.device)
+    input_ids = input_ids.long()
+    prompt = _strip_padding(input_ids, attention_mask, generation_config.pad_token_id)
+    prompt = prompt.to(target.model.device)
     _refuse_model_inputs(model_kwargs, prompt.shape[1])
     low, high = torch.stack([prompt.amin(), prompt.amax()]).tolist()
     if low < 0 or high >= target.vocab_size:
         bad = low if low < 0 else high
         raise ValueError(f"token ids must be in [0, {target.vocab_size}), got {bad}")
-    max_length = generation_config.max_length - (input_ids.shape[1] - prompt.shape[1])
+    stop = Stop(stopping_criteria, generation_config.max_length, input_ids)
+    max_length = stop.max_length - (input_ids.shape[1] - prompt.shape[1])
     check_length(target.model, prompt.shape[1], max_length)
     if draft is not None:
         draft.check_length(prompt.shape[1], max_length)
-    if seed is None:
-        seed = int(torch.randint(1 << 62, (), generator=generator))
-    chooser = TokenChooser(logits_processor, bool(generation_config.do_sample), seed)
+    do_sample = bool(generation_config.do_sample)
+    if seed is None:  # a greedy run draws nothing
+        seed = int(torch.randint(1 << 62, (), generator=generator)) if do_sample else 0
+    chooser = TokenChooser(logits_processor, do_sample, seed, stop)
     keep = (bool(generation_config.output_scores), bool(generation_config.output_logits))
-    return Request(prompt, max_length, chooser, *keep)
+    return Request(prompt, max_length, chooser, stop, *keep)
 
 
 def check_prompt(ids) -> None:
@@ -141,21 +202,45 @@ def check_prompt(ids) -> None:
         raise ValueError("the prompt is empty: at least one token is wanted")
 
 
-def _refuse_modes(config: GenerationConfig) -> None:
-    """Refuse what the loop cannot honour."""
-    for name, neutral in (("num_beams", 1), ("num_return_sequences", 1), ("num_beam_groups", 1)):
-        value = getattr(config, name, None)
-        if value is not None and value != neutral:
-            raise ValueError(
-                f"specextend generates one sequence: {name} must be {neutral}, got {value}"
-            )
-    for name in ("output_attentions", "output_hidden_states", "token_healing"):
-        if getattr(config, name, None):
-            raise ValueError(f"{name}=True is not available with speculative decoding")
-    if getattr(config, "penalty_alpha", None) and getattr(config, "top_k", 0):
-        raise ValueError("contrastive search (penalty_alpha) is not available; leave it unset")
-    if getattr(config, "use_cache", True) is False:
-        raise ValueError("use_cache=False is not available: the loop is its cache")
+def _refuse_options(config: GenerationConfig, own: GenerationConfig) -> None:
+    """Refuse what the loop cannot honour.
+
+    Args:
+        config: of the call, as prepared.
+        own: the model's, as its checkpoint has it.
+    """
+    plain = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+    known = vars(GenerationConfig())
+    mode = config.get_generation_mode()
+    if mode not in plain:
+        changed = [n for n in known if n in IDLE and _is_set(config, n)]
+        names = [n for n in changed if _without(config, n).get_generation_mode() != mode] or changed
+        values = ", ".join(f"{n}={getattr(config, n)!r}" for n in names)
+        raise ValueError(
+            f"{values} asks for {mode.value.replace('_', ' ')}: specextend generates one sequence, "
+            "greedily or by sampling"
+        )
+    for name in known:
+        if name.startswith("_") or name in HONOURED | IDLE or not _is_set(config, name):
+            continue
+        value = getattr(config, name)
+        if name in COMPUTING and value == getattr(own, name, None):
+            continue
+        raise ValueError(f"generate's option {name}={value!r} is not available with specextend")
+
+
+def _is_set(config: GenerationConfig, name: str) -> bool:
+    value = getattr(config, name, None)
+    if name in GENERATION_DEFAULTS:
+        return value is not None and value != GENERATION_DEFAULTS[name]
+    return value is not None and value is not False
+
+
+def _without(config: GenerationConfig, name: str) -> GenerationConfig:
+    """Copy a configuration with one option as if it had not been given."""
+    changed = copy.copy(config)
+    setattr(changed, name, GENERATION_DEFAULTS.get(name))
+    return changed
 
 
 def _refuse_model_inputs(model_kwargs: dict, prompt_length: int) -> None:
@@ -174,60 +259,25 @@ def _refuse_model_inputs(model_kwargs: dict, prompt_length: int) -> None:
         raise ValueError(f"generate's argument {unknown[0]!r} is not available with specextend")
 
 
-def _strip_padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+def _strip_padding(
+    input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: int | None
+) -> Tensor:
     """Return the prompt without padding on its left."""
     if attention_mask is None:
         return input_ids
     seen = attention_mask[0].bool()
     count = int(seen.sum())
-    if count == 0 or not bool(seen[-count:].all()):
-        raise ValueError("attention_mask may hide padding on the left only, got other zeros")
-    return input_ids[:, -count:]
+    if count and bool(seen[-count:].all()):
+        return input_ids[:, -count:]
+    if torch.equal(~seen, input_ids[0] == pad_token_id):
+        raise ValueError(
+            f"the prompt has the pad token {pad_token_id} elsewhere than on its left; give an "
+            "attention_mask: 1 where such a token belongs to the text, 0 for padding on the left"
+        )
+    raise ValueError("attention_mask may hide padding on the left only, got other zeros")
 
 
-# ---- where it ends, and what comes back ----------------------------------------------------------
-
-
-class Stop:
-    """Ends a generation exactly: inside a path, at the token that a criterion stops at.
-
-    Args:
-        criteria: as prepared by ``generate``.
-        max_length: tokens of ``input_ids`` and output at most.
-        input_ids: [1, L] int64, with its padding, as criteria want it.
-
-    Attributes:
-        done: nothing more is to be written.
-    """
-
-    def __init__(self, criteria: StoppingCriteriaList, max_length: int, input_ids: Tensor):
-        self.remaining = max_length - input_ids.shape[1]
-        self.done = self.remaining <= 0
-        self.eos: set[int] = set()
-        self.others = StoppingCriteriaList()
-        for criterion in criteria:
-            if isinstance(criterion, EosTokenCriteria):
-                self.eos.update(criterion.eos_token_id.flatten().tolist())
-            elif not isinstance(criterion, MaxLengthCriteria):
-                self.others.append(criterion)
-        self.ids = input_ids
-        self.scores: tuple[Tensor, ...] = ()
-
-    def truncate(self, step: Step) -> Step:
-        """Cut what comes after the first token that ends the generation."""
-        for i, token in enumerate(step.tokens):
-            self.remaining -= 1
-            self.done = self.remaining <= 0 or token in self.eos
-            if self.others:
-                self.ids = torch.cat([self.ids, self.ids.new_tensor([[token]])], 1)
-                self.scores += step.scores[i : i + 1]
-                self.done |= bool(self.others(self.ids, self.scores or None).all())
-            if self.done:
-                n = i + 1
-                return Step(
-                    step.tokens[:n], min(step.num_accepted, n), step.scores[:n], step.logits[:n]
-                )
-        return step
+# ---- what comes back -----------------------------------------------------------------------------
 
 
 def collect(
@@ -256,7 +306,7 @@ def collect(
     finally:
         for streamer in streamers:
             streamer.end()
-    tail = torch.tensor([new], dtype=input_ids.dtype, device=input_ids.device).reshape(1, -1)
+    tail = torch.tensor([new], dtype=torch.int64, device=input_ids.device).reshape(1, -1)
     sequences = torch.cat([input_ids, tail], 1)
     if not config.return_dict_in_generate:
         return sequences

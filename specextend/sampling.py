@@ -13,34 +13,23 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 from . import ops
+from .stopping import Stop
 
-# Processors that look at a row of scores alone: one call serves all nodes.
-_ROW_WISE = (
-    hf.TemperatureLogitsWarper,
-    hf.TopKLogitsWarper,
-    hf.TopPLogitsWarper,
-    hf.MinPLogitsWarper,
-    hf.TypicalLogitsWarper,
-    hf.EpsilonLogitsWarper,
-    hf.EtaLogitsWarper,
-    hf.LogitNormalization,
-    hf.InfNanRemoveLogitsProcessor,
-    hf.SuppressTokensLogitsProcessor,
-)
-# Of these, those that also leave the host alone: they ask no tensor for its value.
-_ON_DEVICE = tuple(
-    p for p in _ROW_WISE if p not in (hf.EtaLogitsWarper, hf.SuppressTokensLogitsProcessor)
-)
-# Processors that keep state from call to call, or run the model: a tree cannot be given to them.
-_REFUSED = tuple(
-    getattr(hf, name)
-    for name in (
-        "UnbatchedClassifierFreeGuidanceLogitsProcessor",
-        "SynthIDTextWatermarkLogitsProcessor",
-        "WhisperTimeStampLogitsProcessor",
-    )
-    if hasattr(hf, name)
-)
+#: Processors of `transformers` that look at a row of scores alone and keep nothing from call to
+#: call: one call serves all nodes of a tree. True: they also leave the host alone, that is, they
+#: ask no tensor for its value. Their heirs are not meant, as these may do anything.
+STATELESS = {
+    hf.TemperatureLogitsWarper: True,
+    hf.TopKLogitsWarper: True,
+    hf.TopPLogitsWarper: True,
+    hf.MinPLogitsWarper: True,
+    hf.TypicalLogitsWarper: True,
+    hf.EpsilonLogitsWarper: True,
+    hf.LogitNormalization: True,
+    hf.InfNanRemoveLogitsProcessor: True,
+    hf.EtaLogitsWarper: False,
+    hf.SuppressTokensLogitsProcessor: False,
+}
 
 _MASK64 = (1 << 64) - 1
 
@@ -83,36 +72,36 @@ def keyed_uniforms(seed: int, positions: Tensor) -> Tensor:
 class TokenChooser:
     """Chooses the target's token after each node of a tree.
 
+    There are two ways. Where all processors are :data:`STATELESS`, every node's scores are made in
+    one call and the walk is the device's (:func:`ops.verify_tree`). All other processors, be they
+    automata, counters or a model of their own, get what ``generate`` would give them: one call per
+    token of the text, in order, with the text before it, and none for a node that the text does not
+    reach (:meth:`walk`).
+
     Args:
-        processors: as prepared by ``generate``; applied to every node with the tokens before it.
+        processors: as prepared by ``generate``.
         do_sample: draw, instead of taking the most probable.
         seed: key of the noise.
+        stop: the text so far, and where it ends.
+
+    Attributes:
+        walks: tokens are chosen by :meth:`walk`, one after the other.
+        needs_host: a processor works on the host, so that the round cannot go on without it.
     """
 
-    def __init__(self, processors: LogitsProcessorList, do_sample: bool, seed: int):
-        for processor in processors:
-            if isinstance(processor, _REFUSED):
-                raise ValueError(
-                    f"{type(processor).__name__} keeps state between calls or runs the model "
-                    "itself, so it cannot be applied to the nodes of a tree; generate without it"
-                )
+    def __init__(self, processors: LogitsProcessorList, do_sample: bool, seed: int, stop: Stop):
         self.processors = processors
         self.do_sample = do_sample
         self.seed = seed
-        #: a processor wants the tokens before a node, so the tree must be read by the host
-        self.needs_history = any(not isinstance(p, _ROW_WISE) for p in processors)
-        #: a processor works on the host, so that the round cannot go on without it
-        self.needs_host = any(not isinstance(p, _ON_DEVICE) for p in processors)
+        self.walks = any(type(p) not in STATELESS for p in processors)
+        self.needs_host = any(not STATELESS.get(type(p), False) for p in processors)
+        self._stop = stop
 
-    def scores(
-        self, logits: Tensor, committed: Tensor, tree_tokens: Tensor, parents: Tensor
-    ) -> Tensor:
-        """Process the logits of every node.
+    def scores(self, logits: Tensor) -> Tensor:
+        """Process the logits of every node in one call.
 
         Args:
             logits: [1, M, V].
-            committed: [1, L] int64, tokens before the root.
-            tree_tokens, parents: [1, M], the root first with parent -1.
 
         Returns:
             [1, M, V] fp32 (``logits`` themselves where there is no processor).
@@ -120,19 +109,8 @@ class TokenChooser:
         if not self.processors:
             return logits
         rows = logits[0].to(torch.float32, copy=True)
-        if not self.needs_history:
-            return self.processors(tree_tokens[0][:, None], rows)[None]
-        by_depth: dict[int, list[int]] = {}
-        paths: list[list[int]] = []
-        for node, parent in enumerate(parents[0].tolist()):
-            paths.append((paths[parent] if parent >= 0 else []) + [node])
-            by_depth.setdefault(len(paths[node]), []).append(node)
-        out = torch.empty_like(rows)
-        for nodes in by_depth.values():
-            own = tree_tokens[0][torch.tensor([paths[n] for n in nodes], device=rows.device)]
-            history = torch.cat([committed.expand(len(nodes), -1), own], -1)
-            out[nodes] = self.processors(history, rows[nodes])
-        return out[None]
+        nothing = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
+        return self.processors(nothing, rows)[None]
 
     def choose(self, scores: Tensor, positions: Tensor) -> Tensor:
         """Choose tokens from processed scores.
@@ -143,8 +121,49 @@ class TokenChooser:
                 position behind it.
 
         Returns:
-            [B, M] int64; -1 where the scores are NaN.
+            [B, M] int64; -1 where there is no choice: a NaN, or nothing but -inf.
         """
         if not self.do_sample:
             return ops.sample_nodes(scores, None)
         return ops.sample_nodes(scores, keyed_uniforms(self.seed, positions + 1))
+
+    def walk(
+        self, logits: Tensor, positions: Tensor, tokens: Tensor, parents: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Choose token by token along the path that the choices take, up to the end of the text.
+
+        Args:
+            logits: [1, M, V].
+            positions: [1, M] int64 of the nodes.
+            tokens, parents: [1, M], the root first with parent -1.
+
+        Returns:
+            Scores [1, M, V] fp32, processed at the nodes of the path, and what
+            :func:`ops.verify_tree` returns. Reads the device once per token.
+        """
+        pairs = enumerate(zip(parents[0].tolist(), tokens[0].tolist(), strict=True))
+        children: dict[tuple[int, int], int] = {}
+        for node, key in pairs:
+            children.setdefault(key, node)  # of siblings with one token, the first
+        # Outside of inference mode, as in `transformers`: what a processor keeps it may change.
+        with torch.inference_mode(False), torch.no_grad():
+            scores = logits.to(torch.float32, copy=True)
+            path, emitted, node, token, ended = [], [], 0, 0, False
+            while node is not None and not ended:
+                history = self._stop.ids.to(scores.device)
+                row = self.processors(history, scores[:, node].clone())
+                scores[:, node] = row
+                token = int(self.choose(row[:, None], positions[:, node : node + 1]))
+                path.append(node)
+                emitted.append(token)
+                ended = token < 0 or self._stop.add(token, row)
+                node = children.get((node, token))
+        tail = [-1] * (tokens.shape[1] - len(path))
+        to = dict(device=tokens.device)
+        return (
+            scores,
+            torch.tensor([path + tail], dtype=torch.int32, **to),
+            torch.tensor([len(path) - 1], dtype=torch.int32, **to),
+            torch.tensor([emitted + tail], **to),
+            torch.tensor([token], **to),
+        )

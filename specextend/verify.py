@@ -147,11 +147,13 @@ class Verifier:
         """Choose at every node, walk, compact, commit."""
         cache, decisions = self.cache, self.decisions
         lens, width = cache.lens, decisions.width
-        # A processor that wants the tokens before works on the host, which knows their number.
-        length = cache.length if self.chooser.needs_history else 0
-        scores = self.chooser.scores(logits, decisions.ids[:, :length], tokens, parents)
-        choice = self.chooser.choose(scores, lens[:, None].long() + depths)
-        path, num_accepted, emitted, root = ops.verify_tree(tokens, parents, choice)
+        positions = lens[:, None].long() + depths
+        if self.chooser.walks:
+            scores, *walked = self.chooser.walk(logits, positions, tokens, parents)
+        else:
+            scores = self.chooser.scores(logits)
+            walked = ops.verify_tree(tokens, parents, self.chooser.choose(scores, positions))
+        path, num_accepted, emitted, root = walked
         # No path is longer than the deepest tree.
         path, emitted = path[:, :width], emitted[:, :width]
         cache.compact(path, num_accepted)

@@ -24,6 +24,7 @@ from specextend import _C, SpecConfig, SpecExtend, graphs
 from specextend.generation import Generation
 from specextend.graphs import Capture, Graphs, Mailbox, Stopwatch, bucket, obstacle
 from specextend.sampling import TokenChooser
+from specextend.stopping import Stop
 
 CONFIG = SpecConfig(
     chunk_size=8, budget=32, sink_chunks=1, recent_chunks=1, retrieve_every=2, prefill_chunk=40,
@@ -193,6 +194,11 @@ class TestTapedRound:
         assert [recorder() for recorder in recorders] == [None, None]
 
 
+def chooser_of(processor) -> TokenChooser:
+    stop = Stop([], 9, torch.ones(1, 3, dtype=torch.int64))
+    return TokenChooser(LogitsProcessorList([processor]), True, 0, stop)
+
+
 class TestProcessors:
     """Recording finds out which processors of `transformers` may be captured."""
 
@@ -206,14 +212,13 @@ class TestProcessors:
         ids=lambda p: type(p).__name__,
     )  # fmt: skip
     def test_on_the_device(self, processor):
-        chooser = TokenChooser(LogitsProcessorList([processor]), True, 0)
+        chooser = chooser_of(processor)
         assert not chooser.needs_host
-        logits, tokens = torch.randn(1, 5, VOCAB), torch.zeros(1, 5, dtype=torch.int64)
+        logits = torch.randn(1, 5, VOCAB)
         positions = torch.arange(5)[None]
 
         def choose():
-            scores = chooser.scores(logits, tokens[:, :0], tokens, tokens.int())
-            return chooser.choose(scores, positions)
+            return chooser.choose(chooser.scores(logits), positions)
 
         with torch.inference_mode():
             expected = choose()
@@ -230,7 +235,7 @@ class TestProcessors:
         ids=["eta", "repetition", "user"],
     )
     def test_on_the_host(self, processor):
-        assert TokenChooser(LogitsProcessorList([processor]), True, 0).needs_host
+        assert chooser_of(processor).needs_host
 
 
 class TestGraphs:

@@ -1,13 +1,12 @@
-"""Keyed noise, and processors applied per node."""
+"""Keyed noise."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 from transformers import LogitsProcessorList
-from transformers.generation import logits_process as hf
 
 from specextend.sampling import TokenChooser, keyed_uniforms
+from specextend.stopping import Stop
 
 
 class TestKeyedUniforms:
@@ -43,52 +42,8 @@ class TestKeyedUniforms:
         torch.testing.assert_close(got, torch.tensor([pinned], dtype=torch.float64), rtol=0, atol=0)
 
 
-def tree():
-    """Root, two children, a grandchild below each."""
-    tokens = torch.tensor([[4, 5, 6, 7, 5]])
-    parents = torch.tensor([[-1, 0, 0, 1, 2]], dtype=torch.int32)
-    histories = [[4], [4, 5], [4, 6], [4, 5, 7], [4, 6, 5]]
-    return tokens, parents, histories
-
-
-@pytest.mark.parametrize(
-    "processors",
-    [
-        [hf.RepetitionPenaltyLogitsProcessor(1.7)],
-        [hf.NoRepeatNGramLogitsProcessor(2)],
-        [hf.TemperatureLogitsWarper(0.5), hf.TopKLogitsWarper(3)],
-        [hf.RepetitionPenaltyLogitsProcessor(1.3), hf.TopPLogitsWarper(0.8)],
-        [hf.MinPLogitsWarper(0.1), hf.TypicalLogitsWarper(0.9)],
-        [hf.MinLengthLogitsProcessor(6, torch.tensor([1]))],
-        [],
-    ],
-    ids=lambda ps: "+".join(type(p).__name__ for p in ps),
-)
-def test_every_node_is_processed_with_its_own_history(processors):
-    tokens, parents, histories = tree()
-    committed = torch.tensor([[9, 8, 5]])
-    logits = torch.randn(1, 5, 12, generator=torch.Generator().manual_seed(0))
-    before = logits.clone()
-    chooser = TokenChooser(LogitsProcessorList(processors), False, 0)
-    got = chooser.scores(logits, committed, tokens, parents)
-    assert torch.equal(logits, before)
-    for node, history in enumerate(histories):
-        ids = torch.cat([committed, torch.tensor([history])], 1)
-        row = LogitsProcessorList(processors)(ids, before[:, node].clone())
-        torch.testing.assert_close(got[:, node], row)
-
-
 def test_nodes_at_one_depth_share_their_noise():
     logits = torch.randn(1, 1, 50).expand(1, 4, 50)
-    chooser = TokenChooser(LogitsProcessorList(), True, 5)
+    chooser = TokenChooser(LogitsProcessorList(), True, 5, Stop([], 9, torch.ones(1, 3)))
     drawn = chooser.choose(logits, torch.tensor([[10, 11, 11, 12]]))[0]
     assert drawn[1] == drawn[2]
-
-
-def test_stateful_processors_are_refused():
-    class Cfg(hf.UnbatchedClassifierFreeGuidanceLogitsProcessor):
-        def __init__(self):
-            pass
-
-    with pytest.raises(ValueError, match="Cfg keeps state between calls"):
-        TokenChooser(LogitsProcessorList([Cfg()]), False, 0)

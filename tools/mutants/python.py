@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from . import Mutant
 
-DECODE, GENERATION, VERIFY, HF, TARGET, TREE, SAMPLING = (
+DECODE, GENERATION, VERIFY, HF, TARGET, TREE, SAMPLING, STOPPING = (
     f"specextend/{name}.py"
-    for name in ("decode", "generation", "verify", "hf", "target", "tree", "sampling")
-)
+    for name in (
+        "decode", "generation", "verify", "hf", "target", "tree", "sampling", "stopping",
+    )
+)  # fmt: skip
 CACHE, ATTENTION, ROTARY = (f"specextend/{name}.py" for name in ("cache", "attention", "rotary"))
 GUARD, GATE, GRAPHS = (f"specextend/{name}.py" for name in ("guard", "gate", "graphs"))
 CACHED, CAUSAL, NGRAM, LONGSPEC, EAGLE, HEAD, WORKING, SELF = (
@@ -62,16 +64,15 @@ MUTANTS = [
     Mutant(
         "noise is keyed by the slot in the tree instead of the position",
         VERIFY,
-        "choice = self.chooser.choose(scores, lens[:, None].long() + depths)",
-        "choice = self.chooser.choose(scores, lens[:, None].long() + torch.arange("
-        "depths.shape[1], device=depths.device))",
+        "        positions = lens[:, None].long() + depths\n        if",
+        "        positions = lens[:, None].long() + torch.arange(depths.shape[1])\n        if",
         SAMPLED,
     ),
     Mutant(
         "noise is keyed by the depth alone",
         VERIFY,
-        "choice = self.chooser.choose(scores, lens[:, None].long() + depths)",
-        "choice = self.chooser.choose(scores, depths)",
+        "        positions = lens[:, None].long() + depths\n        if",
+        "        positions = depths.long()\n        if",
         SAMPLED,
     ),
     Mutant(
@@ -189,31 +190,52 @@ MUTANTS = [
     # ---- how a generation ends ----
     Mutant(
         "one token too many at the length limit",
-        HF,
-        "self.done = self.remaining <= 0 or token in self.eos",
-        "self.done = self.remaining < 0 or token in self.eos",
+        STOPPING,
+        "self.done = length >= self.max_length or token in self._eos",
+        "self.done = length > self.max_length or token in self._eos",
         ENDS,
     ),
     Mutant(
-        "emitted tokens are lost at the length limit",
-        HF,
-        "            if self.done:\n                n = i + 1\n",
-        "            if self.done:\n                n = max(i, 1)\n",
+        "the token that ends a text is lost",
+        STOPPING,
+        "                return i + 1\n",
+        "                return max(i, 1)\n",
         ENDS,
     ),
     Mutant(
-        "only the last token of a round is compared with the end of sequence",
-        HF,
-        "self.done = self.remaining <= 0 or token in self.eos",
-        "self.done = self.remaining <= 0 or step.tokens[-1] in self.eos",
-        ENDS,
+        "an heir of the criterion for end tokens is taken for its parent",
+        STOPPING,
+        "if type(criterion) is EosTokenCriteria:",
+        "if isinstance(criterion, EosTokenCriteria):",
+        ("tests/test_options.py::test_criteria_of_the_users",),
     ),
     Mutant(
         "stopping criteria see the tokens of a round one short",
-        HF,
-        "self.ids = torch.cat([self.ids, self.ids.new_tensor([[token]])], 1)\n",
-        "self.ids = torch.cat([self.ids, self.ids.new_tensor([step.tokens[:i]])], 1)\n",
+        STOPPING,
+        "self._input_ids.new_tensor([self._new])], 1)",
+        "self._input_ids.new_tensor([self._new[:-1]]).long()], 1)",
         ENDS,
+    ),
+    Mutant(
+        "accepted tokens are counted behind the end",
+        GENERATION,
+        "return Step(tokens[:count], count - 1, scores[:count], logits[:count])",
+        "return Step(tokens[:count], accepted, scores[:count], logits[:count])",
+        ("tests/test_options.py::test_statistics_add_up_for_every_end",),
+    ),
+    Mutant(
+        "what a step brings cannot be changed",
+        GENERATION,
+        "    with torch.inference_mode(False):\n        return source",
+        "    with torch.no_grad():\n        return source",
+        ("tests/test_options.py::test_what_is_returned_can_be_changed_and_learnt_from",),
+    ),
+    Mutant(
+        "an option that nobody knows is let through",
+        HF,
+        "if name in COMPUTING and value == getattr(own, name, None):",
+        "if name in COMPUTING:",
+        ("tests/test_options.py::test_what_cannot_be_honoured_is_refused_by_name",),
     ),
     Mutant(
         "padding on the left is taken for the prompt",
@@ -245,21 +267,25 @@ MUTANTS = [
         ("tests/test_sampling.py::TestKeyedUniforms",),
     ),
     Mutant(
-        "a processor sees a node without its own token",
+        "a processor is called behind the end of the text",
         SAMPLING,
-        "paths.append((paths[parent] if parent >= 0 else []) + [node])",
-        "paths.append((paths[parent] if parent >= 0 else []) + [max(parent, 0)])",
-        (
-            "tests/test_sampling.py",
-            "tests/test_decode.py::TestSampling::test_greedy_with_processors",
-        ),
+        "while node is not None and not ended:",
+        "while node is not None and token >= 0:",
+        ("tests/test_processors.py::test_no_call_behind_the_end",),
     ),
     Mutant(
-        "a processor that wants the tokens before is taken for one that looks at rows",
+        "an heir of a processor is taken for its parent",
         SAMPLING,
-        "self.needs_history = any(not isinstance(p, _ROW_WISE) for p in processors)",
-        "self.needs_history = all(not isinstance(p, _ROW_WISE) for p in processors or [0])",
-        ("tests/test_sampling.py", *SAMPLED),
+        "self.walks = any(type(p) not in STATELESS for p in processors)",
+        "self.walks = any(not isinstance(p, tuple(STATELESS)) for p in processors)",
+        ("tests/test_processors.py::test_heirs_are_not_taken_for_their_parents",),
+    ),
+    Mutant(
+        "of siblings with one token the last is taken",
+        SAMPLING,
+        "children.setdefault(key, node)",
+        "children[key] = node",
+        ("tests/test_processors.py::test_walk_equals_the_walk_on_the_device",),
     ),
     # ---- trees ----
     Mutant(
