@@ -30,8 +30,9 @@ class SpecExtend:
     round differently.
 
     Args:
-        model: the target, a decoder-only causal LM of `transformers`, used where it lies and left
-            as it came. It is tried on a few tokens first.
+        model: the target, a decoder-only causal LM of `transformers`, or a ``PeftModel`` or
+            ``torch.compile`` of one, used where it lies and left as it came. It is tried on a few
+            tokens first.
         draft: a causal LM with the same tokenizer; a folder or hub id of one, or of a trained head
             (EAGLE-1/2/3); ``"ngram"``: look-up in prompt and output; ``"self"``: the target on a
             part of its own cache; or None for plain decoding on the same kernels.

@@ -29,7 +29,7 @@ from .generation import Request, Step
 from .guard import check_length
 from .sampling import TokenChooser
 from .stopping import Stop
-from .target import Target
+from .target import Target, check_adapters
 
 # ---- the way in ----------------------------------------------------------------------------------
 
@@ -160,6 +160,7 @@ def read_request(
     """
     if assistant_model is not None:
         raise ValueError("assistant_model is not available: a draft is given to SpecExtend(draft=)")
+    check_adapters(target.model)
     _refuse_options(generation_config, target.model.generation_config)
     check_prompt(input_ids)
     input_ids = input_ids.long()

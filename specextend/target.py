@@ -2,16 +2,58 @@
 
 from __future__ import annotations
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from .attention import PatchedModel
+
+
+def underlying(model: nn.Module, role: str = "model") -> PreTrainedModel:
+    """Return the model of `transformers` in what users wrap it in.
+
+    ``torch.compile(model)`` and a ``PeftModel`` are themselves none, but run one, in which adapters
+    are layers: whether they are active is found there at every forward. ``generate`` of both calls
+    that model's, too.
+
+    Args:
+        role: for the text of the error.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: an adapter that is not in the layers.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    check_adapters(inner)
+    if hasattr(inner, "get_base_model"):
+        inner = getattr(inner.get_base_model(), "_orig_mod", inner.get_base_model())
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(f"{role} must be a transformers model, got {type(model).__name__}")
+    return inner
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Refuse adapters of a ``PeftModel`` that change more than layers.
+
+    Raises:
+        ValueError: with the kind of adapter.
+    """
+    for name, config in getattr(model, "peft_config", {}).items():
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if config.is_prompt_learning:
+            what = "puts keys or tokens of its own before the prompt"
+        elif getattr(config, "alora_invocation_tokens", None):
+            kind, what = "aLoRA", "begins to count in the middle of the prompt"
+        else:
+            continue
+        raise ValueError(f"the adapter {name!r} ({kind}) {what}, which specextend does not follow")
 
 
 class Target(PatchedModel):
     """Gives the engine and the drafts what they know of a target.
 
     Args:
-        model: a decoder-only causal LM of `transformers`, used where it lies.
+        model: a decoder-only causal LM of `transformers`, used where it lies, or what wraps one
+            (:func:`underlying`).
         score_layers: layers whose attention is scored for retrieval; negative ones count from the
             end.
 
@@ -24,9 +66,7 @@ class Target(PatchedModel):
     """
 
     def __init__(self, model: PreTrainedModel, score_layers: tuple[int, ...] = (-1,)):
-        if not isinstance(model, PreTrainedModel):
-            raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
-        super().__init__(model)
+        super().__init__(underlying(model))
         n = self.num_layers
         wrong = [i for i in score_layers if not -n <= i < n]
         if wrong:
