@@ -10,8 +10,8 @@ from ..attention import PatchedModel
 from ..cache import Pass
 from ..config import SpecConfig
 from ..graphs import obstacle
-from ..guard import check_length, self_check
-from ..rotary import Rotary, probe_rotary
+from ..guard import check_length, position_limit, self_check
+from ..rotary import Rotary, frequencies, probe_rotary
 from ..target import Target
 from ..tokenizers import check_same_tokenizer
 from .base import Decided, Source, Tokenizers
@@ -42,6 +42,8 @@ class CausalLMDraft(CachedDraft):
         self.rotary = rotary
         self._target_vocab = vocab
         self._vocab = min(vocab, self.patched.vocab_size)
+        # A table of positions ends; angles of rotation can be computed for any.
+        self.max_length = None if frequencies(model) else position_limit(model)
 
     @classmethod
     def recognises(cls, source: Source) -> bool:
@@ -81,6 +83,7 @@ class CausalLMDraft(CachedDraft):
         return obstacle(self.patched.model)
 
     def begin(self, prompt, max_length, cache, graphs) -> None:
+        max_length = min(max_length, self.max_length or max_length)
         self._begin(self.patched.num_layers, max_length, prompt.device, self.rotary, graphs)
         self._last_position = max_length - 1
 

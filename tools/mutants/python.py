@@ -520,6 +520,27 @@ MUTANTS = [
     ),
     # ---- drafts ----
     Mutant(
+        "trees go a level beyond what the draft can take in",
+        GENERATION,
+        "self._limit - length)",
+        "self._limit - length + 1)",
+        ("tests/test_draft_positions.py",),
+    ),
+    Mutant(
+        "a draft is told of a prompt that it cannot take in",
+        GENERATION,
+        "self.draft = draft = None",
+        "pass",
+        ("tests/test_draft_positions.py",),
+    ),
+    Mutant(
+        "causal draft: rotary positions are taken to end",
+        CAUSAL,
+        "None if frequencies(model) else position_limit(model)",
+        "position_limit(model)",
+        ("tests/test_draft_positions.py::test_rotary_drafts_have_none",),
+    ),
+    Mutant(
         "causal draft: levels are a position too near",
         CAUSAL,
         "positions = self._positions(1, level).expand_as(tokens)",
