@@ -168,8 +168,8 @@ MUTANTS = [
     Mutant(
         "a tree of proposals runs beyond the last token",
         GENERATION,
-        "room = self.request.max_length - length - 2",
-        "room = self.request.max_length - length + self.config.max_depth",
+        "self.request.max_length - length - 2,",
+        "self.request.max_length - length + self.config.max_depth,",
         (*ENDS, *GREEDY),
     ),
     Mutant(
