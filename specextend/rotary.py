@@ -81,9 +81,10 @@ def probe_rotary(model: PreTrainedModel) -> Rotary:
         ValueError: positions are not rotary, or not in a way that fits any layout known here.
     """
     known = frequencies(model)
+    # Without any, positions may come from a table that ends before those that are tried.
     patched = PatchedModel(model)
-    near, far = (_keys(patched, first) for first in (0, _SHIFT))
-    tolerance = 1e-3 if near[0].dtype == torch.float32 else 6e-2
+    near, far = (_keys(patched, first) if known else [] for first in (0, _SHIFT))
+    tolerance = 1e-3 if model.dtype == torch.float32 else 6e-2
     for interleaved in (False, True):
         chosen = []
         for a, b in zip(near, far, strict=True):

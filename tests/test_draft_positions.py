@@ -34,6 +34,8 @@ TABLES = {
     "opt": dict(ffn_dim=48, word_embed_proj_dim=32, **_OPT),
     "biogpt": dict(intermediate_size=48, **_OPT),
 }
+NANOCHAT = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
 # The border itself, what a tree reaches from below it, and prompts that leave nothing to propose.
 LENGTHS = [1, 2, *range(LIMIT - 7, LIMIT + 3), 2 * LIMIT]
 
@@ -45,7 +47,7 @@ def target():
 
 def draft_of(family: str):
     torch.manual_seed(1)
-    config = CONFIG_MAPPING[family](initializer_range=0.3, pad_token_id=0, **TABLES[family])
+    config = CONFIG_MAPPING[family](initializer_range=0.3, pad_token_id=0, **TABLES.get(family, NANOCHAT))
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -205,3 +207,51 @@ def test_rotary_drafts_go_on_beyond_their_positions(target):
             ids, options = prompt(length), dict(max_new_tokens=20, do_sample=False)
             assert torch.equal(spec.generate(ids, **options), target.generate(ids, **options))
             assert spec.stats.num_plain_rounds <= 2
+
+
+# ---- keys that cannot be moved -------------------------------------------------------------------
+
+
+def unmovable(family: str):
+    """Make a draft: of a table, rotated the other way round, or in some of its layers alone."""
+    if family == "cohere2":
+        return tiny_model(family, seed=1)
+    return draft_of(family)
+
+
+class TestUnmovableKeys:
+    """By default a draft retrieves; one that cannot attends to all of its context, and says so."""
+
+    @pytest.mark.parametrize("family", [*TABLES, "nanochat", "cohere2"])
+    @pytest.mark.parametrize("options", [dict(do_sample=False), SAMPLED], ids=["greedy", "sampled"])
+    def test_serve_with_the_default_options(self, target, family, options, tmp_path, recwarn):
+        model, given = unmovable(family), dict(max_new_tokens=16, **options)
+        model.save_pretrained(tmp_path)
+        for draft in (model, tmp_path):
+            with pytest.warns(RuntimeWarning) as told:
+                spec = SpecExtend(target, draft, seed=3)
+            assert len(told) == 1 and type(model).__name__ in str(told[0].message)
+            assert 'draft_cache="full"' in str(told[0].message)
+            assert spec.draft.config.draft_cache == "full"
+            assert spec.draft.cache_kinds == ("full",) and not spec.draft.wants_scores
+            for length in (1, 14):
+                plain = SpecExtend(target, None, seed=3).generate(prompt(length), **given)
+                assert torch.equal(spec.generate(prompt(length), **given), plain)
+                assert spec.stats.num_draft_tokens > 0 and spec.stats.num_retrievals == 0
+            assert not [w for w in recwarn.list if w.category is RuntimeWarning]
+
+    @pytest.mark.parametrize("family", ["gpt2", "nanochat"])
+    def test_what_was_wished_for_is_refused(self, target, family):
+        with pytest.raises(ValueError, match='use draft_cache="full"'):
+            SpecExtend(target, unmovable(family), draft_cache="window")
+        draft = SpecExtend(target, unmovable(family), draft_cache="full").draft
+        for cache in ("window", "retrieval"):
+            with pytest.raises(ValueError, match='use draft_cache="full"'):
+                draft.with_config(SpecConfig(draft_cache=cache))
+        assert draft.with_config(SpecConfig(draft_cache="full")).cache_kinds == ("full",)
+
+    @pytest.mark.parametrize("cache", ["full", "window", "retrieval"])
+    def test_keys_that_can_are_moved(self, target, cache, recwarn):
+        draft = SpecExtend(target, tiny_model("phi"), draft_cache=cache).draft
+        assert draft.config.draft_cache == cache and not recwarn.list
+        assert draft.cache_kinds == ("full", "window", "retrieval")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -26,8 +28,10 @@ class CausalLMDraft(CachedDraft):
         model: the draft; batch 1.
         config: tree and cache options.
         vocab: entries of the target's vocabulary; either head may be padded.
-        rotary: how its keys carry positions; None: to be found out, unless the draft cache is
-            "full", which need not know.
+        rotary: how its keys carry positions; None: to be found out.
+
+    Raises:
+        ValueError: the keys cannot be moved, which a draft cache other than "full" asks for.
     """
 
     kind = "model"
@@ -36,10 +40,13 @@ class CausalLMDraft(CachedDraft):
         self, model: PreTrainedModel, config: SpecConfig, vocab: int, rotary: Rotary | None = None
     ):
         super().__init__(config)
-        if rotary is None and config.draft_cache != "full":
-            rotary = probe_rotary(model)
         self.patched = PatchedModel(model)
-        self.rotary = rotary
+        try:
+            self.rotary = rotary or probe_rotary(model)
+        except ValueError:
+            if config.draft_cache != "full":
+                raise
+            self.rotary, self.cache_kinds = None, ("full",)
         self._target_vocab = vocab
         self._vocab = min(vocab, self.patched.vocab_size)
         # A table of positions ends; angles of rotation can be computed for any.
@@ -63,7 +70,19 @@ class CausalLMDraft(CachedDraft):
             )
         _check_vocabulary(model, target.vocab_size, tokenizers)
         self_check(PatchedModel(model))
-        return cls(model, config, target.vocab_size)
+        draft = cls(model, config.replace(draft_cache="full"), target.vocab_size)
+        wanted = config.draft_cache
+        if wanted == SpecConfig.draft_cache and wanted not in draft.cache_kinds:
+            # The default, which need not be what somebody wished for.
+            warnings.warn(
+                f"specextend: the draft {type(model).__name__} attends to all of its context, as "
+                f'with draft_cache="full": {wanted!r} moves keys, and its own do not carry '
+                "positions as rotary embeddings that could be moved",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            return draft
+        return draft.with_config(config)
 
     def with_config(self, config: SpecConfig) -> CausalLMDraft:
         return type(self)(self.patched.model, config, self._target_vocab, self.rotary)

@@ -534,6 +534,13 @@ MUTANTS = [
         ("tests/test_draft_positions.py",),
     ),
     Mutant(
+        "causal draft: one that cannot retrieve is refused by default",
+        CAUSAL,
+        "if wanted == SpecConfig.draft_cache and",
+        "if wanted is None and",
+        ("tests/test_draft_positions.py::TestUnmovableKeys",),
+    ),
+    Mutant(
         "causal draft: rotary positions are taken to end",
         CAUSAL,
         "None if frequencies(model) else position_limit(model)",
