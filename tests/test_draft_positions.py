@@ -47,7 +47,9 @@ def target():
 
 def draft_of(family: str):
     torch.manual_seed(1)
-    config = CONFIG_MAPPING[family](initializer_range=0.3, pad_token_id=0, **TABLES.get(family, NANOCHAT))
+    config = CONFIG_MAPPING[family](
+        initializer_range=0.3, pad_token_id=0, **TABLES.get(family, NANOCHAT)
+    )
     return AutoModelForCausalLM.from_config(config).eval()
 
 
