@@ -197,4 +197,4 @@ class Draft(ABC):
         return None
 
     def end(self) -> None:  # noqa: B027  nothing to free is common
-        """Free what belongs to the generation."""
+        """Free what belongs to the generation, also where there was no :meth:`begin`."""

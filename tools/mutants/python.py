@@ -10,11 +10,11 @@ DECODE, GENERATION, VERIFY, HF, TARGET, TREE, SAMPLING = (
 )
 CACHE, ATTENTION, ROTARY = (f"specextend/{name}.py" for name in ("cache", "attention", "rotary"))
 GUARD, GATE, GRAPHS = (f"specextend/{name}.py" for name in ("guard", "gate", "graphs"))
-CACHED, CAUSAL, NGRAM, LONGSPEC, EAGLE, HEAD, WORKING, SELF = (
+CACHED, CAUSAL, NGRAM, LONGSPEC, EAGLE, HEAD, EAGLE_FILES, WORKING, SELF = (
     f"specextend/draft/{name}.py"
     for name in (
-        "cached", "causal_lm", "ngram", "longspec", "eagle", "eagle_head", "working_cache",
-        "self_draft",
+        "cached", "causal_lm", "ngram", "longspec", "eagle", "eagle_head", "eagle_checkpoint",
+        "working_cache", "self_draft",
     )
 )  # fmt: skip
 
@@ -739,9 +739,30 @@ MUTANTS = [
         ("tests/test_eagle.py::TestDialects", "tests/test_eagle.py::TestFullDepth"),
     ),
     Mutant(
+        "EAGLE: logits are made of the normed output, whatever the head was trained on",
+        HEAD,
+        "out = normed if self.config.norm_logits else hidden",
+        "out = normed",
+        ("tests/test_eagle.py::TestDialects",),
+    ),
+    Mutant(
+        "EAGLE: a residual is normed unless said otherwise",
+        EAGLE_FILES,
+        'bool(said.get("norm_before_residual"))',
+        'bool(said.get("norm_before_residual", True))',
+        ("tests/test_eagle.py::TestDialects",),
+    ),
+    Mutant(
+        "EAGLE: heads that no kernel takes are loaded",
+        EAGLE_FILES,
+        "    _check_attention(config)\n    doubted",
+        "    doubted",
+        ("tests/test_load_draft.py::TestBrokenHeads",),
+    ),
+    Mutant(
         "EAGLE: the output goes back in before the norm",
         HEAD,
-        "return out, out if self.config.norm_output else hidden",
+        "return out, normed if self.config.norm_output else hidden",
         "return out, hidden",
         ("tests/test_eagle.py::TestDialects",),
     ),
