@@ -122,7 +122,9 @@ class CausalLMDraft(CachedDraft):
         max_length = min(max_length, self.max_length or max_length)
         self._begin(self.patched.num_layers, max_length, prompt.device, self.rotary, graphs)
         self._last_position = max_length - 1
-        self._ids = torch.tensor(self._differing, dtype=torch.int64, device=prompt.device)
+        foreign = torch.zeros(self._vocab, dtype=torch.bool)
+        foreign[list(self._differing)] = True
+        self._foreign = foreign.to(prompt.device)
 
     def prefill(self, decided) -> None:
         self._fill(decided)
@@ -159,11 +161,11 @@ class CausalLMDraft(CachedDraft):
         # added token or the target's padding.
         unknown = (tokens < 0) | (tokens >= self._vocab)
         if self._differing:
-            unknown |= (tokens[..., None] == self._ids).any(-1)
+            unknown |= self._foreign[tokens.clamp(0, self._vocab - 1)]
         tokens = tokens.masked_fill(unknown, self._stand_in)
         logits = self.patched.forward(tokens, positions, state, last_only, row)
         logits = logits[..., : self._vocab]
-        return logits.index_fill(-1, self._ids, -torch.inf) if self._differing else logits
+        return logits.masked_fill(self._foreign, -torch.inf) if self._differing else logits
 
 
 def _read(checkpoint: Checkpoint, target: PreTrainedModel) -> PreTrainedModel:
