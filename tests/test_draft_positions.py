@@ -123,6 +123,24 @@ def test_trees_and_options(target, change):
         assert torch.equal(spec.generate(ids, **options), target.generate(ids, **options))
 
 
+@pytest.mark.long  # two minutes
+@pytest.mark.parametrize("recorder", [None, Tapes], ids=["called", "captured"])
+@pytest.mark.parametrize(
+    "change",
+    [dict(), dict(tree_shape="fixed", tree_widths=(2, 3)), dict(tree_depth=9), dict(gate="auto")],
+    ids=str,
+)
+def test_every_length_and_what_is_written_behind_it(target, change, recorder):
+    spec = SpecExtend(target, draft_of("opt"), CONFIG, recorder=recorder and recorder(), **change)
+    plain = SpecExtend(target, None, CONFIG)
+    for length in range(1, LIMIT + 4):
+        for new in {1, 2, 3, LIMIT - length + 1, LIMIT - length + 2, 40}:
+            for options in (dict(do_sample=False), SAMPLED):
+                given = dict(max_new_tokens=max(new, 1), **options)
+                text = plain.generate(prompt(length, seed=length), **given)
+                assert torch.equal(spec.generate(prompt(length, seed=length), **given), text)
+
+
 @pytest.mark.parametrize("recorder", [None, Tapes], ids=["called", "captured"])
 def test_proposes_up_to_its_last_position(recorder):
     """A draft of the target's own weights: every proposal up to the border is accepted, the last
