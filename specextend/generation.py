@@ -106,6 +106,10 @@ class Generation:
         self.target, self.draft, self.config = target, draft, config
         self.request, self.stats, self.progress = request, stats, progress
         prompt, width = request.prompt, config.max_depth + 1
+        # Tokens that the draft can take in.
+        self._limit = getattr(draft, "max_length", None) or request.max_length
+        if prompt.shape[1] >= self._limit:
+            self.draft = draft = None  # there is nothing that it could propose
         self.device = prompt.device
         rows = request.max_length + 1 + max(config.max_nodes, width)
         self.cache = KVCache(target.num_layers, rows, batch=1, device=self.device)
@@ -260,7 +264,7 @@ class Generation:
         """Launch the next tree before this round is read, where the draft can be captured; without
         graphs the host may as well read now, as drafts may want to know where they are."""
         longest = self.cache.length + tree.depth + 1
-        fits = self.request.max_length - longest - 2 >= self.config.max_depth
+        fits = self._room(longest) >= self.config.max_depth
         if self._from_draft and self._draft_graphs.enabled and fits:
             self._retrieve(outcome)
             self._ahead = self._next_tree(longest)
@@ -268,8 +272,7 @@ class Generation:
     def _next_tree(self, length: int) -> Tree:
         """Have a tree made below the root behind ``length`` committed tokens, or at most as many
         where the host does not know yet."""
-        draft, before = self.draft, self._from_draft
-        room = self.request.max_length - length - 2  # proposed tokens that can still be emitted
+        draft, before, room = self.draft, self._from_draft, self._room(length)
         depth = 0
         if draft is not None and not self._first and room > 0:
             depth = min(self._gate.next_depth(), self._depth, room)
@@ -284,6 +287,11 @@ class Generation:
         self.backlog.clear(length)
         return tree
 
+    def _room(self, length: int) -> int:
+        """Return the levels that a tree behind ``length`` committed tokens can have: proposed
+        tokens that can still be emitted, by a draft that can take in those before them."""
+        return min(self.request.max_length - length - 2, self._limit - length)
+
     def _settle_draft(self, num_emitted: int) -> None:
         if self._unsettled:
             self.draft.settle([num_emitted])
@@ -294,6 +302,8 @@ class Generation:
         draft, config = self.draft, self.config
         if draft is None or not draft.wants_scores or self.cache.length + 1 <= config.budget:
             return False
+        if self.cache.length + 1 >= self._limit:
+            return False  # no tree will follow
         return self._first or self.stats.num_rounds % config.retrieve_every == 0
 
     def _receive(self, tree: Tree, outcome: Outcome) -> Step:

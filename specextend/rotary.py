@@ -62,6 +62,15 @@ def rotate(keys: Tensor, shift: int, inv_freq: Tensor, interleaved: bool) -> Ten
     return turn(keys.double(), angle.cos(), angle.sin(), interleaved)
 
 
+def frequencies(model: PreTrainedModel) -> list[Tensor]:
+    """Return the frequencies [R / 2] fp32 of a model's rotary embeddings, none if it has none."""
+    return [
+        buffer.float()
+        for name, buffer in model.named_buffers()
+        if name.endswith("inv_freq") and "original" not in name and buffer.dim() == 1
+    ]
+
+
 def probe_rotary(model: PreTrainedModel) -> Rotary:
     """Find frequencies and layout of a model's rotary embedding.
 
@@ -71,20 +80,17 @@ def probe_rotary(model: PreTrainedModel) -> Rotary:
     Raises:
         ValueError: positions are not rotary, or not in a way that fits any layout known here.
     """
-    frequencies = [
-        buffer.float()
-        for name, buffer in model.named_buffers()
-        if name.endswith("inv_freq") and "original" not in name and buffer.dim() == 1
-    ]
+    known = frequencies(model)
+    # Without any, positions may come from a table that ends before those that are tried.
     patched = PatchedModel(model)
-    near, far = (_keys(patched, first) for first in (0, _SHIFT))
-    tolerance = 1e-3 if near[0].dtype == torch.float32 else 6e-2
+    near, far = (_keys(patched, first) if known else [] for first in (0, _SHIFT))
+    tolerance = 1e-3 if model.dtype == torch.float32 else 6e-2
     for interleaved in (False, True):
         chosen = []
         for a, b in zip(near, far, strict=True):
             fits = [
                 f
-                for f in frequencies
+                for f in known
                 if 2 * f.shape[0] <= a.shape[-1]
                 and (rotate(a, _SHIFT, f, interleaved) - b).norm() <= tolerance * b.double().norm()
             ]

@@ -5,23 +5,27 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 
-def check_same_tokenizer(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> None:
+def differing_ids(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> list[int]:
     """Compare vocabularies by token, not by size: heads are often padded.
 
+    Returns:
+        The ids, ascending, that mean an added token to one of them and another one, or nothing, to
+        the other.
+
     Raises:
-        ValueError: with the first id that means different things.
+        ValueError: with the first id that differs and is no added token.
     """
-    ours, theirs = target.get_vocab(), draft.get_vocab()
-    if ours == theirs:
-        return
-    by_id = {i: t for t, i in theirs.items()}
-    for token, i in sorted(ours.items(), key=lambda item: item[1]):
-        if by_id.get(i) != token:
+    by_id = [{i: token for token, i in t.get_vocab().items()} for t in (target, draft)]
+    added = [set(t.get_added_vocab()) for t in (target, draft)]
+    differing = []
+    for i in sorted(by_id[0].keys() | by_id[1].keys()):
+        tokens = [known.get(i) for known in by_id]
+        if tokens[0] == tokens[1]:
+            continue
+        if any(t is not None and t not in own for t, own in zip(tokens, added, strict=True)):
             raise ValueError(
-                "target and draft must have the same tokenizer: id "
-                f"{i} is {token!r} for the target and {by_id.get(i)!r} for the draft"
+                f"target and draft must have the same tokenizer: id {i} is {tokens[0]!r} for the "
+                f"target and {tokens[1]!r} for the draft; they may differ in added tokens alone"
             )
-    extra = sorted(set(theirs) - set(ours))[0]
-    raise ValueError(
-        f"target and draft must have the same tokenizer: only the draft knows {extra!r}"
-    )
+        differing.append(i)
+    return differing

@@ -29,7 +29,8 @@ class Head:
         tensors: by their names in the file.
         config: what config.json holds.
         names: from names in the file to plain ones, ``l0.`` being the first layer.
-        version, features, norm_before_residual, norm_output, theta: what the reference needs.
+        version, features, norm_before_residual, norm_output, norm_logits, theta: what the
+            reference needs.
         binary: whether its file is pytorch_model.bin instead of model.safetensors.
     """
 
@@ -40,6 +41,7 @@ class Head:
     features: tuple[int, ...]
     norm_before_residual: bool = False
     norm_output: bool = False
+    norm_logits: bool = True
     theta: float = 10000.0
     binary: bool = False
     plain: dict[str, Tensor] = field(init=False)
@@ -61,8 +63,9 @@ DIALECTS = (
     "eagle1", "eagle1-own-embedding", "eagle1-qwen2", "eagle1-two-layers", "eagle1-speculators",
     "eagle3", "eagle3-other-width", "eagle3-specforge", "eagle3-vllm", "eagle3-vllm-two-layers",
     "eagle3-sglang-two-layers", "eagle3-speculators", "eagle3-speculators-qwen3", "eagle3.1",
-    "eagle3.1-legacy", "eagle3-norm-before-fc", "eagle3-shared-head", "eagle3-tied",
-    "eagle3-last-hidden",
+    "eagle3.1-legacy", "eagle3.1-specforge", "eagle3.1-specforge-unnormed", "eagle3.1-modelopt",
+    "eagle3.1-speculators", "eagle3-ea-layer", "eagle1-ea-layer", "eagle3-norm-before-fc",
+    "eagle3-shared-head", "eagle3-tied", "eagle3-last-hidden",
 )  # fmt: skip
 
 
@@ -76,7 +79,7 @@ def make(dialect: str, hidden: int = 32, vocab: int = VOCAB, seed: int = 0) -> H
     if maker.version == 3 and "vllm" not in dialect and "speculators" not in dialect:
         for name in maker.tensors:
             if name.startswith("layers.0."):
-                maker.names[name] = name.replace("layers.0.", "midlayer.")
+                maker.names.setdefault(name, name.replace("layers.0.", "midlayer."))
     return Head(
         {maker.names.get(name, name): tensor for name, tensor in maker.tensors.items()},
         maker.config, {there: name for name, there in maker.names.items()},
@@ -238,9 +241,8 @@ def _eagle3_speculators(m: Maker) -> None:
     if m.dialect.endswith("qwen3"):
         m.tensors["layers.0.self_attn.q_norm.weight"] = m.norm(m.dim)
         m.tensors["layers.0.self_attn.k_norm.weight"] = m.norm(m.dim)
-        m.config["norm_before_residual"] = False
-    else:
-        m.extra["norm_before_residual"] = True  # the default
+    else:  # without, the hidden state before the norm is the residual
+        m.config["norm_before_residual"] = m.extra["norm_before_residual"] = True
 
 
 def _eagle3_1(m: Maker) -> None:
@@ -250,6 +252,45 @@ def _eagle3_1(m: Maker) -> None:
             m.names[f"fc_norm.{i}.weight"] = f"aux_norm_{place}.weight"
     m.config.update(fc_norm=True, norm_output=True)
     m.extra["norm_output"] = True
+
+
+def _eagle3_1_specforge(m: Maker) -> None:
+    _eagle3_1(m)
+    m.config["architectures"] = ["LlamaForCausalLMEagle3"]
+
+
+def _eagle3_1_specforge_unnormed(m: Maker) -> None:
+    """Its class read the output before the norm, which so was never trained."""
+    _eagle3_1_specforge(m)
+    m.config["norm_output"] = False
+    m.tensors["norm.weight"] = torch.ones(m.size)
+    m.extra.update(norm_output=False, norm_logits=False)
+
+
+def _eagle3_1_modelopt(m: Maker) -> None:
+    m.config.update(
+        architectures=["LlamaForCausalLMEagle3"],
+        eagle_config=dict(
+            eagle_aux_hidden_state_layer_ids=[0, 2, 3], use_aux_hidden_state=True,
+            return_hidden_post_norm=True,
+        ),
+    )  # fmt: skip
+    m.features = (1, 3, 4)
+    m.extra["norm_output"] = True
+
+
+def _eagle3_1_speculators(m: Maker) -> None:
+    for i in range(3):
+        m.tensors[f"fc_norm.{i}.weight"] = m.norm(m.hidden)
+    _eagle3_speculators(m)
+    m.config.update(fc_norm=True, norm_output=True)
+    m.extra["norm_output"] = True
+
+
+def _ea_layer(m: Maker) -> None:
+    for name in list(m.tensors):
+        there = name.replace("layers.0.", "midlayer.") if m.version == 3 else name
+        m.names[name] = f"ea_layer.{there}"
 
 
 def _eagle3_norm_before_fc(m: Maker) -> None:
@@ -283,6 +324,12 @@ CHANGES: dict[str, Callable[[Maker], None]] = {
     "eagle3-speculators-qwen3": _eagle3_speculators,
     "eagle3.1": _eagle3_1,
     "eagle3.1-legacy": _eagle3_1,
+    "eagle3.1-specforge": _eagle3_1_specforge,
+    "eagle3.1-specforge-unnormed": _eagle3_1_specforge_unnormed,
+    "eagle3.1-modelopt": _eagle3_1_modelopt,
+    "eagle3.1-speculators": _eagle3_1_speculators,
+    "eagle3-ea-layer": _ea_layer,
+    "eagle1-ea-layer": _ea_layer,
     "eagle3-norm-before-fc": _eagle3_norm_before_fc,
     "eagle3-shared-head": _eagle3_shared_head,
     "eagle3-tied": _eagle3_tied,
@@ -355,7 +402,7 @@ def causal_forward(head: Head, w, embeds: Tensor, hidden: Tensor) -> tuple[Tenso
         x = x + h @ p["mlp.down_proj.weight"].T
         layer += 1
     out = rms(x, w.get("norm.weight"))
-    return out[-1], out[-1] if head.norm_output else x[-1]
+    return (out if head.norm_logits else x)[-1], (out if head.norm_output else x)[-1]
 
 
 def attention(head: Head, p, inputs: Tensor) -> Tensor:

@@ -569,7 +569,7 @@ class TestErrors:
     def test_draft_without_rotary_positions(self, target):
         gpt2 = tiny_model("gpt2")
         with pytest.raises(ValueError, match="rotary"):
-            SpecExtend(target, gpt2, SMALL)
+            SpecExtend(target, gpt2, SMALL, draft_cache="window")
         ids = prompt(40)
         spec = SpecExtend(target, gpt2, SMALL, draft_cache="full")
         assert torch.equal(

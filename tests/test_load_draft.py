@@ -12,7 +12,7 @@ from eagle_heads import DIALECTS, LAYERS, make
 from models import VOCAB, prompt, tiny_model
 from safetensors.torch import save_file
 
-from specextend import SpecConfig, SpecExtend
+from specextend import SpecConfig, SpecExtend, UnsupportedModelError
 from specextend.draft import (
     CausalLMDraft,
     EagleDraft,
@@ -21,7 +21,11 @@ from specextend.draft import (
     checkpoint,
     load_draft,
 )
+from specextend.draft.eagle_checkpoint import save_head
 from specextend.target import Target
+
+# What one of the dialects leaves open; test_what_norm_output_means looks at it.
+pytestmark = pytest.mark.filterwarnings("ignore:specextend. norm_output:RuntimeWarning")
 
 CONFIG = SpecConfig(chunk_size=8, budget=32, recent_chunks=1, gate="off", seed=7)
 
@@ -68,6 +72,24 @@ class TestKinds:
         assert draft.head.config.version == (1 if dialect.startswith("eagle1") else 3)
         weights = [p for p in draft.head.parameters()]
         assert all(p.dtype == torch.float32 and not p.requires_grad for p in weights)
+
+    def test_what_norm_output_means(self, target, tmp_path, recwarn):
+        """SpecForge has had two meanings: said where it matters, and only there."""
+        for dialect in DIALECTS:
+            made = make(dialect)
+            load(target, made.write(tmp_path / dialect))
+            told = [str(w.message) for w in recwarn if w.category is RuntimeWarning]
+            assert len(told) == (dialect == "eagle3.1-specforge")
+            recwarn.clear()
+        unnormed = load(target, tmp_path / "eagle3.1-specforge-unnormed").head
+        with pytest.raises(ValueError, match="whose logits are made of the normed output"):
+            unnormed_again = tmp_path / "again"
+            save_head(unnormed, unnormed_again)
+        assert not unnormed_again.exists()
+        made = make("eagle3.1-specforge")
+        made.config["norm_output"] = False  # what the warning advises, for older heads
+        config = load(target, made.write(tmp_path / "older")).head.config
+        assert not config.norm_output and config.norm_logits and not recwarn.list
 
     def test_in_the_targets_dtype(self, tmp_path):
         target = tiny_model("llama", num_hidden_layers=LAYERS, dtype=torch.bfloat16)
@@ -224,7 +246,7 @@ class TestBrokenHeads:
                 continue
             if dialect == "eagle3-vllm" and name == "lm_head.weight":
                 continue
-            if dialect.startswith("eagle1") and name == "fc.weight":
+            if dialect.startswith("eagle1") and name.endswith("fc.weight"):
                 continue  # nothing tells of EAGLE then
             if dialect == "eagle3-sglang-two-layers" and name == "layers.1.hidden_norm.weight":
                 continue
@@ -253,6 +275,35 @@ class TestBrokenHeads:
         other = tiny_model("llama", num_hidden_layers=2)
         with pytest.raises(ValueError, match="a target of 2 layers has none of index"):
             load(other, make(dialect).write(tmp_path))
+
+    @pytest.mark.parametrize("dialect", DIALECTS)
+    @pytest.mark.parametrize("change", [dict(head_dim=12), dict(head_dim=264),
+                                        dict(num_key_value_heads=3)], ids=str)  # fmt: skip
+    def test_attention_that_no_kernel_takes(self, target, dialect, change, tmp_path):
+        """Refused when it is loaded, not in the first generation."""
+        made = make(dialect)
+        made.config.get("transformer_layer_config", made.config).update(change)
+        heads, kv, dim = 4, change.get("num_key_value_heads", 2), change.get("head_dim", 8)
+        for name, tensor in made.tensors.items():
+            shape = list(tensor.shape)
+            if "q_proj" in name:
+                shape[0] = heads * dim
+            elif "k_proj" in name or "v_proj" in name:
+                shape[0] = kv * dim
+            elif "o_proj" in name:
+                shape[1] = heads * dim
+            elif "q_norm" in name or "k_norm" in name:
+                shape[0] = dim
+            made.tensors[name] = torch.ones(shape, dtype=tensor.dtype)
+        with pytest.raises(ValueError, match="EAGLE head .* attention cannot be computed: .* head"):
+            load(target, made.write(tmp_path))
+
+    @pytest.mark.parametrize("dim", [12, 264])
+    def test_models_that_no_kernel_takes(self, target, dim):
+        small = tiny_model("llama", head_dim=dim)
+        for models in ((small, None), (small, "self"), (target, small)):
+            with pytest.raises(UnsupportedModelError, match=f"multiple of 8 in .* got {dim}"):
+                SpecExtend(*models)
 
     @pytest.mark.parametrize("dialect", DIALECTS)
     def test_a_configuration_without_its_fields(self, target, dialect, tmp_path):
@@ -289,10 +340,22 @@ class TestBrokenHeads:
             load(target, made.write(tmp_path))
 
     def test_unknown_rotary_embedding(self, target, tmp_path):
-        for rope in (dict(rope_type="spiral"), dict(rope_type="yarn"), dict(type="longrope")):
+        for rope in (dict(rope_type="spiral"), dict(rope_type="yarn")):
             made = make("eagle3")
             made.config["rope_scaling"] = rope
             with pytest.raises(ValueError, match="EAGLE head .* rotary embedding .* is not known"):
+                load(target, made.write(tmp_path))
+
+    @pytest.mark.parametrize("dialect", DIALECTS)
+    def test_rotary_embeddings_that_change_with_the_length(self, target, dialect, tmp_path):
+        factors = dict(short_factor=[1.0] * 4, long_factor=[2.0] * 4)
+        for rope in (
+            dict(type="dynamic", factor=2.0),
+            dict(rope_type="longrope", original_max_position_embeddings=64, **factors),
+        ):
+            made = make(dialect)
+            made.config.get("transformer_layer_config", made.config)["rope_parameters"] = rope
+            with pytest.raises(ValueError, match="EAGLE head .*'(dynamic|longrope)' .* changes"):
                 load(target, made.write(tmp_path))
 
     def test_the_same_tensor_twice(self, target, tmp_path):

@@ -122,6 +122,16 @@ def test_generations_do_not_know_each_other(target):
     assert steps(SpecExtend(target, "self", SMALL), prompt(20)) == short
 
 
+def test_other_options_on_the_same_weights(target):
+    draft = SpecExtend(target, "self", SMALL).draft
+    other = draft.with_config(SMALL.replace(draft_cache="window"))
+    assert type(other) is type(draft) and other.config.draft_cache == "window"
+    assert other.rotary is draft.rotary and other.cache_kinds == ("window", "retrieval")
+    spec, ids = SpecExtend(target, other, SMALL), prompt(60)
+    out = spec.generate(ids, max_new_tokens=12, do_sample=False)
+    assert torch.equal(out, greedy(target, ids, 12)) and spec.stats.num_retrievals == 0
+
+
 def test_what_it_needs(target):
     with pytest.raises(ValueError, match='draft="self" needs draft_cache="retrieval" or "window"'):
         SpecExtend(target, "self", SMALL, draft_cache="full")

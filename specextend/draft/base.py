@@ -80,6 +80,11 @@ class Draft(ABC):
     #: it works on the host, on what ``observe`` tells it, so that there is nothing to capture
     on_host = False
 
+    #: tokens of a text that it can take in, those that it proposes among them; None: any number.
+    #: It is asked for no tree that goes further, and has no part in a generation whose prompt has
+    #: as many
+    max_length: int | None = None
+
     #: the causal LM that it runs, where that is a model apart from the target
     causal_lm: PreTrainedModel | None = None
 
@@ -163,7 +168,9 @@ class Draft(ABC):
         Args:
             decided: the tokens since the last call. The last one that counts is the root that the
                 tree grows from, which the target has not seen yet.
-            depth: levels, at least 1 and at most ``config.max_depth``.
+            depth: levels, at least 1 and at most ``config.max_depth``, so that the decided tokens
+                and all levels but the last, whose nodes need not be taken in, are within
+                ``max_length``.
 
         Returns:
             A tree of B sequences, all with M nodes.
@@ -190,4 +197,4 @@ class Draft(ABC):
         return None
 
     def end(self) -> None:  # noqa: B027  nothing to free is common
-        """Free what belongs to the generation."""
+        """Free what belongs to the generation, also where there was no :meth:`begin`."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -10,38 +14,57 @@ from ..attention import PatchedModel
 from ..cache import Pass
 from ..config import SpecConfig
 from ..graphs import obstacle
-from ..guard import check_length, self_check
-from ..rotary import Rotary, probe_rotary
+from ..guard import check_length, position_limit, self_check
+from ..rotary import Rotary, frequencies, probe_rotary
 from ..target import Target
-from ..tokenizers import check_same_tokenizer
+from ..tokenizers import differing_ids
 from .base import Decided, Source, Tokenizers
 from .cached import CachedDraft
 from .checkpoint import Checkpoint
 
 
 class CausalLMDraft(CachedDraft):
-    """Drafts with a small causal LM that shares the target's tokenizer.
+    """Drafts with a small causal LM that shares the target's tokenizer, but for added tokens.
+
+    It never proposes a token that means something else to the target, or nothing; in the place of
+    one that means something else to itself it reads its own end of text.
 
     Args:
         model: the draft; batch 1.
         config: tree and cache options.
         vocab: entries of the target's vocabulary; either head may be padded.
-        rotary: how its keys carry positions; None: to be found out, unless the draft cache is
-            "full", which need not know.
+        rotary: how its keys carry positions; None: to be found out.
+        differing: ids below ``vocab``, or below that of the draft, that do not mean the same token
+            to both.
+
+    Raises:
+        ValueError: the keys cannot be moved, which a draft cache other than "full" asks for.
     """
 
     kind = "model"
 
     def __init__(
-        self, model: PreTrainedModel, config: SpecConfig, vocab: int, rotary: Rotary | None = None
+        self,
+        model: PreTrainedModel,
+        config: SpecConfig,
+        vocab: int,
+        rotary: Rotary | None = None,
+        differing: Sequence[int] = (),
     ):
         super().__init__(config)
-        if rotary is None and config.draft_cache != "full":
-            rotary = probe_rotary(model)
         self.patched = PatchedModel(model)
-        self.rotary = rotary
+        try:
+            self.rotary = rotary or probe_rotary(model)
+        except ValueError:
+            if config.draft_cache != "full":
+                raise
+            self.rotary, self.cache_kinds = None, ("full",)
         self._target_vocab = vocab
         self._vocab = min(vocab, self.patched.vocab_size)
+        self._differing = tuple(i for i in differing if i < self._vocab)
+        self._stand_in = _stand_in(model, self._vocab, self._differing)
+        # A table of positions ends; angles of rotation can be computed for any.
+        self.max_length = None if frequencies(model) else position_limit(model)
 
     @classmethod
     def recognises(cls, source: Source) -> bool:
@@ -59,12 +82,27 @@ class CausalLMDraft(CachedDraft):
                 f"the draft must be on the target's device {target.model.device}, got "
                 f"{model.device}"
             )
-        _check_vocabulary(model, target.vocab_size, tokenizers)
+        differing = _differing_ids(model, target.vocab_size, tokenizers)
         self_check(PatchedModel(model))
-        return cls(model, config, target.vocab_size)
+        full = config.replace(draft_cache="full")
+        draft = cls(model, full, target.vocab_size, differing=differing)
+        wanted = config.draft_cache
+        if wanted == SpecConfig.draft_cache and wanted not in draft.cache_kinds:
+            # The default, which need not be what somebody wished for.
+            warnings.warn(
+                f"specextend: the draft {type(model).__name__} attends to all of its context, as "
+                f'with draft_cache="full": {wanted!r} moves keys, and its own do not carry '
+                "positions as rotary embeddings that could be moved",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            return draft
+        return draft.with_config(config)
 
     def with_config(self, config: SpecConfig) -> CausalLMDraft:
-        return type(self)(self.patched.model, config, self._target_vocab, self.rotary)
+        return type(self)(
+            self.patched.model, config, self._target_vocab, self.rotary, self._differing
+        )
 
     @property
     def causal_lm(self) -> PreTrainedModel | None:
@@ -81,8 +119,12 @@ class CausalLMDraft(CachedDraft):
         return obstacle(self.patched.model)
 
     def begin(self, prompt, max_length, cache, graphs) -> None:
+        max_length = min(max_length, self.max_length or max_length)
         self._begin(self.patched.num_layers, max_length, prompt.device, self.rotary, graphs)
         self._last_position = max_length - 1
+        foreign = torch.zeros(self._vocab, dtype=torch.bool)
+        foreign[list(self._differing)] = True
+        self._foreign = foreign.to(prompt.device)
 
     def prefill(self, decided) -> None:
         self._fill(decided)
@@ -115,10 +157,15 @@ class CausalLMDraft(CachedDraft):
         row: Tensor | None = None,
     ) -> Tensor:
         """Run the model in a pass; arguments and result as of :meth:`PatchedModel.forward`."""
-        # An id beyond the draft's vocabulary is of the target's padding, one below 0 of a row that
-        # does not count; any embedding will do.
-        tokens = tokens.clamp(0, self._vocab - 1)
-        return self.patched.forward(tokens, positions, state, last_only, row)[..., : self._vocab]
+        # An id below 0 is of a row that does not count, one beyond the draft's vocabulary of an
+        # added token or the target's padding.
+        unknown = (tokens < 0) | (tokens >= self._vocab)
+        if self._differing:
+            unknown |= self._foreign[tokens.clamp(0, self._vocab - 1)]
+        tokens = tokens.masked_fill(unknown, self._stand_in)
+        logits = self.patched.forward(tokens, positions, state, last_only, row)
+        logits = logits[..., : self._vocab]
+        return logits.masked_fill(self._foreign, -torch.inf) if self._differing else logits
 
 
 def _read(checkpoint: Checkpoint, target: PreTrainedModel) -> PreTrainedModel:
@@ -133,14 +180,23 @@ def _read(checkpoint: Checkpoint, target: PreTrainedModel) -> PreTrainedModel:
     return model.to(target.device).eval()
 
 
-def _check_vocabulary(draft: PreTrainedModel, vocab: int, tokenizers: Tokenizers) -> None:
-    """Refuse a draft whose tokens are not the target's."""
+def _differing_ids(draft: PreTrainedModel, vocab: int, tokenizers: Tokenizers) -> list[int]:
+    """Refuse a draft whose tokens are not the target's, but for added ones; return their ids."""
     size = draft.config.get_text_config().vocab_size
     if None not in tokenizers:
-        check_same_tokenizer(*tokenizers)
-    elif size != vocab:
+        return differing_ids(*tokenizers)
+    if size != vocab:
         raise ValueError(
             f"the target's vocabulary has {vocab} entries, the draft's {size}: either "
             "their tokenizers differ, or a head is padded; pass tokenizer= and "
             "draft_tokenizer= to have them compared"
         )
+    return []
+
+
+def _stand_in(model: PreTrainedModel, vocab: int, differing: tuple[int, ...]) -> int:
+    """Return the id below ``vocab`` that a draft reads in the place of a token it does not know."""
+    ends = model.config.get_text_config().eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    known = (i for i in ends if i is not None and 0 <= i < vocab and i not in differing)
+    return next(known, 0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,11 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .. import ops
 from .checkpoint import Checkpoint, rope_of
 from .eagle_head import EagleHead, HeadConfig
 
 # The producers' names (official, SpecForge, vLLM, speculators) become those of our modules.
 _RENAMED = (
+    (r"^ea_layer\.", ""),
     (r"^model\.", ""),
     (r"^midlayer\.", "layers.0."),
     (r"^transformer\.", "layers.0."),
@@ -32,7 +36,8 @@ _IGNORED = re.compile(r"(^|\.)t2d$|rotary_emb\.inv_freq$|^verifier_")
 
 def head_version(checkpoint: Checkpoint) -> int | None:
     """Return 1 or 3 for what may be an EAGLE head, None for anything else."""
-    said, names = checkpoint.config, checkpoint.files
+    said = checkpoint.config
+    names = {name.removeprefix("ea_layer.") for name in checkpoint.files}
     kinds = [str(said.get("speculators_model_type", "")), *(said.get("architectures") or ())]
     kinds = [kind.lower() for kind in kinds]
     fields = ("draft_vocab_size", "eagle_aux_hidden_state_layer_ids", "eagle_config")
@@ -74,6 +79,10 @@ def _load(checkpoint: Checkpoint, target: PreTrainedModel) -> EagleHead:
         tensors[name], said_names[name] = tensor, said
     version = head_version(checkpoint)
     config = read_config(checkpoint.config, target.config.get_text_config(), version)
+    _check_attention(config)
+    doubted, norm = _doubted_norm_output(checkpoint.config), tensors.get("norm.weight")
+    if doubted is False and norm is not None and bool((norm == 1).all()):
+        config = replace(config, norm_logits=False)  # a norm that nothing went through in training
     with torch.device("meta"):
         head = EagleHead(config, target, frozenset(tensors))
     expected = head.state_dict()
@@ -108,7 +117,43 @@ def _load(checkpoint: Checkpoint, target: PreTrainedModel) -> EagleHead:
         head.rope(target.device)
     except Exception as error:  # many types, as fields are missing or of another type
         raise ValueError(f"its rotary embedding {config.rope} is not known: {error!r}") from error
+    if doubted:
+        warnings.warn(
+            f"specextend: norm_output of the EAGLE head {checkpoint.name!r} is read as vLLM and "
+            "SGLang do: the normed output goes back in. If SpecForge trained it before its pull "
+            "request 879, this is not so: set norm_output to false in its config.json",
+            RuntimeWarning,
+            stacklevel=6,
+        )
     return head.eval().requires_grad_(False)
+
+
+def _doubted_norm_output(said: dict) -> bool | None:
+    """Return ``norm_output`` where SpecForge may have trained the head, None elsewhere.
+
+    For two months of 2026, up to its pull request 879, it took it (true by default) for what the
+    logits are made of, while the output went back in as it was. Since then it means what it does
+    elsewhere: that the normed output goes back in.
+    """
+    its_own = said.get("architectures") == ["LlamaForCausalLMEagle3"]
+    told = "return_hidden_post_norm" in (said.get("eagle_config") or {})
+    return said.get("norm_output") if its_own and not told else None
+
+
+def _check_attention(config: HeadConfig) -> None:
+    """Refuse heads whose sizes no kernel takes, which an attention of one row tells, or whose keys
+    would have to be turned anew as the context grows."""
+    q, kv = (torch.zeros(1, 1, n, config.head_dim) for n in (config.num_heads, config.num_kv_heads))
+    try:
+        ops.tree_attention(q, kv, kv, torch.zeros(1, dtype=torch.int32), num_tree_keys=1)
+    except RuntimeError as error:
+        raise ValueError(f"its attention cannot be computed: {error}") from error
+    kind = config.rope["rope_type"]
+    if kind in ("dynamic", "longrope"):
+        raise ValueError(
+            f"its {kind!r} rotary embedding changes with the length of the context, so that keys "
+            "of its cache would not agree with those that come later"
+        )
 
 
 def _check_d2t(d2t: Tensor, vocab: int) -> None:
@@ -145,7 +190,6 @@ def read_config(said: dict, target: PretrainedConfig, version: int) -> HeadConfi
             f"it was made for a target of hidden_size {target_hidden}, this one has "
             f"{target.hidden_size}"
         )
-    speculators = "speculators_model_type" in said
     layers = said.get("num_hidden_layers") or 1
     return HeadConfig(
         version=version,
@@ -164,8 +208,12 @@ def read_config(said: dict, target: PretrainedConfig, version: int) -> HeadConfi
         max_position_embeddings=said.get("max_position_embeddings") or 2048,
         hidden_act=said.get("hidden_act") or "silu",
         rms_norm_eps=said.get("rms_norm_eps") or 1e-6,
-        norm_before_residual=said.get("norm_before_residual", speculators),
-        norm_output=bool(said.get("norm_output")),
+        norm_before_residual=bool(said.get("norm_before_residual")),
+        norm_output=any(
+            where.get(name)
+            for where in (said, said.get("eagle_config") or {})
+            for name in ("norm_output", "return_hidden_post_norm")
+        ),
         tied=bool(said.get("tie_word_embeddings")),
     )
 
@@ -202,6 +250,8 @@ def save_head(head: EagleHead, folder: str | Path) -> None:
     config, folder = head.config, Path(folder)
     if config.version != 3:
         raise ValueError(f"EAGLE-3 heads are written, not version {config.version}")
+    if not config.norm_logits:
+        raise ValueError("heads are written whose logits are made of the normed output")
     said = {
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
@@ -229,6 +279,7 @@ def save_head(head: EagleHead, folder: str | Path) -> None:
         "eagle_config": {
             "use_aux_hidden_state": True,
             "eagle_aux_hidden_state_layer_ids": [i - 1 for i in config.feature_layers],
+            "return_hidden_post_norm": config.norm_output,  # there is one meaning of this name
         },
     }
     tensors = {

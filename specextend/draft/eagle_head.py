@@ -42,6 +42,7 @@ class HeadConfig:
         norm_before_residual: the first layer's residual is the normed hidden state.
         windows: per layer, the positions that a row sees (its own counts); 0: all.
         norm_output: the output goes back in behind the last norm, not before it.
+        norm_logits: logits are made of the output behind the last norm, not before it.
         tied: the head is the embedding.
     """
 
@@ -63,6 +64,7 @@ class HeadConfig:
     rms_norm_eps: float = 1e-6
     norm_before_residual: bool = False
     norm_output: bool = False
+    norm_logits: bool = True
     tied: bool = False
 
 
@@ -303,8 +305,9 @@ class EagleHead(nn.Module):
             hidden = self.fc(torch.cat([embeds, hidden], -1))
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, embeds, cos, sin, lambda q, k, v, i=index: attend(i, q, k, v))
-        out = hidden if self.norm is None else self.norm(hidden)
-        return out, out if self.config.norm_output else hidden
+        normed = hidden if self.norm is None else self.norm(hidden)
+        out = normed if self.config.norm_logits else hidden
+        return out, normed if self.config.norm_output else hidden
 
     def logits(self, out: Tensor) -> Tensor:
         """Return logits [B, M, draft vocabulary] of what :meth:`forward` gave, [B, M, H]."""

@@ -60,6 +60,9 @@ class SelfDraft(CausalLMDraft):
     ) -> SelfDraft:
         return cls(target.model, config, target.vocab_size)
 
+    def with_config(self, config: SpecConfig) -> SelfDraft:
+        return SelfDraft(self.patched.model, config, self._target_vocab, self.rotary)
+
     def check_length(self, prompt: int, total: int) -> None:
         """Refuse nothing: what the target can hold is known of the target."""
 

@@ -283,6 +283,9 @@ class Runner:
         if not asked or row.method.hugging_face:
             return None
         draft = self._specs[row.key].draft
+        total = len(prompt.ids) + len(prompt.answer)
+        if draft.max_length is not None and total > draft.max_length:
+            return None  # it does not see the answer, or not all of it
         return needle(self.target, draft, self.config(row), prompt.ids, prompt.answer)
 
 

@@ -205,15 +205,11 @@ class Race:
             except ValueError as error:
                 source.error = str(error)
                 return
-        for cache in ("retrieval", "full"):  # full: for keys whose positions cannot be moved
-            try:
-                draft = self._spec(kind, self.config.replace(draft_cache=cache)).draft
-            except (ValueError, OSError, ImportError) as error:
-                source.error = source.error or str(error)
-                continue
-            source.error = None
-            source.caches = draft.cache_kinds if cache == "retrieval" else (cache,)
-            return
+        try:
+            config = self.config.replace(draft_cache="retrieval")
+            source.caches = self._spec(kind, config).draft.cache_kinds
+        except (ValueError, OSError, ImportError) as error:
+            source.error = str(error)
 
     def _spec(self, kind: str, config: SpecConfig) -> SpecExtend:
         """Make a loop with a draft of this kind; weights that are there are not read again."""

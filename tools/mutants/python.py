@@ -12,11 +12,11 @@ DECODE, GENERATION, VERIFY, HF, TARGET, TREE, SAMPLING, STOPPING = (
 )  # fmt: skip
 CACHE, ATTENTION, ROTARY = (f"specextend/{name}.py" for name in ("cache", "attention", "rotary"))
 GUARD, GATE, GRAPHS = (f"specextend/{name}.py" for name in ("guard", "gate", "graphs"))
-CACHED, CAUSAL, NGRAM, LONGSPEC, EAGLE, HEAD, WORKING, SELF = (
+CACHED, CAUSAL, NGRAM, LONGSPEC, EAGLE, HEAD, EAGLE_FILES, WORKING, SELF = (
     f"specextend/draft/{name}.py"
     for name in (
-        "cached", "causal_lm", "ngram", "longspec", "eagle", "eagle_head", "working_cache",
-        "self_draft",
+        "cached", "causal_lm", "ngram", "longspec", "eagle", "eagle_head", "eagle_checkpoint",
+        "working_cache", "self_draft",
     )
 )  # fmt: skip
 
@@ -169,8 +169,8 @@ MUTANTS = [
     Mutant(
         "a tree of proposals runs beyond the last token",
         GENERATION,
-        "room = self.request.max_length - length - 2",
-        "room = self.request.max_length - length + self.config.max_depth",
+        "self.request.max_length - length - 2,",
+        "self.request.max_length - length + self.config.max_depth,",
         (*ENDS, *GREEDY),
     ),
     Mutant(
@@ -546,6 +546,48 @@ MUTANTS = [
     ),
     # ---- drafts ----
     Mutant(
+        "trees go a level beyond what the draft can take in",
+        GENERATION,
+        "self._limit - length)",
+        "self._limit - length + 1)",
+        ("tests/test_draft_positions.py",),
+    ),
+    Mutant(
+        "a draft is told of a prompt that it cannot take in",
+        GENERATION,
+        "self.draft = draft = None",
+        "pass",
+        ("tests/test_draft_positions.py",),
+    ),
+    Mutant(
+        "causal draft: an added token of its own is proposed",
+        CAUSAL,
+        "return logits.masked_fill(self._foreign, -torch.inf) if self._differing else logits",
+        "return logits",
+        ("tests/test_draft_vocabulary.py::test_same_text",),
+    ),
+    Mutant(
+        "causal draft: a token that means something else to it is read",
+        CAUSAL,
+        "unknown |= self._foreign[tokens.clamp(0, self._vocab - 1)]",
+        "pass",
+        ("tests/test_draft_vocabulary.py::test_same_text",),
+    ),
+    Mutant(
+        "causal draft: one that cannot retrieve is refused by default",
+        CAUSAL,
+        "if wanted == SpecConfig.draft_cache and",
+        "if wanted is None and",
+        ("tests/test_draft_positions.py::TestUnmovableKeys",),
+    ),
+    Mutant(
+        "causal draft: rotary positions are taken to end",
+        CAUSAL,
+        "None if frequencies(model) else position_limit(model)",
+        "position_limit(model)",
+        ("tests/test_draft_positions.py::test_rotary_drafts_have_none",),
+    ),
+    Mutant(
         "causal draft: levels are a position too near",
         CAUSAL,
         "positions = self._positions(1, level).expand_as(tokens)",
@@ -723,9 +765,30 @@ MUTANTS = [
         ("tests/test_eagle.py::TestDialects", "tests/test_eagle.py::TestFullDepth"),
     ),
     Mutant(
+        "EAGLE: logits are made of the normed output, whatever the head was trained on",
+        HEAD,
+        "out = normed if self.config.norm_logits else hidden",
+        "out = normed",
+        ("tests/test_eagle.py::TestDialects",),
+    ),
+    Mutant(
+        "EAGLE: a residual is normed unless said otherwise",
+        EAGLE_FILES,
+        'bool(said.get("norm_before_residual"))',
+        'bool(said.get("norm_before_residual", True))',
+        ("tests/test_eagle.py::TestDialects",),
+    ),
+    Mutant(
+        "EAGLE: heads that no kernel takes are loaded",
+        EAGLE_FILES,
+        "    _check_attention(config)\n    doubted",
+        "    doubted",
+        ("tests/test_load_draft.py::TestBrokenHeads",),
+    ),
+    Mutant(
         "EAGLE: the output goes back in before the norm",
         HEAD,
-        "return out, out if self.config.norm_output else hidden",
+        "return out, normed if self.config.norm_output else hidden",
         "return out, hidden",
         ("tests/test_eagle.py::TestDialects",),
     ),
