@@ -105,7 +105,7 @@ $(built): $(env) $(flavour) $(sources) $(if $(module),,FORCE)
 # Tools of the versions in constraints.txt alone: others format otherwise.
 linters := $(VENV)/linters
 $(linters): constraints.txt | $(env)
-	@$(python) -m pip install -q -c constraints.txt ruff clang-format
+	@$(python) -m pip install -q --no-deps -c constraints.txt ruff clang-format
 	@touch $@
 
 cxx := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')

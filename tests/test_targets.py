@@ -86,6 +86,17 @@ def test_adapters_of_transformers_own():
     assert torch.equal(assert_same_text(model), base)
 
 
+def test_adapters_of_a_draft():
+    peft, config, _ = lora()
+    other = peft.get_peft_model(tiny_model("llama"), config).eval()
+    spec = SpecExtend(tiny_model("llama"), other, SMALL, draft_cache="full")
+    out = spec.generate(prompt(50), **GREEDY)
+    assert torch.equal(out, tiny_model("llama").generate(prompt(50), **GREEDY))
+    with other.disable_adapter():
+        spec.generate(prompt(50), **GREEDY)
+        assert spec.stats.mean_acceptance_length > 3
+
+
 def test_adapters_before_the_prompt_are_refused():
     peft = pytest.importorskip("peft")
     for config in (

@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADERS = "nvidia-cutlass"  # nothing is imported from it: its dependencies are left out
+GRAMMARS = "xgrammar"  # asks for triton, which is large and for GPUs
 LINTERS = ("ruff", "clang-format")  # `make lint` installs them
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # PyPI's torch for x86-64 brings CUDA: gigabytes
 
@@ -181,7 +182,7 @@ def main():
     check_machine()
 
     wanted, allowed = pins(), ranges()
-    headers = wanted.pop(HEADERS)
+    headers, grammars = wanted.pop(HEADERS), wanted.pop(GRAMMARS)
     for name in LINTERS:
         wanted.pop(name)
     if Path(sys.prefix).resolve() == folder:  # run from within the environment itself
@@ -205,6 +206,8 @@ def main():
         print(f"environment: {options.folder}, with the packages of constraints.txt", flush=True)
         pip_install(python, wanted["torch"], *torch_options(options.torch_index))
         pip_install(python, *wanted.values())
+    if not is_installed(python, GRAMMARS, ""):
+        pip_install(python, "--no-deps", grammars)
     if os.environ.get("SPECEXTEND_CUDA", "AUTO").upper() != "OFF":
         if not is_installed(python, HEADERS, headers.replace("==", ">=").removeprefix(HEADERS)):
             pip_install(python, "--no-deps", headers)

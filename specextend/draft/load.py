@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import SpecConfig
-from ..target import Target
+from ..target import Target, underlying
 from .base import Draft, Source, Tokenizers
 from .causal_lm import CausalLMDraft
 from .checkpoint import Checkpoint
@@ -32,7 +33,7 @@ def load_draft(
     """Return the draft that ``draft`` stands for.
 
     Args:
-        draft: a causal LM; a folder or hub id of one, or of a trained head (EAGLE, LongSpec), or
+        draft: a causal LM, or a ``PeftModel`` of one; a folder or hub id of one, or of a trained head (EAGLE, LongSpec), or
             a LongSpec ``.pth`` file; ``"ngram"``; ``"self"``; a :class:`Draft`, or None, as it is.
         target: the model of the loop.
         config: options of the loop.
@@ -44,7 +45,7 @@ def load_draft(
     """
     if draft is None or isinstance(draft, Draft):
         return draft
-    source: Source = draft
+    source: Source = underlying(draft, "draft") if isinstance(draft, nn.Module) else draft
     if isinstance(draft, (str, Path)) and draft not in WORDS:
         source = Checkpoint.open(draft)
     for kind in KINDS:
