@@ -207,6 +207,18 @@ class TestGenerate:
         code, out, _ = run("generate", *arguments, stdin=TEXT, pair=("talker", "draft"))
         assert json.loads(out)["tokens"] == greedy(f"<user>{TEXT}<assistant>", 9)
 
+    @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+    def test_characters_that_the_output_lacks(self, run, monkeypatch, encoding):
+        """They are replaced; the run goes on."""
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert run("generate", "--prompt", TEXT, "--max-new-tokens", 40)[0] == 0
+        text = byte_tokenizer().decode(greedy(TEXT, 40))
+        assert "\ufffd" in text
+        expected = text.encode(encoding, "replace").decode(encoding)
+        stream.seek(0)
+        assert stream.read() == expected + "\n" * (not text.endswith("\n"))
+
     def test_interrupted(self, run, monkeypatch):
         def interrupt(self, tokens, num_accepted=0):
             raise KeyboardInterrupt
@@ -534,10 +546,9 @@ class TestDetokenizer:
         tokenizer = byte_tokenizer()
         ids = tokenizer(self.TEXT).input_ids
         assert len(ids) == len(self.TEXT.encode())
-        detokenizer = terminal.Detokenizer(tokenizer, ids[:3])
-        pieces = [detokenizer.add(token) for token in ids[3:]]
-        assert "".join(pieces) == self.TEXT[2:]  # the prompt ended inside of the third character
-        assert not any("\ufffd" in piece for piece in pieces)
+        detokenizer = terminal.Detokenizer(tokenizer)
+        pieces = [detokenizer.add(token) for token in ids]
+        assert "".join(pieces) == self.TEXT and max(map(len, pieces)) == 1
         assert detokenizer.end() == ""
 
     def test_unfinished_character_comes_at_the_end(self):
@@ -546,13 +557,6 @@ class TestDetokenizer:
         detokenizer = terminal.Detokenizer(tokenizer)
         pieces = [detokenizer.add(token) for token in ids[:-1]]
         assert pieces == ["a", "", ""] and detokenizer.end() == "\ufffd"
-
-    def test_text_is_kept_without_an_output(self):
-        tokenizer = byte_tokenizer()
-        live = terminal.LiveText(None, tokenizer)
-        live.add(tokenizer(self.TEXT).input_ids, 3)
-        live.end()
-        assert live.text == self.TEXT
 
 
 def test_unknown_instruction_set():

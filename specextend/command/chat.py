@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             written += line + "\n"
             ids = writing.encode(tokenizer, written)
-        live = LiveText(output, tokenizer, ids[0].tolist(), args.highlight)
+        live = LiveText(output, tokenizer, args.highlight)
         try:
             writing.run(spec, ids.to(pair.target.device), options, live, meter)
             notes.line(writing.summary(spec.stats), "dim")

@@ -23,6 +23,7 @@ from ..terminal import (
     Meter,
     Output,
     dtype_name,
+    gap,
     last_lines,
     size_text,
     standard_error,
@@ -65,13 +66,14 @@ class Demonstration:
         out, tokenizer, prompt = self.out, self.pair.tokenizer, self.ids[0].tolist()
         out.line()
         out.line(f"-- {title} ".ljust(72, "-"), "bold")
-        text = LiveText(out, tokenizer, prompt, highlight=draft_cache is not None)
+        text = LiveText(out, tokenizer, highlight=draft_cache is not None)
         with Meter(self.notes) as meter:
 
             def show(step: Step, count: int) -> None:
                 if count == len(step.tokens):  # the first
                     meter.close()
                     out.write(last_lines(tokenizer, prompt), "dim")
+                    out.write(gap(tokenizer, prompt, step.tokens))
                 text.add(step.tokens, step.num_accepted)
 
             run = self._generate(draft_cache, meter, show)

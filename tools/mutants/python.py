@@ -9,6 +9,7 @@ DECODE, GENERATION, VERIFY, HF, TARGET, TREE, SAMPLING = (
     for name in ("decode", "generation", "verify", "hf", "target", "tree", "sampling")
 )
 CACHE, ATTENTION, ROTARY = (f"specextend/{name}.py" for name in ("cache", "attention", "rotary"))
+TERMINAL = "specextend/terminal.py"
 GUARD, GATE, GRAPHS = (f"specextend/{name}.py" for name in ("guard", "gate", "graphs"))
 CACHED, CAUSAL, NGRAM, LONGSPEC, EAGLE, HEAD, WORKING, SELF = (
     f"specextend/draft/{name}.py"
@@ -702,5 +703,13 @@ MUTANTS = [
         "return out, out if self.config.norm_output else hidden",
         "return out, hidden",
         ("tests/test_eagle.py::TestDialects",),
+    ),
+    # ---- the commands ----
+    Mutant(
+        "terminal: bytes are written before it is known whether they are UTF-8",
+        TERMINAL,
+        "        if self._in_bytes:\n            return",
+        "        if False:\n            return",
+        ("tests/test_detokenizer.py",),
     ),
 ]
