@@ -22,7 +22,7 @@ _HARMLESS = {c: "\ufffd" for c in (*range(32), *range(127, 160)) if c not in (9,
 
 
 class Output:
-    """Writes to a stream what it can show, question marks for characters that its encoding lacks."""
+    """Writes to a stream what it can show, and "?" for characters that its encoding lacks."""
 
     def __init__(self, stream: TextIO):
         self.console = Console(file=stream, highlight=False)

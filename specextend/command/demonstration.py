@@ -59,7 +59,10 @@ class Demonstration:
     def hugging_face(self) -> Timed:
         """Time ``generate`` of the target itself."""
         with Meter(self.notes, HUGGING_FACE, least=1) as meter:
-            return time_hugging_face(self.pair.target, self.ids, self.new, meter, do_sample=False)
+            return time_hugging_face(
+                self.pair.target, self.ids, self.new, meter, do_sample=False,
+                tokenizer=self.pair.tokenizer,
+            )  # fmt: skip
 
     def live(self, title: str, draft_cache: str | None) -> Timed:
         """Write the text as it comes; plain decoding without a ``draft_cache``."""
@@ -94,7 +97,8 @@ class Demonstration:
         config = self.config.replace(draft_cache=draft_cache or "full")
         make = self.pair.spec if draft_cache else self.pair.plain
         spec = make(config, meter)
-        return time_loop(spec, self.ids, self.new, show, do_sample=False)
+        tokenizer = self.pair.tokenizer
+        return time_loop(spec, self.ids, self.new, show, do_sample=False, tokenizer=tokenizer)
 
 
 def show(

@@ -289,7 +289,11 @@ class Race:
             ValueError: an order that cannot be met, before the first event.
         """
         ids = self._prompt(order)
-        options: dict = {"max_new_tokens": order.new_tokens, "do_sample": order.temperature > 0}
+        options: dict = {
+            "max_new_tokens": order.new_tokens,
+            "do_sample": order.temperature > 0,
+            "tokenizer": self.tokenizer,
+        }
         if order.temperature:
             options["temperature"] = order.temperature
         seed = int(torch.randint(1 << 31, ()))
