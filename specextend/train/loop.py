@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -84,8 +84,12 @@ class Recipe(Protocol):
 
     module: nn.Module
 
-    def backward(self, batch: Batch, generator: torch.Generator, scale: float) -> Measured:
-        """Add the gradients of ``scale`` times the batch's mean loss."""
+    def backward(self, batch: Batch, generators: list[torch.Generator]) -> Measured:
+        """Add the gradients of the rows' summed losses, weighted as :class:`Measured` says.
+
+        Each window draws from its own generator alone, so that nothing depends on which windows are
+        taken together.
+        """
 
     def save(self, folder: Path) -> None:
         """Write the draft in its published format."""
@@ -200,7 +204,8 @@ class Trainer:
         if not self.checkpoint.exists():
             raise FileNotFoundError(f"there is no checkpoint in {self.folder}")
         state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        now, quiet = asdict(self.config), {"validate_every", "save_every", "log_every"}
+        now = asdict(self.config)
+        quiet = {"micro_batch", "validate_every", "save_every", "log_every"}
         for name, value in state["config"].items():
             if name not in quiet and now[name] != value:
                 raise ValueError(
@@ -247,21 +252,29 @@ class Trainer:
             group["lr"] = config.rate(step)
         self.optimizer.zero_grad()
         parts = config.batch // config.micro_batch
-        total = torch.zeros(3, dtype=torch.float64)
+        total = torch.zeros(4, dtype=torch.float64)
         for part in range(processes.index, parts, processes.count):
             index = step * parts + part
             batch = self.stream.batch(index, config.micro_batch, config.length, config.seed)
-            generator = torch.Generator().manual_seed(config.seed * (1 << 32) + index)
-            measured = self.recipe.backward(batch.to(device), generator, 1 / parts)
-            total += torch.tensor([measured.loss, measured.right, measured.rows])
+            first = index * config.micro_batch
+            measured = self.recipe.backward(
+                batch.to(device), [self._noise(first + i) for i in range(config.micro_batch)]
+            )
+            total += torch.tensor(astuple(measured))
         gradients = [p.grad for p in self.parameters]
         processes.sum(gradients)
         total = total.to(device, torch.float32)
         processes.sum([total])
+        loss, right, rows, weight = total.tolist()
+        for gradient in gradients:
+            gradient /= weight or 1.0
         torch.nn.utils.clip_grad_norm_(self.parameters, CLIP)
         self.optimizer.step()
-        loss, right, rows = total.tolist()
-        return Measured(loss, right, int(rows))
+        return Measured(loss, right, int(rows), weight)
+
+    def _noise(self, window: int) -> torch.Generator:
+        """Return what a window draws from, in any run with this seed."""
+        return torch.Generator().manual_seed(self.config.seed * (1 << 32) + window)
 
 
 def append_log(file: Path, report: Report) -> None:
