@@ -19,6 +19,7 @@ from ..draft.eagle_checkpoint import read_config, save_head
 from ..draft.eagle_head import EagleHead, HeadConfig
 from .data import Batch, TokenStream
 from .loss import Measured, Wanted, gradient_in_blocks
+from .memory import layer_bytes, product_bytes, reading_bytes, training_bytes
 from .target import FrozenTarget, check_norm
 
 # A head may begin with pieces of the target. Then the residual has so much of the feature, and the
@@ -212,6 +213,8 @@ class Eagle3Recipe:
             ``"data"``: the text's tokens.
     """
 
+    remedies = "a smaller --length or --ttt-steps, or --labels data"
+
     def __init__(self, target: FrozenTarget, head: EagleHead, steps: int, labels: str):
         self.target, self.module, self.steps, self.labels = target, head, steps, labels
         ids = head.vocabulary
@@ -235,12 +238,29 @@ class Eagle3Recipe:
             for step, out in enumerate(outputs):
                 gradient, measured = gradient_in_blocks(
                     out, head.logits, lambda part, s=step: self._rows(wanted, s, part),
-                    head.config.draft_vocab_size, DECAY**step,
+                    self.target.vocab, DECAY**step,
                 )  # fmt: skip
                 gradients.append(gradient)
                 total = total + measured
         torch.autograd.backward(outputs, gradients)
         return total
+
+    def memory(self, windows: int, length: int) -> int:
+        """Return about how many bytes a step holds at most, besides the weights."""
+        config, number = self.module.config, product_bytes(self.target)
+        rows, heads, size = windows * length, config.num_heads, config.hidden_size
+        wide = 9.0 * heads * config.head_dim + 4.2 * config.intermediate_size
+        each = self.steps * (44 * size + number * wide) + 36 * size
+        # Attention has a weight for each pair of rows; on a GPU they are made in float32, whatever
+        # they are multiplied in.
+        weight = 6 if number == 2 and self.target.model.device.type == "cuda" else number
+        pairs = weight * heads * (1.25 * self.steps + 2.5) * windows * length**2
+        reading = reading_bytes(
+            self.target, rows, self.labels == "target", len(config.feature_layers),
+            config.draft_vocab_size,
+        )  # fmt: skip
+        step = max(int(rows * each + pairs), layer_bytes(self.target, rows))
+        return training_bytes(self.module) + reading + step
 
     def _rows(self, wanted: Wanted, step: int, part: slice) -> tuple[Tensor, Tensor | None]:
         """Return tokens and teacher of some of a step's rows, in the head's vocabulary; a row whose

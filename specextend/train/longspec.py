@@ -16,6 +16,7 @@ from ..draft.longspec_block import BlockShape, LongSpecBlock, Rotation
 from ..draft.longspec_checkpoint import save_block
 from .data import Batch
 from .loss import Measured, Wanted, gradient_in_blocks
+from .memory import layer_bytes, product_bytes, reading_bytes, training_bytes
 from .target import FrozenTarget, check_norm
 
 ANCHORS = 4  # tokens at the beginning that may keep their positions
@@ -198,6 +199,8 @@ class LongSpecRecipe:
             distribution.
     """
 
+    remedies = "a smaller --length"
+
     def __init__(
         self,
         target: FrozenTarget,
@@ -238,6 +241,17 @@ class LongSpecRecipe:
             )
         hidden.backward(gradient)
         return measured
+
+    def memory(self, windows: int, length: int) -> int:
+        """Return about how many bytes a step holds at most, besides the weights."""
+        shape, rows = self.module.shape, windows * length
+        wide = 12.6 * shape.heads * shape.head_dim + 5.9 * shape.intermediate
+        each = 54 * shape.hidden + product_bytes(self.target) * wide
+        if length > WINDOW:  # masks, a byte and a float32 for each pair
+            each += 5 * 2 * WINDOW
+        reading = reading_bytes(self.target, rows, self.labels == "target", 0, self.target.vocab)
+        step = max(int(rows * each), layer_bytes(self.target, rows))
+        return training_bytes(self.module) + reading + step
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
         """Write the block in the published format."""

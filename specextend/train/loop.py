@@ -18,6 +18,7 @@ from .loss import Measured
 
 BETAS, CLIP = (0.9, 0.95), 1.0
 FLOOR = 0.02  # the learning rate falls to this part of its peak
+CHECKPOINT = "checkpoint.pt"
 DECAY = 0.3  # the "linear" schedule falls in this share of the steps
 
 
@@ -113,6 +114,15 @@ class Processes:
             for tensor in tensors:
                 tensor.copy_(self._accelerator.reduce(tensor, reduction="sum"))
 
+    def least(self, value: int) -> int:
+        """Return the least value of all processes."""
+        if self.count == 1:
+            return value
+        values = torch.zeros(self.count, dtype=torch.float64, device=self._accelerator.device)
+        values[self.index] = value
+        self.sum([values])
+        return int(values.min())
+
     def wait(self) -> None:
         """Wait until all processes are here."""
         if self.count > 1:
@@ -176,7 +186,7 @@ class Trainer:
     @property
     def checkpoint(self) -> Path:
         """Say where the run's state is kept."""
-        return self.folder / "checkpoint.pt"
+        return self.folder / CHECKPOINT
 
     def save(self) -> None:
         """Write the run's state; a run that is killed meanwhile keeps the one before."""
@@ -275,6 +285,14 @@ class Trainer:
     def _noise(self, window: int) -> torch.Generator:
         """Return what a window draws from, in any run with this seed."""
         return torch.Generator().manual_seed(self.config.seed * (1 << 32) + window)
+
+
+def saved_config(folder: Path) -> dict | None:
+    """Return the options of the run whose checkpoint is in a folder, None where there is none."""
+    file = folder / CHECKPOINT
+    if not file.exists():
+        return None
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)["config"]
 
 
 def append_log(file: Path, report: Report) -> None:

@@ -61,7 +61,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--anchor-offset", action=argparse.BooleanOptionalAction, default=None,
         help="longspec: shift positions at random, behind a few anchors",
     )  # fmt: skip
-    group.add_argument("--micro-batch", type=int, metavar="N", help="windows at a time [batch]")
+    group.add_argument(
+        "--micro-batch", type=int, metavar="N",
+        help="windows at a time; what is learnt does not depend on it [as many as fit in memory]",
+    )  # fmt: skip
     group.add_argument("--steps", type=int, metavar="N", help="[once through the data]")
     group.add_argument("--warmup", type=int, metavar="N", help="steps [a tenth]")
     group.add_argument(
