@@ -410,6 +410,22 @@ class TestRuns:
             for a, b in zip(ours, gradients, strict=True):
                 assert (a - b).norm() <= close * (b.norm() + 1e-3)
 
+    def test_each_window_has_its_own_draws(self, stream, tmp_path):
+        """Never the same twice, whatever the step, and the same however they are taken."""
+        drawn = []
+        for micro in (1, 4):
+            recipe, seen = recipe_of("longspec", tiny_model("llama"), stream), []
+
+            def draw(batch, generators, recipe=recipe, seen=seen):
+                seen.extend(int(torch.randint(1 << 40, (), generator=g)) for g in generators)
+                return type(recipe).backward(recipe, batch, generators)
+
+            recipe.backward = draw
+            config = TrainConfig(**{**vars(RUN), "steps": 2, "micro_batch": micro, "warmup": 0})
+            Trainer(recipe, config, stream, tmp_path / str(micro)).run()
+            drawn.append(seen)
+        assert drawn[0] == drawn[1] and len(set(drawn[0])) == 8
+
     def test_refuses_another_runs_checkpoint(self, stream, tokenizer, tmp_path):
         model = tiny_model("llama")
         Trainer(recipe_of("longspec", model, stream), RUN, stream, tmp_path).run()

@@ -34,7 +34,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options, without those of what it computes with."""
     group = parser.add_argument_group("what is trained")
     group.add_argument("--kind", choices=KINDS, required=True, help="LongSpec block, EAGLE-3 head")
-    group.add_argument("--target", metavar="MODEL", help="[the embedded target]")
+    group.add_argument(
+        "--target", metavar="MODEL", help="folder, hub id or GGUF file [the embedded target]"
+    )
     group.add_argument(
         "--data", metavar="FILE", required=True,
         help='plain text, or JSON Lines with "text", or with "prompt" and "response"',
