@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 #: what options say of ``--device``
 DEVICE_HELP = '[a GPU if there is one, else "cpu"]'
 
+CGROUPS = Path("/sys/fs/cgroup")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -71,6 +73,52 @@ def device_text(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"{processor()}, {threads} thread{'s' * (threads != 1)}"
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that this process can still take on a device, None where nobody says.
+
+    On a GPU what the driver has, and what torch holds in reserve; in main memory, on Linux, what
+    can be had without swapping, and within the limits of control groups (cgroups(7)).
+    """
+    if device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved
+    try:
+        text = Path("/proc/meminfo").read_text()
+        groups = Path("/proc/self/cgroup").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", text, re.MULTILINE)
+    left = [int(found[1]) * 1024] if found else []
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2
+            root, names = CGROUPS, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root = CGROUPS / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        folder = root / path.strip("/")
+        # Every group above has a limit of its own. Inside a container the path may not be there.
+        folders = [folder, *folder.parents]
+        for above in folders[: folders.index(root) + 1]:
+            left += _left_in_group(above, *names)
+    return max(min(left), 0) if left else None
+
+
+def _left_in_group(folder: Path, limit: str, usage: str, cache: str) -> list[int]:
+    """Return how many bytes a control group may still take, nothing where it has no limit."""
+    try:
+        most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+        found = re.search(rf"^{cache} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+    except (OSError, ValueError):
+        return []
+    if not most.isdecimal():  # "max"
+        return []
+    # Pages of files count as used, and are given back when memory is wanted.
+    return [int(most) - used + (int(found[1]) if found else 0)]
 
 
 def num_cores() -> int:

@@ -6,6 +6,7 @@ terminals only, and none for looks where NO_COLOR is set or the terminal is dumb
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ _HARMLESS = {c: "\ufffd" for c in (*range(32), *range(127, 160)) if c not in (9,
 
 
 class Output:
-    """Writes to a stream what it can show."""
+    """Writes to a stream what it can show, and "?" for characters that its encoding lacks."""
 
     def __init__(self, stream: TextIO):
         self.console = Console(file=stream, highlight=False)
@@ -29,12 +30,13 @@ class Output:
         self.is_live = self.is_terminal and not self.console.is_dumb_terminal
         self.has_style = self.is_live and not self.console.no_color
         self.width = self.console.width if self.is_terminal else None
-        self._stream = stream
+        self._stream, self._encoding = stream, getattr(stream, "encoding", None) or "utf-8"
 
     def write(self, text: str, style: str | None = None) -> None:
         """Write ``text`` as it is, at once; ``style`` is a key of ``_CODES``."""
         if self.is_terminal:
             text = text.translate(_HARMLESS)
+        text = text.encode(self._encoding, "replace").decode(self._encoding)
         if style and self.has_style and text:
             text = f"\x1b[{_CODES[style]}m{text}\x1b[0m"
         self._stream.write(text)
@@ -136,42 +138,85 @@ class Meter:
 
 
 class Detokenizer:
-    """Makes text of tokens as they come; a character comes once all of its bytes are there.
+    """Makes text of tokens as they come: joined, the pieces are what the tokenizer's ``decode``
+    makes of all tokens at once, without special ones.
+
+    What a later token may change is held back: the bytes of a character that is not whole; tokens
+    that stand for single bytes, of which the whole row becomes other text where it turns out not to
+    be UTF-8; and, with ``clean_up_tokenization_spaces``, spaces before signs.
 
     Args:
         tokenizer: of the tokens.
-        before: tokens before the first; a few are enough.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = ()):
-        self._tokenizer = tokenizer
-        self._ids = list(before[-8:])
-        self._start, self._end = 0, len(self._ids)  # tokens before `end` have been written
-        while self._end and self._decode(0, self._end).endswith("\ufffd"):
-            self._end -= 1  # half a character, which the first token may complete
+    WINDOW = 64  # so many tokens, twice as many at most, are decoded for each that comes
+    MARGIN = 32  # characters by which a shorter window must agree with a longer one
+    # All that `clean_up_tokenization` looks for is made of these characters, and is so short that
+    # none further from the end can be changed by what comes.
+    SIGNS, REACH = " .?!,'ntmsvre", 16
 
-    def _decode(self, first: int, last: int | None = None) -> str:
-        return self._tokenizer.decode(
-            self._ids[first:last], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        self._cleans = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+        self._ids: list[int] = []  # the last ones; what they stand for does not depend on others
+        self._written = 0  # characters of their text
+        self._in_bytes = False
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def add(self, token: int) -> str:
-        """Return what ``token`` adds to the text."""
+        """Return what is certain of the text with ``token``, and has not been returned yet."""
         self._ids.append(token)
-        # Decoded together with the tokens of the last addition, on which its spaces may depend.
-        text = self._decode(self._start)
-        if text.endswith("\ufffd"):
+        if self._is_byte(token):
+            self._in_bytes = True
+        elif self._in_bytes and self._decode([token]):  # special tokens do not part the bytes
+            self._in_bytes = False
+        if self._in_bytes:
             return ""
-        return self._advance(text)
+        text = self._decode(self._ids)
+        new = text[self._written : self._certain(text)]
+        self._written += len(new)
+        if len(self._ids) > 2 * self.WINDOW:
+            self._shorten(text)
+        return new
 
     def end(self) -> str:
-        """Return what is left: bytes that no token completed."""
-        return self._advance(self._decode(self._start))
-
-    def _advance(self, text: str) -> str:
-        new = text[len(self._decode(self._start, self._end)) :]
-        self._start, self._end = self._end, len(self._ids)
+        """Return what is left."""
+        text = self._decode(self._ids)
+        new, self._written = text[self._written :], len(text)
         return new
+
+    def _is_byte(self, token: int) -> bool:
+        """Tell whether a token is a byte of a tokenizer that falls back on bytes."""
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        return isinstance(name, str) and re.fullmatch("<0x[0-9A-Fa-f]{2}>", name) is not None
+
+    def _certain(self, text: str) -> int:
+        """Count the characters that stay, whatever token comes."""
+        end = len(text.rstrip("\ufffd"))
+        if not self._cleans:
+            return end
+        return max(len(text[:end].rstrip(self.SIGNS)), end - self.REACH)
+
+    def _shorten(self, text: str) -> None:
+        """Forget tokens that no longer matter: those without which ``text`` ends alike."""
+        ids = self._ids[-self.WINDOW :]
+        short, pending = self._decode(ids), len(text) - self._written
+        common = pending + self.MARGIN
+        if len(short) >= common and text.endswith(short[-common:]):
+            self._ids, self._written = ids, len(short) - pending
+
+
+def gap(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """Return the space between a prompt and what follows that neither has on its own."""
+    before = list(prompt[-8:])
+    text, end, joint = (
+        tokenizer.decode(ids, skip_special_tokens=True)
+        for ids in (before, tokens, [*before, *tokens])
+    )
+    fits = joint.startswith(text) and joint.endswith(end)
+    return joint[len(text) : len(joint) - len(end)] if fits else ""
 
 
 class LiveText:
@@ -180,23 +225,21 @@ class LiveText:
     Args:
         output: where to; None: nowhere.
         tokenizer: of the tokens.
-        prompt: tokens before the first.
         highlight: tell accepted tokens from the target's own, where ``output`` has colours.
 
     Attributes:
-        text: everything so far.
+        text: everything so far; behind the end, what ``decode`` makes of all tokens.
     """
 
     def __init__(
         self,
         output: Output | None,
         tokenizer: PreTrainedTokenizerBase,
-        prompt: Sequence[int] = (),
         highlight: bool = False,
     ):
         self.text = ""
         self._output = output
-        self._detokenizer = Detokenizer(tokenizer, prompt)
+        self._detokenizer = Detokenizer(tokenizer)
         self._styles = ("accepted", "own") if highlight else (None, None)
 
     def add(self, tokens: Sequence[int], num_accepted: int = 0) -> None:

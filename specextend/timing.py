@@ -79,7 +79,8 @@ def time_hugging_face(
     """
     clock = _Clock(progress, new)
     start = time.perf_counter()
-    out = model.generate(ids, max_new_tokens=new, streamer=clock, **options)
+    # With its cache, whatever the checkpoint says: training leaves use_cache=False behind.
+    out = model.generate(ids, max_new_tokens=new, streamer=clock, use_cache=True, **options)
     first, last = clock.times[0], clock.times[-1]
     tokens = out[0, ids.shape[1] :].tolist()
     rounds = len(clock.times) - 1

@@ -207,6 +207,18 @@ class TestGenerate:
         code, out, _ = run("generate", *arguments, stdin=TEXT, pair=("talker", "draft"))
         assert json.loads(out)["tokens"] == greedy(f"<user>{TEXT}<assistant>", 9)
 
+    @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+    def test_characters_that_the_output_lacks(self, run, monkeypatch, encoding):
+        """They are replaced; the run goes on."""
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert run("generate", "--prompt", TEXT, "--max-new-tokens", 40)[0] == 0
+        text = byte_tokenizer().decode(greedy(TEXT, 40))
+        assert "\ufffd" in text
+        expected = text.encode(encoding, "replace").decode(encoding)
+        stream.seek(0)
+        assert stream.read() == expected + "\n" * (not text.endswith("\n"))
+
     def test_interrupted(self, run, monkeypatch):
         def interrupt(self, tokens, num_accepted=0):
             raise KeyboardInterrupt
@@ -233,6 +245,135 @@ class TestChat:
         code, out, _ = run("chat", *arguments, stdin="one\n", pair=("talker", "draft"))
         text = byte_tokenizer().decode(greedy("<system>brief<user>one<assistant>", 6))
         assert code == 0 and out == text + "\n" * (not text.endswith("\n"))
+
+    def test_full_context(self, run):
+        """New tokens are cut to what fits; a turn that does not fit is taken back; the chat goes
+        on, with what is short enough and after /reset."""
+        long, new = "a" * 150, 40
+        lines = [long, long, long, "b", "b", "b", long, "/reset", long]
+        code, out, err = run("chat", "--max-new-tokens", new, stdin="\n".join(lines) + "\n")
+        tokenizer, written, texts, errors, cut = byte_tokenizer(), "", [], 0, 0
+        for line in lines:
+            if line == "/reset":
+                written = ""
+                continue
+            length = len(tokenizer(f"{written}{line}\n").input_ids)
+            if length >= 512:
+                errors += 1
+                assert f"error: the chat has {length} tokens, and the target 512 positions" in err
+                continue
+            text = tokenizer.decode(greedy(f"{written}{line}\n", min(new, 512 - length)))
+            cut += 512 - length < new
+            texts.append(text)
+            written += f"{line}\n{text}"
+        assert code == 0 and out == "".join(t + "\n" * (not t.endswith("\n")) for t in texts)
+        assert errors == err.count("this turn is taken back") >= 2 and cut and len(texts) >= 4
+
+    @pytest.mark.parametrize(
+        "fault, text",
+        [
+            ("raise_exception('not so')", "error: the tokenizer's chat template: not so"),
+            ("messages[99].content.x", "error: the tokenizer's chat template: "),
+            ("1 + 'a'", "error: the tokenizer's chat template: "),
+        ],
+    )
+    def test_templates_that_fail(self, run, folder, fault, text):
+        """Their error is shown, whatever its type, and the turn taken back."""
+        picky = byte_tokenizer()
+        picky.chat_template = (
+            f"{{% if messages[-1].content == 'bad' %}}{{{{ {fault} }}}}{{% endif %}}{TEMPLATE}"
+        )
+        tiny_model(vocab_size=257).save_pretrained(folder / "picky")
+        picky.save_pretrained(folder / "picky")
+        lines = "bad\none\nbad\ntwo\n/reset\nbad\none\n"
+        options = ("--max-new-tokens", 6)
+        code, out, err = run("chat", *options, stdin=lines, pair=("picky", "draft"))
+        calm = run("chat", *options, stdin="one\ntwo\n/reset\none\n", pair=("talker", "draft"))
+        assert (code, out) == calm[:2] and err.count(text) == 3
+        assert run("generate", "--chat", stdin="bad", pair=("picky", "draft"))[0] == 1
+
+    def test_errors_within_a_text(self, run, monkeypatch):
+        """What was written of a turn that failed is none of the history."""
+        stream, broken = specextend.SpecExtend.stream, []
+
+        def failing(self, *args, **kwargs):
+            for i, step in enumerate(stream(self, *args, **kwargs)):
+                if i == 1 and not broken:
+                    broken.append(True)
+                    raise ValueError("as if")
+                yield step
+
+        monkeypatch.setattr(specextend.SpecExtend, "stream", failing)
+        code, out, err = run("chat", "--max-new-tokens", 6, stdin="zero\none\n")
+        text = byte_tokenizer().decode(greedy("one\n", 6))
+        assert code == 0 and "error: as if" in err and out.endswith(text + "\n")
+
+    def test_a_reader_that_goes_away_ends_it(self, folder, monkeypatch):
+        def broken(self, *args, **kwargs):
+            raise BrokenPipeError
+
+        monkeypatch.setattr(terminal.LiveText, "add", broken)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
+        pair = ["--target", str(folder / "target"), "--draft", str(folder / "draft")]
+        args = cli.make_parser().parse_args(["chat", *pair, *SMALL])
+        with pytest.raises(BrokenPipeError):
+            args.run(args)
+
+
+@pytest.fixture(scope="module")
+def stopping(tmp_path_factory):
+    """A target that stops at a string, says use_cache=False, and samples oddly by default; and
+    the text up to that string."""
+    folder, model = tmp_path_factory.mktemp("stopping"), tiny_model(vocab_size=257)
+    text = byte_tokenizer().decode(greedy(TEXT, 30))
+    stop = re.search("[!-~]{2}", text[5:])[0]
+    model.config.use_cache = False
+    model.generation_config.update(
+        stop_strings=[stop], use_cache=False, do_sample=True, temperature=0.7, top_k=7
+    )
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder, text[: text.index(stop) + 2]
+
+
+class TestCheckpoints:
+    """Checkpoints whose generation configuration asks for something."""
+
+    @pytest.mark.parametrize("draft", ["none", "ngram", "self", "model"])
+    def test_generate(self, run, folder, stopping, draft):
+        draft = folder / "draft" if draft == "model" else draft
+        options = ("--target", stopping[0], "--draft", draft, "--json", *SMALL)
+        code, out, err = run("generate", *options, "--compare", stdin=TEXT, pair=None)
+        result = json.loads(out)
+        assert (code, err) == (0, "") and result["text"] == stopping[1]
+        assert result["plain"]["identical"]
+        sampled = ("--temperature", 0.8, "--seed", 3, "--compare", "--max-new-tokens", 20)
+        code, out, _ = run("generate", *options, *sampled, stdin=TEXT, pair=None)
+        assert code == 0 and json.loads(out)["plain"]["identical"]
+
+    def test_chat(self, run, folder, stopping):
+        options = ("--target", stopping[0], "--draft", folder / "draft", *SMALL)
+        code, out, err = run("chat", *options, stdin=TEXT.splitlines()[0] + "\n", pair=None)
+        assert code == 0 and "error" not in err and out
+
+    @pytest.mark.parametrize(
+        "command",
+        [
+            "demo --document DIR/text.txt --tokens LENGTH --max-new-tokens 20",
+            "eval --prompts DIR/text.jsonl --lengths LENGTH --max-new-tokens 20 --runs 1 "
+            "--output DIR/out --methods hf,plain,hf_lookup,tree_attention",
+        ],
+    )  # fmt: skip
+    def test_comparisons(self, run, folder, stopping, tmp_path, command):
+        """All ways stop at the same place."""
+        (tmp_path / "text.txt").write_text(TEXT * 4)
+        (tmp_path / "text.jsonl").write_text(json.dumps({"text": TEXT * 4}) + "\n")
+        words = command.replace("DIR", str(tmp_path)).replace("LENGTH", str(len(TEXT))).split()
+        options = ("--target", stopping[0], "--draft", folder / "draft", *SMALL)
+        options = [word for word in options if word not in ("--gate", "off")]
+        code, out, err = run(*words, *options, pair=None)
+        assert code == 0, err
+        assert "NO" not in out and "yes" in out
 
 
 class TestInfo:
@@ -534,10 +675,9 @@ class TestDetokenizer:
         tokenizer = byte_tokenizer()
         ids = tokenizer(self.TEXT).input_ids
         assert len(ids) == len(self.TEXT.encode())
-        detokenizer = terminal.Detokenizer(tokenizer, ids[:3])
-        pieces = [detokenizer.add(token) for token in ids[3:]]
-        assert "".join(pieces) == self.TEXT[2:]  # the prompt ended inside of the third character
-        assert not any("\ufffd" in piece for piece in pieces)
+        detokenizer = terminal.Detokenizer(tokenizer)
+        pieces = [detokenizer.add(token) for token in ids]
+        assert "".join(pieces) == self.TEXT and max(map(len, pieces)) == 1
         assert detokenizer.end() == ""
 
     def test_unfinished_character_comes_at_the_end(self):
@@ -546,13 +686,6 @@ class TestDetokenizer:
         detokenizer = terminal.Detokenizer(tokenizer)
         pieces = [detokenizer.add(token) for token in ids[:-1]]
         assert pieces == ["a", "", ""] and detokenizer.end() == "\ufffd"
-
-    def test_text_is_kept_without_an_output(self):
-        tokenizer = byte_tokenizer()
-        live = terminal.LiveText(None, tokenizer)
-        live.add(tokenizer(self.TEXT).input_ids, 3)
-        live.end()
-        assert live.text == self.TEXT
 
 
 def test_unknown_instruction_set():

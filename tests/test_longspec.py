@@ -116,13 +116,14 @@ class TestAgainstThePaper:
         )
         positions = torch.arange(length).expand(2, -1).clone()
         positions[1, 3:] += 100
+        lags = (lag, lag + 2)  # each window has its own
         ours = training_form(
-            block, Rotation(model), x, positions, keys, values, lag=lag, window=window
+            block, Rotation(model), x, positions, keys, values, lags, window=window
         )
         for row in range(2):
             cos, sin = model.model.rotary_emb(x, positions[row : row + 1])
             theirs = paper_block(
-                state, x[row], cos[0], sin[0], keys[row], values[row], lag, window,
+                state, x[row], cos[0], sin[0], keys[row], values[row], lags[row], window,
                 model.config.rms_norm_eps,
             )  # fmt: skip
             torch.testing.assert_close(ours[row], theirs, rtol=1e-9, atol=1e-9)
@@ -175,7 +176,7 @@ class TestTreeEqualsTrainingForm:
         reading = target.read(ids, positions, logits=False)
         hidden = training_form(
             draft.block, draft.rotation, draft.embedding(ids), positions,
-            reading.keys, reading.values, lag, draft.window,
+            reading.keys, reading.values, [lag], draft.window,
         )  # fmt: skip
         expected = draft.head(hidden[0, -1])
         torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)

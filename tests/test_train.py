@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ from specextend.train.longspec import (
     windowed_attention,
 )
 from specextend.train.loop import Processes, TrainConfig, Trainer
-from specextend.train.loss import Measured, Wanted, backward_in_blocks, row_loss
+from specextend.train.loss import Measured, Wanted, gradient_in_blocks, row_loss
 from specextend.train.target import FrozenTarget
 from specextend.train.validation import Continuation, count_rounds
 
@@ -234,18 +235,21 @@ class TestLoss:
         teacher = torch.randn(2, 9, 13) if soft else None
         wanted, got = Wanted(tokens, teacher), []
         for rows in (3, 1000):
-            monkeypatch.setattr("specextend.train.loss.ROWS", rows)
-            hidden.grad = None
-            measured = backward_in_blocks(hidden * 1.0, head, wanted, 0.5)
-            got.append((measured, hidden.grad))
-        assert got[0][0].rows == 14 and got[0][0].loss == pytest.approx(got[1][0].loss)
+            monkeypatch.setattr("specextend.train.loss.BLOCK", rows * 13)
+            gradient, measured = gradient_in_blocks(hidden, head, wanted.rows, 13, 0.5)
+            got.append((measured, gradient))
+        assert (
+            got[0][0].rows == 14
+            and got[0][0].weight == 7.0
+            and got[0][0].loss == pytest.approx(got[1][0].loss)
+        )
         torch.testing.assert_close(got[0][1], got[1][1])
         logits = head(hidden).log_softmax(-1)
         probs = torch.nn.functional.one_hot(tokens.clamp(min=0), 13).float()
         probs = teacher.softmax(-1) if soft else probs
         loss = (-(probs * logits).sum(-1) * (tokens >= 0)).sum()
         assert got[0][0].loss == pytest.approx(loss.item(), rel=1e-5)
-        expected = torch.autograd.grad(loss / 14 * 0.5, hidden)[0]
+        expected = torch.autograd.grad(loss * 0.5, hidden)[0]
         torch.testing.assert_close(got[0][1], expected)
 
     @pytest.mark.parametrize("small", [False, True])
@@ -253,7 +257,7 @@ class TestLoss:
         """Step s, row t: the distribution behind token t + 1 + s, in the head's vocabulary."""
         recipe = recipe_of("eagle3", tiny_model("llama"), stream, small=small)
         batch = stream.batch(0, 2, 24, 0)
-        measured = recipe.backward(batch, torch.Generator(), 1.0)
+        measured = recipe.backward(batch, [torch.Generator()] * 2)
         positions = torch.arange(24).expand(2, -1)
         head, target = recipe.module, recipe.target
         reading = target.read(batch.ids, positions, True, head.config.feature_layers)
@@ -369,6 +373,58 @@ class TestRuns:
             ours = [recipe.module.state_dict()[name] for recipe in recipes]
             assert torch.equal(*ours)
             torch.testing.assert_close(ours[0], tensor, rtol=1e-3, atol=1e-4)
+
+    @pytest.mark.parametrize("masked", [False, True])
+    @pytest.mark.parametrize("kind", ["longspec", "eagle3", "small"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_nothing_depends_on_the_micro_batch(self, kind, dtype, masked, stream, tmp_path):
+        """Windows taken together as one likes: the same loss, the same gradients, also where rows
+        count in some windows and not in others."""
+        model, got = tiny_model("llama", dtype=dtype), []
+
+        def batch(*args):
+            made = TokenStream.batch(stream, *args)
+            if masked:
+                made.counts &= made.ids % 3 > 0
+                made.counts[:, :12] &= made.ids[:, :1] % 2 > 0
+            return made
+
+        masking = types.SimpleNamespace(batch=batch, name="masked")
+        for micro in (1, 2, 4):
+            small = {"small": True} if kind == "small" else {}
+            recipe = recipe_of("eagle3" if small else kind, model, stream, **small)
+            config = TrainConfig(**{**vars(RUN), "micro_batch": micro, "lr": 1e-9})
+            trainer = Trainer(recipe, config, masking, tmp_path)
+            before = torch.random.get_rng_state()
+            measured = trainer._update(torch.device("cpu"))
+            assert torch.equal(torch.random.get_rng_state(), before)
+            got.append((measured, [p.grad for p in trainer.parameters]))
+        (first, ours), *others = got
+        all_rows = 4 * (23 if kind == "longspec" else 22 + 21 + 20)
+        assert 0 < first.rows and (first.rows < all_rows) == (masked or kind == "small")
+        for measured, gradients in others:
+            assert measured.rows == first.rows
+            assert measured.weight == pytest.approx(first.weight)
+            close = 1e-5 if dtype == torch.float32 else 3e-2
+            assert measured.loss == pytest.approx(first.loss, rel=close)
+            for a, b in zip(ours, gradients, strict=True):
+                assert (a - b).norm() <= close * (b.norm() + 1e-3)
+
+    def test_each_window_has_its_own_draws(self, stream, tmp_path):
+        """Never the same twice, whatever the step, and the same however they are taken."""
+        drawn = []
+        for micro in (1, 4):
+            recipe, seen = recipe_of("longspec", tiny_model("llama"), stream), []
+
+            def draw(batch, generators, recipe=recipe, seen=seen):
+                seen.extend(int(torch.randint(1 << 40, (), generator=g)) for g in generators)
+                return type(recipe).backward(recipe, batch, generators)
+
+            recipe.backward = draw
+            config = TrainConfig(**{**vars(RUN), "steps": 2, "micro_batch": micro, "warmup": 0})
+            Trainer(recipe, config, stream, tmp_path / str(micro)).run()
+            drawn.append(seen)
+        assert drawn[0] == drawn[1] and len(set(drawn[0])) == 8
 
     def test_refuses_another_runs_checkpoint(self, stream, tokenizer, tmp_path):
         model = tiny_model("llama")
@@ -569,7 +625,7 @@ class TestCommand:
 
 
 def test_measured_adds():
-    assert Measured(1.0, 2.0, 3) + Measured(0.5, 1.0, 2) == Measured(1.5, 3.0, 5)
+    assert Measured(1.0, 2.0, 3, 4.0) + Measured(0.5, 1.0, 2, 1) == Measured(1.5, 3.0, 5, 5.0)
     loss, measured = row_loss(torch.zeros(2, 4), torch.tensor([1, -100]), None)
     assert measured.rows == 1 and loss.item() == pytest.approx(np.log(4))
 

@@ -329,7 +329,9 @@ def test_own_models(tmp_path):
     for name, options in (("target", {}), ("draft", dict(seed=1, hidden_size=16, head_dim=8))):
         tokenizer = byte_tokenizer()
         tokenizer.chat_template = TEMPLATE
-        tiny_model(vocab_size=257, **options).save_pretrained(tmp_path / name)
+        model = tiny_model(vocab_size=257, **options)
+        model.generation_config.stop_strings = ["All work and no play"]  # needs a tokenizer
+        model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     (tmp_path / "report.txt").write_text("All work and no play. " * 4)
     models = ["--target", str(tmp_path / "target"), "--draft", str(tmp_path / "draft")]
@@ -338,9 +340,15 @@ def test_own_models(tmp_path):
         offer = json.loads(ask(port, "/api/offer")[1])
         assert offer["has_template"] and offer["documents"]["file"] == "report.txt"
         draft = {"draft": str(tmp_path / "draft"), "budget": 64}
-        start, *_, done = run(
-            port, **draft, document="file", length=9, instruction="Why?", new_tokens=5
+        start, *events, done = run(
+            port, **draft, document="file", length=9, instruction="Why?", new_tokens=30
         )
+        for name, result in done["columns"].items():
+            rounds = [e for e in events if e["event"] == "round" and e["column"] == name]
+            pieces = [piece for each in rounds for piece in each["pieces"]]
+            text = tokenizer.decode(result["tokens"], skip_special_tokens=True)
+            assert "".join(pieces) + result["tail"] == text
+            assert [each.get("gap") for each in rounds] == ["", *[None] * (len(rounds) - 1)]
         assert "".join(start["chunks"]) == "<user>All work \n\nWhy?<assistant>"
         assert done["difference"] is None
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
+from torch import Tensor
+
+from ..errors import EXPECTED
 from ..machine import choose_device
 from ..terminal import LiveText, Meter, standard_error, standard_output
 from . import writing
@@ -51,20 +54,42 @@ def run(args: argparse.Namespace) -> int:
             continue
         if not line.strip():
             continue
-        if has_template:
-            messages.append({"role": "user", "content": line})
-            ids = writing.template(tokenizer, messages)
-        else:
-            written += line + "\n"
-            ids = writing.encode(tokenizer, written)
-        live = LiveText(output, tokenizer, ids[0].tolist(), args.highlight)
+        asked = [*messages, {"role": "user", "content": line}]
+        live = LiveText(output, tokenizer, args.highlight)
         try:
-            writing.run(spec, ids.to(pair.target.device), options, live, meter)
+            if has_template:
+                ids = writing.template(tokenizer, asked)
+            else:
+                ids = writing.encode(tokenizer, f"{written}{line}\n")
+            fitting = options | {"max_new_tokens": _room(pair.target, ids, args.max_new_tokens)}
+            writing.run(spec, ids.to(pair.target.device), fitting, live, meter)
             notes.line(writing.summary(spec.stats), "dim")
         except KeyboardInterrupt:
             notes.line("interrupted", "dim")
-        messages.append({"role": "assistant", "content": live.text})
-        written += live.text
+        except BrokenPipeError:  # nobody reads on
+            raise
+        except EXPECTED as error:
+            notes.line(f"error: {' '.join(str(error).split())} (this turn is taken back)")
+            continue
+        messages = [*asked, {"role": "assistant", "content": live.text}]
+        written += f"{line}\n{live.text}"
     if interactive:
         output.line()
     return 0
+
+
+def _room(target, ids: Tensor, wanted: int) -> int:
+    """Return how many of the wanted new tokens the target has positions for, behind ``ids`` [1, L].
+
+    Raises:
+        ValueError: none.
+    """
+    from ..guard import position_limit
+
+    limit, length = position_limit(target), ids.shape[1]
+    if limit is not None and length >= limit:
+        raise ValueError(
+            f"the chat has {length} tokens, and the target {limit} positions, so that nothing can "
+            "be answered; /reset begins anew"
+        )
+    return wanted if limit is None else min(wanted, limit - length)

@@ -23,6 +23,7 @@ from ..terminal import (
     Meter,
     Output,
     dtype_name,
+    gap,
     last_lines,
     size_text,
     standard_error,
@@ -58,20 +59,24 @@ class Demonstration:
     def hugging_face(self) -> Timed:
         """Time ``generate`` of the target itself."""
         with Meter(self.notes, HUGGING_FACE, least=1) as meter:
-            return time_hugging_face(self.pair.target, self.ids, self.new, meter, do_sample=False)
+            return time_hugging_face(
+                self.pair.target, self.ids, self.new, meter, do_sample=False,
+                tokenizer=self.pair.tokenizer,
+            )  # fmt: skip
 
     def live(self, title: str, draft_cache: str | None) -> Timed:
         """Write the text as it comes; plain decoding without a ``draft_cache``."""
         out, tokenizer, prompt = self.out, self.pair.tokenizer, self.ids[0].tolist()
         out.line()
         out.line(f"-- {title} ".ljust(72, "-"), "bold")
-        text = LiveText(out, tokenizer, prompt, highlight=draft_cache is not None)
+        text = LiveText(out, tokenizer, highlight=draft_cache is not None)
         with Meter(self.notes) as meter:
 
             def show(step: Step, count: int) -> None:
                 if count == len(step.tokens):  # the first
                     meter.close()
                     out.write(last_lines(tokenizer, prompt), "dim")
+                    out.write(gap(tokenizer, prompt, step.tokens))
                 text.add(step.tokens, step.num_accepted)
 
             run = self._generate(draft_cache, meter, show)
@@ -92,7 +97,8 @@ class Demonstration:
         config = self.config.replace(draft_cache=draft_cache or "full")
         make = self.pair.spec if draft_cache else self.pair.plain
         spec = make(config, meter)
-        return time_loop(spec, self.ids, self.new, show, do_sample=False)
+        tokenizer = self.pair.tokenizer
+        return time_loop(spec, self.ids, self.new, show, do_sample=False, tokenizer=tokenizer)
 
 
 def show(

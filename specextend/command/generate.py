@@ -75,8 +75,7 @@ def run(args: argparse.Namespace) -> int:
     notes = standard_error()
     meter = Meter(notes)
     spec = pair.spec(config, meter)
-    prompt = ids[0].tolist()
-    live = LiveText(None if args.json else standard_output(), tokenizer, prompt, args.highlight)
+    live = LiveText(None if args.json else standard_output(), tokenizer, args.highlight)
     tokens = writing.run(spec, ids, options, live, meter)
     result = {
         "text": live.text,

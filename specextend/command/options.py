@@ -47,13 +47,14 @@ def add_models(parser: argparse.ArgumentParser, dtype: str | None, several: bool
     """
     group = parser.add_argument_group("models")
     group.add_argument(
-        "--target", metavar="MODEL", help="folder or hub id of a causal LM [the embedded target]"
-    )
+        "--target", metavar="MODEL",
+        help="folder or hub id of a causal LM, or a GGUF file [the embedded target]",
+    )  # fmt: skip
     group.add_argument(
         "--draft", metavar="DRAFT", action="append" if several else "store",
         help="folder or hub id of a causal LM with the same tokenizer or of a trained head (EAGLE, "
-        'LongSpec); "ngram": look-up in the text; "self": the target on a part of its cache; '
-        f'"none": plain decoding; {_words(assets.DRAFTS)}: embedded ones [model]'
+        'LongSpec), or a GGUF file; "ngram": look-up in the text; "self": the target on a part of '
+        f'its cache; "none": plain decoding; {_words(assets.DRAFTS)}: embedded ones [model]'
         + "; may be repeated, for drafts of other kinds" * several,
     )  # fmt: skip
     group.add_argument(

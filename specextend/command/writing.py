@@ -53,21 +53,32 @@ def generation_options(args: argparse.Namespace, tokenizer) -> dict:
         raise UsageError(f"--{option} has no meaning with --temperature 0, which is greedy")
     if args.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
-    options: dict = {"max_new_tokens": args.max_new_tokens, "do_sample": temperature > 0}
+    options: dict = {
+        "max_new_tokens": args.max_new_tokens,
+        "do_sample": temperature > 0,
+        "tokenizer": tokenizer,  # for stop strings, the checkpoint's own too
+    }
     if temperature > 0:
         options.update(temperature=temperature, **filters)
     if args.repetition_penalty is not None:
         options["repetition_penalty"] = args.repetition_penalty
     if args.stop:
-        options.update(stop_strings=args.stop, tokenizer=tokenizer)
+        options["stop_strings"] = args.stop
     return options
 
 
 def template(tokenizer, messages: list[dict]) -> torch.Tensor:
-    """Put messages into the tokenizer's chat template: [1, L] int64."""
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    )["input_ids"]
+    """Put messages into the tokenizer's chat template: [1, L] int64.
+
+    Raises:
+        ValueError: the template, which is a program, refuses them or fails.
+    """
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )["input_ids"]
+    except Exception as error:  # of any type
+        raise ValueError(f"the tokenizer's chat template: {error}") from error
 
 
 def encode(tokenizer, text: str) -> torch.Tensor:

@@ -90,7 +90,7 @@ def prepare(options: EvalOptions) -> Evaluation:
         make = functools.partial(SyntheticSpecExtend, acceptance=options.synthetic)
     runner = Runner(
         models.target, models.drafts, configs, plan.new_tokens, options.warmup,
-        options.temperature, options.seed, make, plan.synthetic,
+        options.temperature, options.seed, make, plan.synthetic, models.tokenizer,
     )  # fmt: skip
     config = configs[next(iter(models.drafts), None)]
     header = header_of(plan, models, config, runner.memory.kind)

@@ -64,7 +64,7 @@ def load_models(plan: Plan) -> Models:
     if pair.draft is not None:
         add(named[0], pair.draft, pair.draft_tokenizer)
     for name in named[1:]:
-        add(name, *find_draft(name, embedded=options.target is None))
+        add(name, *find_draft(name, pair.target, embedded=options.target is None))
     for word in WORDS:
         if word in plan.draft_kinds and word not in drafts:
             add(word, word, None)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import SpecConfig
 from ..decode import SpecExtend
@@ -148,6 +148,8 @@ class Runner:
         temperature: 0: greedy.
         seed: of sampling.
         make: ``SpecExtend`` or one of its kin.
+        tokenizer: the target's, for stop strings that its checkpoint may bring; None: of random
+            models.
         synthetic: see ``records.Run``.
     """
 
@@ -160,6 +162,7 @@ class Runner:
     seed: int = 0
     make: Callable[..., SpecExtend] = SpecExtend
     synthetic: dict | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
     _specs: dict[tuple, SpecExtend] = field(default_factory=dict, init=False)
     _warm: set[tuple] = field(default_factory=set, init=False)
 
@@ -247,7 +250,7 @@ class Runner:
         return spec
 
     def _timed(self, row: Row, ids: torch.Tensor, new: int, progress: Progress) -> Timed:
-        options: dict = {"do_sample": self.temperature > 0}
+        options: dict = {"do_sample": self.temperature > 0, "tokenizer": self.tokenizer}
         if self.temperature > 0:
             options["temperature"] = self.temperature
         if not row.method.hugging_face:

@@ -57,7 +57,7 @@ def write_continuations(
         for start in track(places.tolist(), "continuing"):
             ids = torch.from_numpy(stream.ids[start : start + passage].astype(np.int64))[None]
             ids = ids.to(spec.model.device)
-            ids = spec.generate(ids, max_new_tokens=new, do_sample=False)[0]
+            ids = spec.generate(ids, max_new_tokens=new, do_sample=False, tokenizer=tokenizer)[0]
             text = tokenizer.decode(ids, skip_special_tokens=True)
             out.write(json.dumps({"text": text}) + "\n")
 

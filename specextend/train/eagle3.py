@@ -6,6 +6,7 @@ the step before it made, as it will have to when it drafts; the loss of every st
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from ..draft.eagle import EagleDraft
 from ..draft.eagle_checkpoint import read_config, save_head
 from ..draft.eagle_head import EagleHead, HeadConfig
 from .data import Batch, TokenStream
-from .loss import Measured, Wanted, row_loss
+from .loss import Measured, Wanted, gradient_in_blocks
+from .memory import layer_bytes, product_bytes, reading_bytes, training_bytes
 from .target import FrozenTarget, check_norm
 
 # A head may begin with pieces of the target. Then the residual has so much of the feature, and the
@@ -134,7 +136,11 @@ def _target_pieces(target: FrozenTarget, config: HeadConfig) -> dict[str, Tensor
 
 
 def unroll(
-    head: EagleHead, tokens: Tensor, features: Tensor, steps: int
+    head: EagleHead,
+    tokens: Tensor,
+    features: Tensor,
+    steps: int,
+    read_out: Callable[[Tensor], Tensor] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Propose ``steps`` tokens behind every position, in plain PyTorch.
 
@@ -147,19 +153,21 @@ def unroll(
         tokens: [B, L] int64.
         features: [B, L, F] of the same positions.
         steps: at most L - 1.
+        read_out: makes of a step's output what is returned; None: its logits.
 
     Returns:
         Per step s = 0 ..: logits [B, L - 1 - s, draft vocabulary] and hidden states [B, .., H].
         Row t predicts token t + 2 + s, having been given features up to t. Differentiable.
     """
     attention = _ChainAttention(head.config.windows)
+    read_out = read_out or head.logits
     hidden, results = head.fuse(features[:, :-1]), []
     for step in range(steps):
         inputs = tokens[:, 1 + step :]
         rows = inputs.shape[1]
         positions = torch.arange(step, step + rows, device=tokens.device)[None]
         out, hidden = head(inputs, hidden[:, :rows], positions, attention)
-        results.append((head.logits(out), hidden))
+        results.append((read_out(out), hidden))
     return results
 
 
@@ -205,6 +213,8 @@ class Eagle3Recipe:
             ``"data"``: the text's tokens.
     """
 
+    remedies = "a smaller --length or --ttt-steps, or --labels data"
+
     def __init__(self, target: FrozenTarget, head: EagleHead, steps: int, labels: str):
         self.target, self.module, self.steps, self.labels = target, head, steps, labels
         ids = head.vocabulary
@@ -213,32 +223,54 @@ class Eagle3Recipe:
             self._draft_ids = torch.full((target.vocab,), -1, device=ids.device)
             self._draft_ids[ids] = torch.arange(len(ids), device=ids.device)
 
-    def backward(self, batch: Batch, generator: torch.Generator, scale: float) -> Measured:
-        """Add the gradients of ``scale`` times the mean loss, weighted over steps."""
+    def backward(self, batch: Batch, generators: list[torch.Generator]) -> Measured:
+        """Add the gradients of the rows' summed losses, weighted over steps."""
         ids, head = batch.ids, self.module
         positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape[0], -1)
         reading = self.target.read(
             ids, positions, logits=self.labels == "target", layers=head.config.feature_layers
         )
-        wanted = Wanted.of(batch, reading.logits)
+        wanted, total = Wanted.of(batch, reading.logits), Measured()
         with self.target.autocast():
-            results = unroll(head, ids, reading.features.to(head.norm.weight.dtype), self.steps)
-            weight, weights = 1.0, sum(DECAY**s for s in range(self.steps))
-            loss, total = torch.zeros((), device=ids.device), Measured()
-            for step, (logits, _) in enumerate(results):
-                rows = slice(1 + step, 1 + step + logits.shape[1])
-                summed, measured = row_loss(logits.flatten(0, 1), *self._rows(wanted, rows))
-                loss = loss + summed * (weight / weights / max(1, measured.rows))
-                total, weight = total + measured, weight * DECAY
-        (loss * scale).backward()
+            features = reading.features.to(head.norm.weight.dtype)
+            outputs = [out for out, _ in unroll(head, ids, features, self.steps, lambda out: out)]
+            gradients = []
+            for step, out in enumerate(outputs):
+                gradient, measured = gradient_in_blocks(
+                    out, head.logits, lambda part, s=step: self._rows(wanted, s, part),
+                    self.target.vocab, DECAY**step,
+                )  # fmt: skip
+                gradients.append(gradient)
+                total = total + measured
+        torch.autograd.backward(outputs, gradients)
         return total
 
-    def _rows(self, wanted: Wanted, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """Return tokens and teacher of some rows, in the head's vocabulary; a row whose answer it
-        cannot give does not count."""
-        tokens, teacher = wanted.tokens[:, rows].flatten(), wanted.teacher
-        if teacher is not None:
-            teacher = teacher[:, rows].flatten(0, 1)
+    def memory(self, windows: int, length: int) -> int:
+        """Return about how many bytes a step holds at most, besides the weights."""
+        config, number = self.module.config, product_bytes(self.target)
+        rows, heads, size = windows * length, config.num_heads, config.hidden_size
+        wide = 9.0 * heads * config.head_dim + 4.2 * config.intermediate_size
+        each = self.steps * (44 * size + number * wide) + 36 * size
+        # Attention has a weight for each pair of rows; on a GPU they are made in float32, whatever
+        # they are multiplied in.
+        weight = 6 if number == 2 and self.target.model.device.type == "cuda" else number
+        pairs = weight * heads * (1.25 * self.steps + 2.5) * windows * length**2
+        reading = reading_bytes(
+            self.target, rows, self.labels == "target", len(config.feature_layers),
+            config.draft_vocab_size,
+        )  # fmt: skip
+        step = max(int(rows * each + pairs), layer_bytes(self.target, rows))
+        return training_bytes(self.module) + reading + step
+
+    def _rows(self, wanted: Wanted, step: int, part: slice) -> tuple[Tensor, Tensor | None]:
+        """Return tokens and teacher of some of a step's rows, in the head's vocabulary; a row whose
+        answer it cannot give does not count."""
+        batch, length = wanted.tokens.shape
+        count = length - 1 - step  # of a window
+        rows = torch.arange(batch * count, device=wanted.tokens.device)[part]
+        place = rows // count, 1 + step + rows % count
+        tokens = wanted.tokens[place]
+        teacher = None if wanted.teacher is None else wanted.teacher[place]
         if self._draft_ids is not None:
             answer = tokens if teacher is None else teacher.argmax(-1)
             known = self._draft_ids[answer.clamp(min=0)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +15,8 @@ from ..draft.longspec import WINDOW, LongSpecDraft
 from ..draft.longspec_block import BlockShape, LongSpecBlock, Rotation
 from ..draft.longspec_checkpoint import save_block
 from .data import Batch
-from .loss import Measured, Wanted, backward_in_blocks
+from .loss import Measured, Wanted, gradient_in_blocks
+from .memory import layer_bytes, product_bytes, reading_bytes, training_bytes
 from .target import FrozenTarget, check_norm
 
 ANCHORS = 4  # tokens at the beginning that may keep their positions
@@ -90,10 +92,10 @@ def training_form(
     positions: Tensor,
     keys: Tensor,
     values: Tensor,
-    lag: int,
+    lags: Sequence[int],
     window: int = WINDOW,
 ) -> Tensor:
-    """Run the block over whole windows [B, L, h], the target's keys ``lag`` tokens behind.
+    """Run the block over whole windows [B, L, h], the target's keys some tokens behind.
 
     Args:
         block: the block.
@@ -101,8 +103,8 @@ def training_form(
         embeddings: [B, L, h] of the tokens.
         positions: [B, L] int64.
         keys, values: [B, L, Hkv, D], the target's last layer at the same positions.
-        lag: tokens by which the last visible key is behind the query; a tree node of depth d has
-            d + 1.
+        lags: for each window, tokens by which the last visible key is behind the query; a tree
+            node of depth d has d + 1.
         window: keys that self-attention sees.
     """
     angles = rotation.angles(positions)
@@ -111,7 +113,8 @@ def training_form(
         return windowed_attention(rotation(q, angles), rotation(k, angles), v, window)
 
     def cross_attention(q: Tensor) -> Tensor:
-        return lagged_attention(rotation(q, angles), keys, values, lag)
+        rows = zip(rotation(q, angles).split(1), keys.split(1), values.split(1), lags, strict=True)
+        return torch.cat([lagged_attention(*row) for row in rows])
 
     return block(embeddings, self_attention, cross_attention)
 
@@ -196,6 +199,8 @@ class LongSpecRecipe:
             distribution.
     """
 
+    remedies = "a smaller --length"
+
     def __init__(
         self,
         target: FrozenTarget,
@@ -213,24 +218,40 @@ class LongSpecRecipe:
                 "(max_position_embeddings)"
             )
 
-    def backward(self, batch: Batch, generator: torch.Generator, scale: float) -> Measured:
-        """Add the gradients of ``scale`` times the batch's mean loss."""
+    def backward(self, batch: Batch, generators: list[torch.Generator]) -> Measured:
+        """Add the gradients of the rows' summed losses."""
         rows, length = batch.ids.shape
         if self.anchor_offset:
             limit = self.target.max_positions
-            positions = anchor_offset_positions(rows, length, limit, generator)
+            positions = [anchor_offset_positions(1, length, limit, g) for g in generators]
+            positions = torch.cat(positions).to(batch.ids.device)
         else:
-            positions = torch.arange(length).expand(rows, -1)
-        positions = positions.to(batch.ids.device)
-        lag = int(torch.randint(1, self.max_lag + 1, (), generator=generator))
+            positions = torch.arange(length, device=batch.ids.device).expand(rows, -1)
+        lags = [int(torch.randint(1, self.max_lag + 1, (), generator=g)) for g in generators]
         reading = self.target.read(batch.ids, positions, logits=self.labels == "target")
         embeddings = self.target.embedding(batch.ids).detach()
         wanted = Wanted.of(batch, reading.logits)
         with self.target.autocast():
             hidden = training_form(
-                self.module, self.rotation, embeddings, positions, reading.keys, reading.values, lag
+                self.module, self.rotation, embeddings, positions, reading.keys, reading.values,
+                lags,
+            )  # fmt: skip
+            gradient, measured = gradient_in_blocks(
+                hidden, self.target.head, wanted.rows, self.target.vocab
             )
-            return backward_in_blocks(hidden, self.target.head, wanted, scale)
+        hidden.backward(gradient)
+        return measured
+
+    def memory(self, windows: int, length: int) -> int:
+        """Return about how many bytes a step holds at most, besides the weights."""
+        shape, rows = self.module.shape, windows * length
+        wide = 12.6 * shape.heads * shape.head_dim + 5.9 * shape.intermediate
+        each = 54 * shape.hidden + product_bytes(self.target) * wide
+        if length > WINDOW:  # masks, a byte and a float32 for each pair
+            each += 5 * 2 * WINDOW
+        reading = reading_bytes(self.target, rows, self.labels == "target", 0, self.target.vocab)
+        step = max(int(rows * each), layer_bytes(self.target, rows))
+        return training_bytes(self.module) + reading + step
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
         """Write the block in the published format."""

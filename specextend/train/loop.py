@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -18,6 +18,7 @@ from .loss import Measured
 
 BETAS, CLIP = (0.9, 0.95), 1.0
 FLOOR = 0.02  # the learning rate falls to this part of its peak
+CHECKPOINT = "checkpoint.pt"
 DECAY = 0.3  # the "linear" schedule falls in this share of the steps
 
 
@@ -84,8 +85,12 @@ class Recipe(Protocol):
 
     module: nn.Module
 
-    def backward(self, batch: Batch, generator: torch.Generator, scale: float) -> Measured:
-        """Add the gradients of ``scale`` times the batch's mean loss."""
+    def backward(self, batch: Batch, generators: list[torch.Generator]) -> Measured:
+        """Add the gradients of the rows' summed losses, weighted as :class:`Measured` says.
+
+        Each window draws from its own generator alone, so that nothing depends on which windows are
+        taken together.
+        """
 
     def save(self, folder: Path) -> None:
         """Write the draft in its published format."""
@@ -108,6 +113,15 @@ class Processes:
         if self.count > 1:
             for tensor in tensors:
                 tensor.copy_(self._accelerator.reduce(tensor, reduction="sum"))
+
+    def least(self, value: int) -> int:
+        """Return the least value of all processes."""
+        if self.count == 1:
+            return value
+        values = torch.zeros(self.count, dtype=torch.float64, device=self._accelerator.device)
+        values[self.index] = value
+        self.sum([values])
+        return int(values.min())
 
     def wait(self) -> None:
         """Wait until all processes are here."""
@@ -172,7 +186,7 @@ class Trainer:
     @property
     def checkpoint(self) -> Path:
         """Say where the run's state is kept."""
-        return self.folder / "checkpoint.pt"
+        return self.folder / CHECKPOINT
 
     def save(self) -> None:
         """Write the run's state; a run that is killed meanwhile keeps the one before."""
@@ -200,7 +214,8 @@ class Trainer:
         if not self.checkpoint.exists():
             raise FileNotFoundError(f"there is no checkpoint in {self.folder}")
         state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        now, quiet = asdict(self.config), {"validate_every", "save_every", "log_every"}
+        now = asdict(self.config)
+        quiet = {"micro_batch", "validate_every", "save_every", "log_every"}
         for name, value in state["config"].items():
             if name not in quiet and now[name] != value:
                 raise ValueError(
@@ -247,21 +262,37 @@ class Trainer:
             group["lr"] = config.rate(step)
         self.optimizer.zero_grad()
         parts = config.batch // config.micro_batch
-        total = torch.zeros(3, dtype=torch.float64)
+        total = torch.zeros(4, dtype=torch.float64)
         for part in range(processes.index, parts, processes.count):
             index = step * parts + part
             batch = self.stream.batch(index, config.micro_batch, config.length, config.seed)
-            generator = torch.Generator().manual_seed(config.seed * (1 << 32) + index)
-            measured = self.recipe.backward(batch.to(device), generator, 1 / parts)
-            total += torch.tensor([measured.loss, measured.right, measured.rows])
+            first = index * config.micro_batch
+            measured = self.recipe.backward(
+                batch.to(device), [self._noise(first + i) for i in range(config.micro_batch)]
+            )
+            total += torch.tensor(astuple(measured))
         gradients = [p.grad for p in self.parameters]
         processes.sum(gradients)
         total = total.to(device, torch.float32)
         processes.sum([total])
+        loss, right, rows, weight = total.tolist()
+        for gradient in gradients:
+            gradient /= weight or 1.0
         torch.nn.utils.clip_grad_norm_(self.parameters, CLIP)
         self.optimizer.step()
-        loss, right, rows = total.tolist()
-        return Measured(loss, right, int(rows))
+        return Measured(loss, right, int(rows), weight)
+
+    def _noise(self, window: int) -> torch.Generator:
+        """Return what a window draws from, in any run with this seed."""
+        return torch.Generator().manual_seed(self.config.seed * (1 << 32) + window)
+
+
+def saved_config(folder: Path) -> dict | None:
+    """Return the options of the run whose checkpoint is in a folder, None where there is none."""
+    file = folder / CHECKPOINT
+    if not file.exists():
+        return None
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)["config"]
 
 
 def append_log(file: Path, report: Report) -> None:

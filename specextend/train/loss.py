@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .data import Batch
 
-ROWS = 1024  # logits of so many rows exist at once
+BLOCK = 1 << 24  # so many logits exist at once
 IGNORED = -100
 
 
@@ -27,6 +27,11 @@ class Wanted:
     tokens: Tensor
     teacher: Tensor | None
 
+    def rows(self, part: slice) -> tuple[Tensor, Tensor | None]:
+        """Return tokens [N] and teacher [N, V] of some of the B * L rows."""
+        teacher = None if self.teacher is None else self.teacher.flatten(0, 1)[part]
+        return self.tokens.flatten()[part], teacher
+
     @staticmethod
     def of(batch: Batch, teacher: Tensor | None) -> Wanted:
         """Let row t predict token t + 1, or what the teacher predicts there."""
@@ -37,14 +42,22 @@ class Wanted:
 
 @dataclass
 class Measured:
-    """Holds sums over rows that count: of loss, of right first choices, of rows."""
+    """Holds sums over rows that count: of loss, of right first choices, of rows, of weights.
+
+    The gradients of a step are those of the weighted sum of its rows' losses, divided by the sum of
+    their weights. Both are sums over windows, however these are taken together.
+    """
 
     loss: float = 0.0
     right: float = 0.0
     rows: int = 0
+    weight: float = 0.0
 
     def __add__(self, other: Measured) -> Measured:
-        return Measured(self.loss + other.loss, self.right + other.right, self.rows + other.rows)
+        return Measured(
+            self.loss + other.loss, self.right + other.right, self.rows + other.rows,
+            self.weight + other.weight,
+        )  # fmt: skip
 
 
 def row_loss(logits: Tensor, tokens: Tensor, teacher: Tensor | None) -> tuple[Tensor, Measured]:
@@ -64,22 +77,24 @@ def row_loss(logits: Tensor, tokens: Tensor, teacher: Tensor | None) -> tuple[Te
         choice = wanted.argmax(-1)
         loss = -((wanted * logits.log_softmax(-1)).sum(-1) * counted).sum()
     right = ((logits.argmax(-1) == choice) & counted).sum()
-    return loss, Measured(loss.item(), right.item(), int(counted.sum()))
+    rows = int(counted.sum())
+    return loss, Measured(loss.item(), right.item(), rows, rows)
 
 
-def backward_by_rows(
+def gradient_by_rows(
     hidden: Tensor, loss_of: Callable[[Tensor, slice], Tensor], rows: int
-) -> float:
-    """Back-propagate a loss some rows at a time, so that logits with gradients never exist for all.
+) -> tuple[Tensor, float]:
+    """Back-propagate a loss to ``hidden`` and no further, some rows at a time, so that logits with
+    gradients never exist for all.
 
     Args:
-        hidden: [B, L, h], part of a graph.
+        hidden: [B, L, h].
         loss_of: from some rows of ``hidden`` [N, h], and which of the B * L they are, to their
-            share of the loss, a scalar.
+            share of the loss, a scalar. Parameters that it uses receive their gradients.
         rows: how many at a time.
 
     Returns:
-        The loss: the sum of the shares.
+        The gradient [B, L, h], and the loss: the sum of the shares.
     """
     flat, total = hidden.detach().flatten(0, 1).requires_grad_(), 0.0
     for start in range(0, len(flat), rows):
@@ -87,31 +102,48 @@ def backward_by_rows(
         loss = loss_of(flat[part], part)
         loss.backward()
         total += loss.item()
-    hidden.backward(flat.grad.view_as(hidden))
+    return flat.grad.view_as(hidden), total
+
+
+def backward_by_rows(
+    hidden: Tensor, loss_of: Callable[[Tensor, slice], Tensor], rows: int
+) -> float:
+    """Back-propagate a loss as :func:`gradient_by_rows` does, and on through the graph that
+    ``hidden`` is part of; return the loss."""
+    gradient, total = gradient_by_rows(hidden, loss_of, rows)
+    hidden.backward(gradient)
     return total
 
 
-def backward_in_blocks(
-    hidden: Tensor, head: Callable[[Tensor], Tensor], wanted: Wanted, scale: float
-) -> Measured:
-    """Back-propagate ``scale`` times the mean loss of ``head(hidden)``, ``ROWS`` rows at a time.
+def gradient_in_blocks(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    wanted: Callable[[slice], tuple[Tensor, Tensor | None]],
+    vocab: int,
+    weight: float = 1.0,
+) -> tuple[Tensor, Measured]:
+    """Return the gradient of the summed loss of ``head(hidden)``, ``BLOCK`` logits at a time.
 
     Args:
-        hidden: [B, L, h], part of a graph.
-        head: hidden rows to logits; frozen.
-        wanted: what the rows should predict.
-        scale: factor of the gradients.
+        hidden: [B, L, h].
+        head: rows of it to logits.
+        wanted: from a slice of the B * L rows to tokens and teacher, as :func:`row_loss` takes
+            them.
+        vocab: logits of a row.
+        weight: of these rows.
     """
-    tokens, measured = wanted.tokens.flatten(), []
-    teacher = None if wanted.teacher is None else wanted.teacher.flatten(0, 1)
-    rows = max(1, int((tokens != IGNORED).sum()))
+    measured = []
 
     def loss_of(hidden: Tensor, part: slice) -> Tensor:
-        loss, figures = row_loss(
-            head(hidden), tokens[part], None if teacher is None else teacher[part]
-        )
+        loss, figures = row_loss(head(hidden), *wanted(part))
+        figures.weight *= weight
         measured.append(figures)
-        return loss * (scale / rows)
+        return loss * weight
 
-    backward_by_rows(hidden, loss_of, ROWS)
-    return sum(measured, Measured())
+    gradient, _ = gradient_by_rows(hidden, loss_of, block_rows(vocab))
+    return gradient, sum(measured, Measured())
+
+
+def block_rows(vocab: int) -> int:
+    """Return how many rows of logits exist at once."""
+    return max(1, BLOCK // vocab)

@@ -34,7 +34,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's own options, without those of what it computes with."""
     group = parser.add_argument_group("what is trained")
     group.add_argument("--kind", choices=KINDS, required=True, help="LongSpec block, EAGLE-3 head")
-    group.add_argument("--target", metavar="MODEL", help="[the embedded target]")
+    group.add_argument(
+        "--target", metavar="MODEL", help="folder, hub id or GGUF file [the embedded target]"
+    )
     group.add_argument(
         "--data", metavar="FILE", required=True,
         help='plain text, or JSON Lines with "text", or with "prompt" and "response"',
@@ -61,7 +63,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--anchor-offset", action=argparse.BooleanOptionalAction, default=None,
         help="longspec: shift positions at random, behind a few anchors",
     )  # fmt: skip
-    group.add_argument("--micro-batch", type=int, metavar="N", help="windows at a time [batch]")
+    group.add_argument(
+        "--micro-batch", type=int, metavar="N",
+        help="windows at a time; what is learnt does not depend on it [as many as fit in memory]",
+    )  # fmt: skip
     group.add_argument("--steps", type=int, metavar="N", help="[once through the data]")
     group.add_argument("--warmup", type=int, metavar="N", help="steps [a tenth]")
     group.add_argument(

@@ -15,13 +15,14 @@ from ..config import SpecConfig
 from ..draft.checkpoint import Checkpoint
 from ..draft.eagle_checkpoint import load_head
 from ..draft.longspec_checkpoint import load_block
-from ..machine import choose_device
+from ..machine import choose_device, free_memory
 from ..pair import load_target
 from ..terminal import standard_error
 from .data import TokenStream
 from .eagle3 import Eagle3Recipe, frequent_tokens, new_head
 from .longspec import LongSpecRecipe, new_block
-from .loop import Processes, Report, TrainConfig, Trainer, append_log
+from .loop import Processes, Report, TrainConfig, Trainer, append_log, saved_config
+from .memory import fitting_micro_batch, size
 from .options import PRESETS, StagePreset
 from .target import FrozenTarget
 from .validation import Continuation, count_rounds
@@ -112,6 +113,34 @@ def _recipe(
     return LongSpecRecipe(target, block, shifted, args.max_lag, args.labels or "data")
 
 
+def _micro_batch(
+    args: argparse.Namespace, recipe, preset: StagePreset, processes: Processes
+) -> int:
+    """Return how many windows are taken at a time: as many as was said, or as fit.
+
+    Raises:
+        ValueError: not even one fits.
+    """
+    if args.micro_batch is not None:
+        return args.micro_batch
+    saved = saved_config(Path(args.output)) if args.resume else None
+    if saved is not None:  # what goes on has the bits of a run in one go
+        return saved["micro_batch"]
+    device, share = recipe.target.model.device, max(1, preset.batch // processes.count)
+    free = free_memory(device)
+    if free is None:
+        count, why = 1, "how much memory is free is not known here"
+    else:
+        if device.type == "cpu":  # which the processes of a machine share
+            free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        free = processes.least(free)
+        count, needed = fitting_micro_batch(recipe, share, preset.length, free)
+        why = f"about {size(needed)} of the {size(free)} of memory that are free"
+    if processes.index == 0:
+        standard_error().line(f"{count} of {share} windows at a time: {why}", "dim")
+    return count
+
+
 def train(args: argparse.Namespace) -> None:
     """Train what the options of ``specextend train`` ask for."""
     if (args.kind, args.stage) not in PRESETS:
@@ -138,7 +167,7 @@ def train(args: argparse.Namespace) -> None:
     config = TrainConfig(
         steps=steps,
         batch=preset.batch,
-        micro_batch=args.micro_batch or preset.batch // processes.count,
+        micro_batch=_micro_batch(args, recipe, preset, processes),
         length=preset.length,
         lr=preset.lr,
         warmup=math.ceil(steps / 10) if args.warmup is None else args.warmup,

@@ -26,7 +26,7 @@ from ..guard import position_limit
 from ..machine import device_text
 from ..pair import Pair
 from ..stats import PHASES
-from ..terminal import Detokenizer, dtype_name, last_lines, size_text
+from ..terminal import Detokenizer, dtype_name, gap, last_lines, size_text
 from ..timing import Timed, difference, timed_steps
 
 MAX_CHARS = 1_000_000  # of a text that a page may send
@@ -112,7 +112,8 @@ class Column:
         self.steps: Iterator[Step] = spec.stream(ids, **options)
         self._timed_steps = timed_steps(self.steps)
         self._retrievals = 0
-        self._text = Detokenizer(tokenizer, ids[0].tolist())
+        self._tokenizer, self._prompt = tokenizer, ids[0].tolist()
+        self._text = Detokenizer(tokenizer)
 
     def round(self) -> dict | None:
         """Run the next round, and tell of it; None if there was none."""
@@ -120,8 +121,8 @@ class Column:
         if step is None:
             self.over = True
             return None
-        timed, stats = self.timed, self.spec.stats
-        if timed.tokens:
+        timed, stats, first = self.timed, self.spec.stats, not self.timed.tokens
+        if not first:
             timed.decode += took
             timed.rounds += 1
         else:
@@ -135,6 +136,8 @@ class Column:
             "rate": timed.rate,
             "acceptance": stats.mean_acceptance_length,
         }
+        if first:
+            event["gap"] = gap(self._tokenizer, self._prompt, step.tokens)
         if len(stats.retrieved_ids) > self._retrievals:
             self._retrievals = len(stats.retrieved_ids)
             event["chunks"] = [i for i in stats.retrieved_ids[-1][0].tolist() if i >= 0]
@@ -282,7 +285,11 @@ class Race:
             ValueError: an order that cannot be met, before the first event.
         """
         ids = self._prompt(order)
-        options: dict = {"max_new_tokens": order.new_tokens, "do_sample": order.temperature > 0}
+        options: dict = {
+            "max_new_tokens": order.new_tokens,
+            "do_sample": order.temperature > 0,
+            "tokenizer": self.tokenizer,
+        }
         if order.temperature:
             options["temperature"] = order.temperature
         seed = int(torch.randint(1 << 31, ()))

@@ -11,6 +11,7 @@ DECODE, GENERATION, VERIFY, HF, TARGET, TREE, SAMPLING, STOPPING = (
     )
 )  # fmt: skip
 CACHE, ATTENTION, ROTARY = (f"specextend/{name}.py" for name in ("cache", "attention", "rotary"))
+TERMINAL = "specextend/terminal.py"
 GUARD, GATE, GRAPHS = (f"specextend/{name}.py" for name in ("guard", "gate", "graphs"))
 CACHED, CAUSAL, NGRAM, LONGSPEC, EAGLE, HEAD, EAGLE_FILES, WORKING, SELF = (
     f"specextend/draft/{name}.py"
@@ -791,5 +792,41 @@ MUTANTS = [
         "return out, normed if self.config.norm_output else hidden",
         "return out, hidden",
         ("tests/test_eagle.py::TestDialects",),
+    ),
+    # ---- the commands ----
+    Mutant(
+        "terminal: bytes are written before it is known whether they are UTF-8",
+        TERMINAL,
+        "        if self._in_bytes:\n            return",
+        "        if False:\n            return",
+        ("tests/test_detokenizer.py",),
+    ),
+    Mutant(
+        "chat: a turn that failed stays in the history",
+        "specextend/command/chat.py",
+        "            continue\n        messages = [*asked",
+        "        messages = [*asked",
+        ("tests/test_cli.py::TestChat",),
+    ),
+    Mutant(
+        "training: windows share what they draw from",
+        "specextend/train/loop.py",
+        "manual_seed(self.config.seed * (1 << 32) + window)",
+        "manual_seed(self.config.seed * (1 << 32) + self.step)",
+        ("tests/test_train.py::TestRuns::test_each_window_has_its_own_draws",),
+    ),
+    Mutant(
+        "training: gradients are means of means",
+        "specextend/train/loop.py",
+        "gradient /= weight or 1.0",
+        "gradient /= measured.weight",
+        ("tests/test_train.py::TestRuns::test_nothing_depends_on_the_micro_batch",),
+    ),
+    Mutant(
+        "training: a window of twice the length needs twice the memory",
+        "specextend/train/eagle3.py",
+        "windows * length**2",
+        "windows * length",
+        ("tests/test_train_memory.py::test_what_a_step_holds",),
     ),
 ]

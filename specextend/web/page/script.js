@@ -232,8 +232,9 @@ function prefill({ column, done, total }) {
   $("status").textContent = `${who} reads the prompt: ${number(done)} of ${number(total)} tokens`;
 }
 
-function round({ column: name, pieces, accepted, rate, acceptance, chunks }) {
+function round({ column: name, pieces, accepted, rate, acceptance, chunks, gap }) {
   const column = race.columns[name];
+  if (gap) column.write(gap, "before");
   pieces.forEach((piece, i) => {
     const own = i < accepted ? "accepted" : "target";
     column.write(piece, name === "spec" ? own : "");
