@@ -224,13 +224,22 @@ def running(state: Pass):
         _pass.reset(token)
 
 
-def current_pass() -> Pass:
-    """Return the pass under way in this thread.
+def in_pass() -> Pass | None:
+    """Return the pass under way in this thread; None where there is none.
 
     It is a context variable, as extra keyword arguments do not reach the attention function in
     every model family.
     """
-    state = _pass.get()
+    return _pass.get()
+
+
+def current_pass() -> Pass:
+    """Return the pass that must be under way in this thread.
+
+    Raises:
+        RuntimeError: it is not.
+    """
+    state = in_pass()
     if state is None:
         raise RuntimeError(
             f"the attention implementation {ATTENTION!r} works inside specextend.SpecExtend only; "

@@ -9,7 +9,9 @@ DECODE, GENERATION, VERIFY, HF, TARGET, TREE, SAMPLING = (
     for name in ("decode", "generation", "verify", "hf", "target", "tree", "sampling")
 )
 CACHE, ATTENTION, ROTARY = (f"specextend/{name}.py" for name in ("cache", "attention", "rotary"))
-GUARD, GATE, GRAPHS = (f"specextend/{name}.py" for name in ("guard", "gate", "graphs"))
+GUARD, GATE, GRAPHS, SWITCHES = (
+    f"specextend/{name}.py" for name in ("guard", "gate", "graphs", "switches")
+)
 CACHED, CAUSAL, NGRAM, LONGSPEC, EAGLE, HEAD, WORKING, SELF = (
     f"specextend/draft/{name}.py"
     for name in (
@@ -436,16 +438,23 @@ MUTANTS = [
     Mutant(
         "dropout stays on",
         ATTENTION,
-        "        module.training = False\n",
-        "        module.training = module.training\n",
+        "    set_training(False)\n",
+        "    set_training(True)\n",
         ("tests/test_decode.py::TestState::test_training_mode_is_kept",),
     ),
     Mutant(
-        "a model keeps our attention after an error",
+        "another thread is told our attention's name",
         ATTENTION,
-        "                config._attn_implementation_internal = name\n",
-        "                config._attn_implementation_internal = ATTENTION\n",
-        ("tests/test_decode.py::TestState",),
+        "return self._attn_implementation_internal if in_pass() is None else ATTENTION",
+        "return ATTENTION",
+        ("tests/test_threads.py::test_any_order",),
+    ),
+    Mutant(
+        "the first forward that ends puts back what both need",
+        SWITCHES,
+        "                if not _switches[key].users:\n",
+        "                if key in _switches:\n",
+        ("tests/test_threads.py::test_dropout_stays_off_in_both",),
     ),
     # ---- rotary positions, guard, gate, graphs ----
     Mutant(
