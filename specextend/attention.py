@@ -20,6 +20,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from . import ops
 from .cache import ATTENTION, Pass, current_pass, in_pass, running
 from .compat import CACHE
+from .longrope import changing_modules, redirect
 from .switches import Undo, switched
 
 
@@ -151,8 +152,9 @@ class PatchedModel:
     """Runs a model in :class:`Pass` es, and leaves it as it was outside of them.
 
     While a forward of ours runs, also until it raises, the model is in evaluation mode, its
-    configurations name our attention to the threads that are in a pass, and hooks collect the
-    features that a pass asks for. Other threads may run the same model meanwhile, in passes of
+    configurations name our attention to the threads that are in a pass, rotary embeddings that
+    depend on the length of a forward work on copies, and hooks collect the features that a pass
+    asks for. Other threads may run the same model meanwhile, in passes of
     other :class:`PatchedModel` s or without one, with its own attention.
     """
 
@@ -160,6 +162,7 @@ class PatchedModel:
         self.model = model
         configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
         self._configs = [c for c in configs.values() if isinstance(c, PreTrainedConfig)]
+        self._changing = changing_modules(model)
 
     @property
     def num_layers(self) -> int:
@@ -174,6 +177,7 @@ class PatchedModel:
     @contextlib.contextmanager
     def _installed(self, state: Pass):
         changes = {("name", id(c)): partial(_rename, c) for c in self._configs}
+        changes |= {("rotary", id(m)): partial(redirect, m) for m in self._changing}
         if state.feature_layers:
             changes["features", id(state)] = partial(self._collect, state)
         with switched(changes), evaluating(self.model), running(state):

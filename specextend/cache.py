@@ -79,6 +79,9 @@ class KVCache(Cache):
     Attributes:
         lens: [B] int32, committed rows; the same tensor for as long as the cache lives.
         length: the same number on the host, for batch 1, as far as it has learnt.
+        rotary_length: tokens of the text that the rows are read as a part of. Where the factors of
+            a rotary embedding depend on the length of a forward, they are those of one over as many
+            tokens, or more; 0: of each forward's own.
     """
 
     def __init__(self, num_layers: int, capacity: int, batch: int, device: torch.device):
@@ -86,6 +89,7 @@ class KVCache(Cache):
         self.capacity = capacity
         self.lens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.length = 0
+        self.rotary_length = 0
 
     def advance(self, count: int) -> None:
         """Commit ``count`` more rows, which have been written."""

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from . import ops  # noqa: F401  registers what a pass calls
 from .attention import PatchedModel, evaluating
 from .cache import KVCache, Pass
+from .longrope import drops_cache, edges, longrope_edge
 from .tree import Tree
 
 _PREFIX = 5
@@ -72,19 +73,17 @@ def check_length(model: PreTrainedModel, prompt: int, total: int, role: str = "t
             f"tokens and {total - prompt} new ones need {total}; shorten the prompt or "
             "max_new_tokens"
         )
-    config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = (
-        rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else "default"
-    )
-    edge = rope.get("original_max_position_embeddings") or limit
-    if kind in ("dynamic", "longrope") and edge is not None:
-        crosses = total > edge if kind == "dynamic" else prompt <= edge < total
-        if crosses:
-            raise ValueError(
-                f"the {role}'s {kind} rotary embedding changes at {edge} tokens, inside this "
-                f"context of {prompt} + {total - prompt}: tokens before and after would not agree"
-            )
+    crossed = [("dynamic", e) for e in edges(model, "dynamic") if total > e]
+    edge = longrope_edge(model)
+    for other in edges(model, "longrope"):
+        follows = edge is not None and (role == "draft" or drops_cache(model, edge) is not None)
+        if prompt <= other < total and not follows:
+            crossed.append(("longrope", other))
+    for kind, changes_at in crossed:
+        raise ValueError(
+            f"the {role}'s {kind} rotary embedding changes at {changes_at} tokens, inside this "
+            f"context of {prompt} + {total - prompt}: tokens before and after would not agree"
+        )
 
 
 def self_check(patched: PatchedModel) -> None:

@@ -119,7 +119,8 @@ def read_request(
         seed = int(torch.randint(1 << 62, (), generator=generator))
     chooser = TokenChooser(logits_processor, bool(generation_config.do_sample), seed)
     keep = (bool(generation_config.output_scores), bool(generation_config.output_logits))
-    return Request(prompt, max_length, chooser, *keep)
+    padding = input_ids.shape[1] - prompt.shape[1]
+    return Request(prompt, max_length, chooser, *keep, padding=padding)
 
 
 def check_prompt(ids) -> None:

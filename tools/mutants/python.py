@@ -8,7 +8,9 @@ DECODE, GENERATION, VERIFY, HF, TARGET, TREE, SAMPLING = (
     f"specextend/{name}.py"
     for name in ("decode", "generation", "verify", "hf", "target", "tree", "sampling")
 )
-CACHE, ATTENTION, ROTARY = (f"specextend/{name}.py" for name in ("cache", "attention", "rotary"))
+CACHE, ATTENTION, ROTARY, LONGROPE = (
+    f"specextend/{name}.py" for name in ("cache", "attention", "rotary", "longrope")
+)
 GUARD, GATE, GRAPHS, SWITCHES = (
     f"specextend/{name}.py" for name in ("guard", "gate", "graphs", "switches")
 )
@@ -457,6 +459,34 @@ MUTANTS = [
         ("tests/test_threads.py::test_dropout_stays_off_in_both",),
     ),
     # ---- rotary positions, guard, gate, graphs ----
+    Mutant(
+        "LongRoPE: a part of a prompt has the factors of its own length",
+        LONGROPE,
+        "(*position_ids.shape[:-1], 1), length - 1)",
+        "(*position_ids.shape[:-1], 1), 0)",
+        ("tests/test_longrope.py::test_lengths_and_chunks",),
+    ),
+    Mutant(
+        "LongRoPE: a tree goes over the edge",
+        GENERATION,
+        "room = min(room, self._edge - 1 - length)",
+        "room = min(room, self._edge - length)",
+        ("tests/test_longrope.py::test_drafts",),
+    ),
+    Mutant(
+        "LongRoPE: keys before the edge stay as they are",
+        GENERATION,
+        "if self.request.padding or not drops_cache(self.target.model, length):",
+        "if True:",
+        ("tests/test_longrope.py::test_lengths_and_chunks",),
+    ),
+    Mutant(
+        "LongRoPE: factors are computed in the buffers that others use",
+        LONGROPE,
+        "turn = partial(type(module).forward, _fresh(module), x)",
+        "turn = partial(type(module).forward, module, x)",
+        ("tests/test_longrope.py::test_short_and_long_beside_each_other",),
+    ),
     Mutant(
         "rotation: the sine's sign",
         ROTARY,
