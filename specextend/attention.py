@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from contextlib import AbstractContextManager
 from functools import cache, partial
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from .cache import ATTENTION, Pass, current_pass, in_pass, running
 from .compat import CACHE
 from .longrope import changing_modules, redirect
 from .switches import Undo, switched
+from .windows import question
 
 
 def _attention(
@@ -46,7 +48,7 @@ def _attention(
             "models whose attention is causal, with or without a sliding window"
         )
     layer = state.cache.layers[layer_idx]
-    window = sliding_window or 0
+    window = state.layer_windows.get(layer_idx, sliding_window or 0)
     if state.window:
         window = min(window, state.window) if window else state.window
     q = query.transpose(1, 2)
@@ -133,7 +135,8 @@ def _in_passes(own: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """Make the class that a configuration of class ``own`` has while its model runs in passes."""
 
     def name(self) -> str | None:
-        return self._attn_implementation_internal if in_pass() is None else ATTENTION
+        state = in_pass()
+        return self._attn_implementation_internal if state is None else state.attention
 
     def reduce(self, protocol):  # copies are of the class that has a name
         make, (_, *args), *state = own.__reduce_ex__(self, 0)
@@ -146,6 +149,11 @@ def _in_passes(own: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         "_attn_implementation": property(name, own._attn_implementation.fset),
     }
     return type(own.__name__, (own,), body)
+
+
+# What is known of models' windows. It is found anew whenever a model is tried, as its configuration
+# may have changed.
+_windows: WeakKeyDictionary[PreTrainedModel, dict[int, int]] = WeakKeyDictionary()
 
 
 class PatchedModel:
@@ -182,6 +190,32 @@ class PatchedModel:
             changes["features", id(state)] = partial(self._collect, state)
         with switched(changes), evaluating(self.model), running(state):
             yield
+
+    @property
+    def device(self) -> torch.device:
+        """Return where token ids are wanted: the device of the embedding, also where its weights
+        are somewhere else until they are needed."""
+        hook = getattr(self.model.get_input_embeddings(), "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)
+        return self.model.device if device is None else torch.device(device)
+
+    def find_windows(self) -> dict[int, int]:
+        """Ask the model's masks how far each layer sees, as :mod:`specextend.windows` describes it.
+
+        Returns:
+            By layer, keys that a token sees, the own one included; 0: all. Layers whose masks do
+            not say are left out, and all of them where flash attention, which asks no mask for its
+            window, is the model's own.
+        """
+        found: dict[int, int] = {}
+        if "flash" not in (self.model.config.get_text_config()._attn_implementation or ""):
+            asked = question(self.model, self.device)
+            tokens = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+            with torch.inference_mode(), self._installed(asked):
+                self.model(input_ids=tokens, use_cache=False, logits_to_keep=1)
+            found = asked.windows
+        _windows[self.model] = found
+        return found
 
     def _collect(self, state: Pass) -> Undo:
         """Hook the model, so that ``state.hidden`` gets the layers of ``state.feature_layers``."""
@@ -233,6 +267,9 @@ class PatchedModel:
             [B, M or 1, V] logits in the model's dtype.
         """
         keep = row if row is not None else int(last_only)
+        if self.model not in _windows:
+            self.find_windows()
+        state.layer_windows = _windows[self.model]
         with self._installed(state):
             return self.model(
                 input_ids=tokens,

@@ -149,6 +149,8 @@ class Pass:
         score_layers: layers that record what chunk scores need.
         chunk_size: of the recorded log-sum-exps.
         fused: tree attention by our kernel. False: SDPA with a dense mask.
+        attention: the name of the attention that the model is to call.
+        layer_windows: of layers whose window is known better than they say; 0: none.
         feature_layers: hidden states to hand out, counted as `transformers` does: i is the input of
             layer i, and the number of layers is what the head reads.
         recorded: per scored layer (chunk_lse, lse) when fused, else (queries, scale).
@@ -166,6 +168,8 @@ class Pass:
     score_layers: frozenset[int] = frozenset()
     chunk_size: int = 0
     fused: bool = True
+    attention: str = ATTENTION
+    layer_windows: dict[int, int] = field(default_factory=dict)
     feature_layers: tuple[int, ...] = ()
     recorded: dict[int, tuple] = field(default_factory=dict)
     calls: list[int] = field(default_factory=list)

@@ -11,6 +11,7 @@ from .attention import PatchedModel, evaluating
 from .cache import KVCache, Pass
 from .longrope import drops_cache, edges, longrope_edge
 from .tree import Tree
+from .windows import cache_windows
 
 _PREFIX = 5
 
@@ -113,6 +114,7 @@ def self_check(patched: PatchedModel) -> None:
         2,
     )
     try:
+        _check_windows(model, patched.find_windows())
         ours = _tree_logits(patched, prefix, tree, config.num_hidden_layers)
         paths = [(0, 1, 3), (0, 2)]
         own = {}
@@ -135,6 +137,25 @@ def self_check(patched: PatchedModel) -> None:
             "its attention is probably expressed in a way that specextend does not see, or not "
             'honoured by the implementation it was loaded with (try attn_implementation="eager")',
         )
+
+
+def _check_windows(model: PreTrainedModel, windows: dict[int, int]) -> None:
+    """Refuse a model whose cache forgets what its masks show, or keeps what they hide.
+
+    Args:
+        windows: keys that the mask of each layer shows, where it says; 0: all.
+    """
+    for layer, kept in cache_windows(model).items():
+        if kept == 1:
+            raise _refuse(model, "its sliding_window is 1, with which generate's cache keeps all")
+        shown = windows.get(layer, kept)
+        if shown == 0 or shown > kept:
+            raise _refuse(
+                model,
+                f"the mask of its layer {layer} shows {shown or 'all'} tokens, but generate keeps "
+                f"the last {kept} of them in its cache (sliding_window), so that a text depends on "
+                "the forwards it was read in; set sliding_window=None if all are to be seen",
+            )
 
 
 @torch.inference_mode()

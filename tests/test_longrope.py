@@ -189,4 +189,9 @@ def test_short_and_long_beside_each_other(kind):
     done.set()
     thread.join()
     assert all(torch.equal(out, expected) for out in outs)
-    assert "forward" not in vars(model.model.rotary_emb)
+    rotary = model.model.rotary_emb
+    assert "forward" not in vars(rotary)
+    left = rotary.inv_freq.clone()
+    assert not torch.equal(left, rotary.original_inv_freq)
+    spec.generate(short, **options)
+    assert torch.equal(left, rotary.inv_freq)  # a pass works on a copy of it

@@ -391,8 +391,8 @@ MUTANTS = [
     Mutant(
         "a layer's window is one short",
         ATTENTION,
-        "window = sliding_window or 0\n",
-        "window = max((sliding_window or 0) - 1, 0)\n",
+        "window = state.layer_windows.get(layer_idx, sliding_window or 0)\n",
+        "window = max(state.layer_windows.get(layer_idx, sliding_window or 0) - 1, 0)\n",
         ("tests/test_guard.py::test_families_pass", *GREEDY),
     ),
     Mutant(
@@ -447,7 +447,7 @@ MUTANTS = [
     Mutant(
         "another thread is told our attention's name",
         ATTENTION,
-        "return self._attn_implementation_internal if in_pass() is None else ATTENTION",
+        "return self._attn_implementation_internal if state is None else state.attention",
         "return ATTENTION",
         ("tests/test_threads.py::test_any_order",),
     ),

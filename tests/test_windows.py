@@ -1,0 +1,84 @@
+"""How far a layer sees is what its model's masks say, whether its attention is told or not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import FAMILIES, VOCAB, prompt, tiny_model
+from transformers import AutoModelForCausalLM, MoshiConfig, PreTrainedModel
+
+from specextend import SpecExtend, UnsupportedModelError
+from specextend.attention import PatchedModel
+from specextend.windows import cache_windows
+
+NEW = 20
+
+
+def assert_same_text(model: PreTrainedModel, lengths: tuple[int, ...], **options) -> None:
+    for draft in (None, "ngram"):
+        spec = SpecExtend(model, draft, seed=0, gate="off", prefill_chunk=16, **options)
+        for length in lengths:
+            ids, how = prompt(length), dict(max_new_tokens=NEW, do_sample=False)
+            assert torch.equal(spec.generate(ids, **how), model.generate(ids, **how)), length
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("window", [None, 2, 7, 8, 9, 10, 24, 64, 512, 4096])
+def test_windows_of_masks_alone(window, attention):
+    """Smaller than the tokens of the trial, as large, larger; the context inside and beyond."""
+    model = tiny_model("phimoe", sliding_window=window, attn_implementation=attention)
+    assert PatchedModel(model).find_windows() == dict.fromkeys((0, 1), (window or 0) % 512 % 4096)
+    assert_same_text(model, (3, 60))
+
+
+@pytest.mark.parametrize("window", [2, 9, 24, 512, 4096])
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "gpt_oss"])
+def test_windows_that_attention_is_told(family, window):
+    model = tiny_model(family, sliding_window=window)
+    found = PatchedModel(model).find_windows()
+    told = window if window < 512 else 0
+    assert found[0] == told and found[1] == (told if family == "mistral" else 0)
+    assert_same_text(model, (30,))
+
+
+def moshi(window: int) -> PreTrainedModel:
+    """Make one whose masks know no window, whereas its cache does."""
+    config = MoshiConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        ffn_dim=64, max_position_embeddings=512, sliding_window=window, initializer_range=0.3,
+        pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def test_a_cache_that_forgets_what_masks_show():
+    with pytest.raises(UnsupportedModelError, match=r"layer 0 shows all tokens, .* the last 64 of"):
+        SpecExtend(moshi(64))
+    assert_same_text(moshi(512), (60,))
+
+
+def test_a_window_of_one_token():
+    with pytest.raises(UnsupportedModelError, match="its sliding_window is 1, with which"):
+        SpecExtend(tiny_model("mistral", sliding_window=1))
+
+
+def test_a_window_is_looked_up_whenever_a_model_is_tried():
+    model = tiny_model("phimoe", sliding_window=None)
+    assert_same_text(model, (40,))
+    model.config.sliding_window = 9
+    assert_same_text(model, (40,))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masks_of_all_families_say_what_attention_is_told(family):
+    """They are found without a difference to what was served before."""
+    model = tiny_model(family)
+    patched = PatchedModel(model)
+    found, told = patched.find_windows(), {}
+    assert sorted(found) == [0, 1]
+    for layer, kept in cache_windows(model).items():
+        told[layer] = kept
+    assert {layer: window for layer, window in found.items() if window} == told
