@@ -272,7 +272,7 @@ def test_compiled_forwards():
     """They are traced anew where our attention is named, and once more where it is not."""
     model, other = tiny_model("llama"), tiny_model("llama")
     torch.compiler.reset()
-    model.model.layers[1].compile(backend="eager", dynamic=True)
+    model.model.layers[1].self_attn.compile(backend="eager", dynamic=True)
     made, expected = jobs(model), jobs(other)
     for name in ("plain", "first", "plain", "first"):
         assert torch.equal(made[name](), expected[name]())
