@@ -156,6 +156,28 @@ def _in_passes(own: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 _windows: WeakKeyDictionary[PreTrainedModel, dict[int, int]] = WeakKeyDictionary()
 
 
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Return the device that a model's embedding works on, also where accelerate keeps its weights
+    somewhere else until they are needed."""
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return model.device if device is None else torch.device(device)
+
+
+def check_autocast(device: torch.device) -> None:
+    """Refuse to compute in other dtypes than those of the weights.
+
+    Raises:
+        RuntimeError: with the dtype that autocast would use.
+    """
+    if torch.is_autocast_enabled(device.type):
+        raise RuntimeError(
+            f"torch.autocast computes in {torch.get_autocast_dtype(device.type)} here and there, "
+            "which specextend's caches and kernels do not follow: leave its block, or load the "
+            "model in that dtype"
+        )
+
+
 class PatchedModel:
     """Runs a model in :class:`Pass` es, and leaves it as it was outside of them.
 
@@ -193,11 +215,8 @@ class PatchedModel:
 
     @property
     def device(self) -> torch.device:
-        """Return where token ids are wanted: the device of the embedding, also where its weights
-        are somewhere else until they are needed."""
-        hook = getattr(self.model.get_input_embeddings(), "_hf_hook", None)
-        device = getattr(hook, "execution_device", None)
-        return self.model.device if device is None else torch.device(device)
+        """Return where token ids are wanted."""
+        return device_of(self.model)
 
     def find_windows(self) -> dict[int, int]:
         """Ask the model's masks how far each layer sees, as :mod:`specextend.windows` describes it.
@@ -266,6 +285,7 @@ class PatchedModel:
         Returns:
             [B, M or 1, V] logits in the model's dtype.
         """
+        check_autocast(self.device)
         keep = row if row is not None else int(last_only)
         if self.model not in _windows:
             self.find_windows()

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import ops  # noqa: F401  registers what a pass calls
-from .attention import PatchedModel, evaluating
+from .attention import PatchedModel, check_autocast, evaluating
 from .cache import KVCache, Pass
 from .longrope import drops_cache, edges, longrope_edge
 from .tree import Tree
@@ -97,14 +97,15 @@ def self_check(patched: PatchedModel) -> None:
     """
     model = patched.model
     check_architecture(model)
+    check_autocast(patched.device)
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
     draw = torch.randint(0, config.vocab_size, (1, _PREFIX + 4), generator=generator)
-    prefix, nodes = draw.to(model.device).split([_PREFIX, 4], 1)
+    prefix, nodes = draw.to(patched.device).split([_PREFIX, 4], 1)
     # 0 is the root; 1 and 2 are its children, 3 is a child of 1.
     parents, depths = (-1, 0, 0, 1), (0, 1, 1, 2)
     masks = (0b0001, 0b0011, 0b0101, 0b1011)
-    to = dict(device=model.device)
+    to = dict(device=patched.device)
     tree = Tree(
         nodes,
         torch.tensor([parents], dtype=torch.int32, **to),

@@ -105,7 +105,7 @@ def read_request(
     """
     _refuse_modes(generation_config)
     check_prompt(input_ids)
-    prompt = _strip_padding(input_ids, attention_mask).to(target.model.device)
+    prompt = _strip_padding(input_ids, attention_mask).to(target.device)
     _refuse_model_inputs(model_kwargs, prompt.shape[1])
     low, high = torch.stack([prompt.amin(), prompt.amax()]).tolist()
     if low < 0 or high >= target.vocab_size:

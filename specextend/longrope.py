@@ -80,7 +80,9 @@ def drops_cache(model: PreTrainedModel, edge: int) -> bool | None:
 def redirect(module: nn.Module) -> Undo:
     """Have a rotary embedding work for passes on a copy of its own, by the length of their text;
     other forwards keep theirs."""
-    own, of_instance = module.forward, "forward" in vars(module)
+    # Hooks of accelerate, which bring buffers from where they are kept, stay around it.
+    name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+    own, of_instance = getattr(module, name), name in vars(module)
 
     def forward(x: Tensor, position_ids: Tensor, *args, **kwargs):
         state = in_pass()
@@ -95,13 +97,13 @@ def redirect(module: nn.Module) -> Undo:
         cos, sin = turn(torch.cat([position_ids, last], -1), *args, **kwargs)
         return cos[..., :-1, :], sin[..., :-1, :]
 
-    module.forward = forward
+    setattr(module, name, forward)
 
     def undo() -> None:
         if of_instance:
-            module.forward = own
+            setattr(module, name, own)
         else:
-            del module.forward
+            delattr(module, name)
 
     return undo
 

@@ -121,7 +121,7 @@ def _keys(patched: PatchedModel, first: int, length: int) -> list[Tensor]:
     """Return every layer's keys [1, _TOKENS, Hkv, D] of a few tokens at ``first`` and behind, in a
     text of ``length`` tokens."""
     config = patched.model.config.get_text_config()
-    device = patched.model.device
+    device = patched.device
     cache = KVCache(config.num_hidden_layers, _TOKENS, 1, device)
     cache.rotary_length = length
     tokens = torch.arange(1, _TOKENS + 1, device=device)[None] * 7919 % config.vocab_size

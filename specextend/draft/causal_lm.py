@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..attention import PatchedModel
+from ..attention import PatchedModel, device_of
 from ..cache import Pass
 from ..config import SpecConfig
 from ..graphs import obstacle
@@ -53,11 +53,11 @@ class CausalLMDraft(CachedDraft):
     def load(
         cls, source: Source, target: Target, config: SpecConfig, tokenizers: Tokenizers
     ) -> CausalLMDraft:
-        model = _read(source, target.model) if isinstance(source, Checkpoint) else source
-        if model.device != target.model.device:
+        model = _read(source, target) if isinstance(source, Checkpoint) else source
+        device = device_of(model)
+        if device != target.device:
             raise ValueError(
-                f"the draft must be on the target's device {target.model.device}, got "
-                f"{model.device}"
+                f"the draft must be on the target's device {target.device}, got {device}"
             )
         _check_vocabulary(model, target.vocab_size, tokenizers)
         self_check(PatchedModel(model))
@@ -121,10 +121,10 @@ class CausalLMDraft(CachedDraft):
         return self.patched.forward(tokens, positions, state, last_only, row)[..., : self._vocab]
 
 
-def _read(checkpoint: Checkpoint, target: PreTrainedModel) -> PreTrainedModel:
+def _read(checkpoint: Checkpoint, target: Target) -> PreTrainedModel:
     """Load a causal LM in the target's dtype, on its device."""
     model, info = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, dtype=target.dtype, output_loading_info=True
+        checkpoint.folder, dtype=target.model.dtype, output_loading_info=True
     )
     if missing := sorted(info["missing_keys"]):  # they would be random
         raise ValueError(
