@@ -23,7 +23,7 @@ from .cache import ATTENTION, Pass, current_pass, in_pass, running
 from .compat import CACHE
 from .longrope import changing_modules, redirect
 from .switches import Undo, switched
-from .windows import question
+from .windows import TOKENS, question
 
 
 def _attention(
@@ -229,7 +229,7 @@ class PatchedModel:
         found: dict[int, int] = {}
         if "flash" not in (self.model.config.get_text_config()._attn_implementation or ""):
             asked = question(self.model, self.device)
-            tokens = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+            tokens = torch.zeros(1, TOKENS, dtype=torch.int64, device=self.device)
             with torch.inference_mode(), self._installed(asked):
                 self.model(input_ids=tokens, use_cache=False, logits_to_keep=1)
             found = asked.windows

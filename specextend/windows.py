@@ -18,6 +18,9 @@ from .cache import KVCache, Pass, current_pass
 #: the name that the attention which asks has in `transformers`
 ASKING = "specextend_asking"
 
+#: that the forward which is asked has
+TOKENS = 2
+
 _FIRST = 1000  # marks masks, as no mask of `transformers` would
 
 
@@ -58,9 +61,9 @@ def cache_windows(model: PreTrainedModel) -> dict[int, int]:
 
 
 def _make_mask(*args, mask_function, **kwargs) -> Tensor:
-    state = current_pass()
-    state.masks.append(_reach(mask_function, state.farthest, state.cache.lens.device))
-    return torch.full((1, 1, 1, 1), _FIRST + len(state.masks) - 1, device=state.cache.lens.device)
+    state, device = current_pass(), current_pass().cache.lens.device
+    state.masks.append(_reach(mask_function, state.farthest, device))
+    return torch.full((1, 1, TOKENS, TOKENS), _FIRST + len(state.masks) - 1, device=device)
 
 
 def _reach(mask_function, position: int, device: torch.device) -> int | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import FAMILIES, VOCAB, prompt, tiny_model
+from models import _BASE, FAMILIES, VOCAB, prompt, tiny_model
 from transformers import AutoModelForCausalLM, MoshiConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from specextend import SpecExtend, UnsupportedModelError
 from specextend.attention import PatchedModel
@@ -82,3 +84,38 @@ def test_masks_of_all_families_say_what_attention_is_told(family):
     for layer, kept in cache_windows(model).items():
         told[layer] = kept
     assert {layer: window for layer, window in found.items() if window} == told
+
+
+# Sizes by all the names that families have for them.
+_SIZES = dict(
+    head_dim=8, tie_word_embeddings=False, n_embd=32, n_head=4, n_layer=2, n_positions=512,
+    n_inner=48, ffn_dim=48, num_experts=4, num_local_experts=4, num_experts_per_tok=2,
+    moe_intermediate_size=16, d_model=32, n_heads=4, n_layers=2, decoder_layers=2,
+    decoder_attention_heads=4, decoder_ffn_dim=48, word_embed_proj_dim=32,
+)  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize("family", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+def test_every_family(family, window):
+    """Its text is the model's own, or it is refused."""
+    sliding = dict(sliding_window=window, use_sliding_window=True, max_window_layers=1)
+    try:
+        config = CONFIG_MAPPING[family](**_BASE, **_SIZES, **(sliding if window else {}))
+        with torch.device("meta"):
+            size = AutoModelForCausalLM.from_config(config).num_parameters()
+    except Exception as error:
+        pytest.skip(f"not of these sizes: {error!r}")
+    if size > 3e6:
+        pytest.skip("too large")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    try:
+        assert_same_text(model, (6, 60))
+    except UnsupportedModelError as refusal:
+        assert str(refusal)
+    except ValueError as refusal:
+        assert "is not available with specextend" in str(refusal)

@@ -8,8 +8,8 @@ DECODE, GENERATION, VERIFY, HF, TARGET, TREE, SAMPLING = (
     f"specextend/{name}.py"
     for name in ("decode", "generation", "verify", "hf", "target", "tree", "sampling")
 )
-CACHE, ATTENTION, ROTARY, LONGROPE = (
-    f"specextend/{name}.py" for name in ("cache", "attention", "rotary", "longrope")
+CACHE, ATTENTION, ROTARY, LONGROPE, WINDOWS = (
+    f"specextend/{name}.py" for name in ("cache", "attention", "rotary", "longrope", "windows")
 )
 GUARD, GATE, GRAPHS, SWITCHES = (
     f"specextend/{name}.py" for name in ("guard", "gate", "graphs", "switches")
@@ -457,6 +457,27 @@ MUTANTS = [
         "                if not _switches[key].users:\n",
         "                if key in _switches:\n",
         ("tests/test_threads.py::test_dropout_stays_off_in_both",),
+    ),
+    Mutant(
+        "windows: only what attention is told of counts",
+        ATTENTION,
+        "window = state.layer_windows.get(layer_idx, sliding_window or 0)",
+        "window = sliding_window or 0",
+        ("tests/test_windows.py::test_windows_of_masks_alone",),
+    ),
+    Mutant(
+        "windows: a mask is looked at from a position of the trial",
+        WINDOWS,
+        "attention=ASKING, farthest=limit - 1)",
+        "attention=ASKING, farthest=8)",
+        ("tests/test_windows.py::test_windows_of_masks_alone",),
+    ),
+    Mutant(
+        "offloaded weights: the device is where they are kept",
+        ATTENTION,
+        "return model.device if device is None else torch.device(device)",
+        "return model.device",
+        ("tests/test_offload.py::test_offloaded_targets",),
     ),
     # ---- rotary positions, guard, gate, graphs ----
     Mutant(
