@@ -80,9 +80,7 @@ def drops_cache(model: PreTrainedModel, edge: int) -> bool | None:
 def redirect(module: nn.Module) -> Undo:
     """Have a rotary embedding work for passes on a copy of its own, by the length of their text;
     other forwards keep theirs."""
-    # Hooks of accelerate, which bring buffers from where they are kept, stay around it.
-    name = "_old_forward" if "_old_forward" in vars(module) else "forward"
-    own, of_instance = getattr(module, name), name in vars(module)
+    own, of_instance = module.forward, "forward" in vars(module)
 
     def forward(x: Tensor, position_ids: Tensor, *args, **kwargs):
         state = in_pass()
@@ -97,13 +95,13 @@ def redirect(module: nn.Module) -> Undo:
         cos, sin = turn(torch.cat([position_ids, last], -1), *args, **kwargs)
         return cos[..., :-1, :], sin[..., :-1, :]
 
-    setattr(module, name, forward)
+    module.forward = forward
 
     def undo() -> None:
         if of_instance:
-            setattr(module, name, own)
+            module.forward = own
         else:
-            delattr(module, name)
+            del module.forward
 
     return undo
 

@@ -40,13 +40,23 @@ def theirs(family: str, length: int, padding: int = 0) -> torch.Tensor:
     return model_of(family).generate(ids, **options)
 
 
+def followed(family: str) -> bool:
+    """Tell whether a text may grow over the edge: `transformers` 5.17 drops the cache of Phi-3
+    there, and reads one token without it."""
+    return drops_cache(model_of(family), EDGE) is not None
+
+
 def given(length: int, padding: int) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.cat([torch.zeros(1, padding, dtype=torch.int64), prompt(length)], 1)
     return ids, (torch.arange(padding + length) >= padding).long()[None]
 
 
-def assert_theirs(spec: SpecExtend, family: str, length: int, padding: int = 0, **options) -> None:
+def assert_theirs(spec: SpecExtend, family: str, length: int, padding: int = 0) -> None:
     """Write it behind a short and behind a long forward, which leave factors in buffers."""
+    if length <= EDGE < length + NEW and not followed(family):
+        with pytest.raises(ValueError, match="longrope rotary embedding changes at 32 tokens"):
+            spec.generate(prompt(length), max_new_tokens=NEW, do_sample=False)
+        return
     expected = theirs(family, length, padding)
     ids, mask = given(length, padding)
     for left in (4, 80):
@@ -103,7 +113,7 @@ def test_padding(family):
 @pytest.mark.parametrize("way", ["generate", "stream", "custom_generate"])
 def test_ways_in(way):
     spec = drafted("phi3", "itself")
-    for length in (EDGE - 5, EDGE + 1, 70):
+    for length in (EDGE - 5, EDGE + 1, 70) if followed("phi3") else (EDGE + 1, 70):
         ids, options = prompt(length), dict(max_new_tokens=NEW, do_sample=False)
         if way == "generate":
             out = spec.generate(ids, **options)[0, length:].tolist()
@@ -117,7 +127,7 @@ def test_ways_in(way):
 def test_sampling():
     options = dict(max_new_tokens=NEW, do_sample=True, top_k=0)
     plain, spec = (SpecExtend(model_of("phi3"), None, seed=0), drafted("phi3", "itself"))
-    for length in LENGTHS:
+    for length in LENGTHS if followed("phi3") else (EDGE + 1, 70):
         ids = prompt(length)
         assert torch.equal(spec.generate(ids, **options), plain.generate(ids, **options))
 
@@ -149,12 +159,14 @@ def test_keys_are_moved_by_the_angles_of_the_text():
 
 
 def test_what_generate_does_at_the_edge():
-    assert [drops_cache(model_of(f), EDGE) for f in ("phi3", "phimoe", "llama")] == [1, 1, 0]
+    assert drops_cache(model_of("llama"), EDGE) is False
+    for family in ("phi3", "phimoe"):
+        assert drops_cache(model_of(family), EDGE) or not followed(family)
     assert longrope_edge(model_of("phi3")) == EDGE and longrope_edge(tiny_model("llama")) is None
 
 
 def test_what_cannot_be_followed_is_refused(monkeypatch):
-    model = model_of("phi3")
+    model = model_of("llama")
     check_length(model, EDGE, EDGE + 1)
     monkeypatch.setattr("specextend.guard.drops_cache", lambda *_: None)
     with pytest.raises(ValueError, match="longrope rotary embedding changes at 32 tokens, inside"):

@@ -237,18 +237,21 @@ def test_what_others_do_with_the_configuration_meanwhile():
     model = tiny_model("llama")
     made = jobs(model)
     alone, own = {name: job() for name, job in made.items()}, type(model.config)
-    before = copy.deepcopy(model.config)
+    options = dict(max_new_tokens=NEW, do_sample=False)
+    before, written = copy.deepcopy(model.config), model.generate(prompt(40, seed=1), **options)
     with holding(model) as runner:
         waiting = runner(made["first"], 2)
         waiting.enter()
         assert type(model.config) is not own
-        for other in (copy.deepcopy(model.config), pickle.loads(pickle.dumps(model.config))):
-            assert type(other) is own and other == before
+        for copied in (copy.deepcopy(model.config), pickle.loads(pickle.dumps(model.config))):
+            assert type(copied) is own and copied == before
         assert isinstance(model.config, own) and type(model.config).__name__ == own.__name__
         assert model.config.to_dict() == before.to_dict()
         assert repr(model.config) == repr(before)
         model.set_attn_implementation("eager")
         assert model.config._attn_implementation == "eager"
+        other = SpecExtend(model, "ngram")
+        assert torch.equal(other.generate(prompt(40, seed=1), **options), written)
         assert torch.equal(waiting.leave(), alone["first"])
     assert type(model.config) is own and model.config._attn_implementation == "eager"
 

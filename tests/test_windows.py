@@ -57,6 +57,8 @@ def moshi(window: int) -> PreTrainedModel:
 
 
 def test_a_cache_that_forgets_what_masks_show():
+    if not cache_windows(moshi(64)):  # as in transformers 5.17
+        return assert_same_text(moshi(64), (60, 80))
     with pytest.raises(UnsupportedModelError, match=r"layer 0 shows all tokens, .* the last 64 of"):
         SpecExtend(moshi(64))
     assert_same_text(moshi(512), (60,))
