@@ -222,19 +222,15 @@ class PatchedModel:
         """Ask the model's masks how far each layer sees, as :mod:`specextend.windows` describes it.
 
         Returns:
-            By layer, keys that a token sees, the own one included; 0: all. Layers whose masks do
-            not say are left out, and all of them where flash attention, which asks no mask for its
-            window, is the model's own.
+            By layer, keys that a token sees, the own one included; 0: all.
         """
-        found: dict[int, int] = {}
-        if "flash" not in (self.model.config.get_text_config()._attn_implementation or ""):
-            asked = question(self.model, self.device)
-            tokens = torch.zeros(1, TOKENS, dtype=torch.int64, device=self.device)
-            with torch.inference_mode(), self._installed(asked):
-                self.model(input_ids=tokens, use_cache=False, logits_to_keep=1)
-            found = asked.windows
-        _windows[self.model] = found
-        return found
+        asked = question(self.model, self.device)
+        tokens = torch.zeros(1, TOKENS, dtype=torch.int64, device=self.device)
+        seen = torch.ones_like(tokens)  # without this, some make no mask
+        with torch.inference_mode(), self._installed(asked):
+            self.model(input_ids=tokens, attention_mask=seen, use_cache=False, logits_to_keep=1)
+        _windows[self.model] = asked.windows
+        return asked.windows
 
     def _collect(self, state: Pass) -> Undo:
         """Hook the model, so that ``state.hidden`` gets the layers of ``state.feature_layers``."""

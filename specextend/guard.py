@@ -144,18 +144,18 @@ def _check_windows(model: PreTrainedModel, windows: dict[int, int]) -> None:
     """Refuse a model whose cache forgets what its masks show, or keeps what they hide.
 
     Args:
-        windows: keys that the mask of each layer shows, where it says; 0: all.
+        windows: keys that each layer sees; 0: all.
     """
     for layer, kept in cache_windows(model).items():
         if kept == 1:
             raise _refuse(model, "its sliding_window is 1, with which generate's cache keeps all")
-        shown = windows.get(layer, kept)
+        shown = windows.get(layer, kept)  # a layer that has not asked is refused for that
         if shown == 0 or shown > kept:
             raise _refuse(
                 model,
-                f"the mask of its layer {layer} shows {shown or 'all'} tokens, but generate keeps "
-                f"the last {kept} of them in its cache (sliding_window), so that a text depends on "
-                "the forwards it was read in; set sliding_window=None if all are to be seen",
+                f"its layer {layer} sees {shown or 'all'} tokens, but generate keeps the last "
+                f"{kept} of them in its cache (sliding_window), so that a text depends on the "
+                "forwards it was read in; set sliding_window=None if all are to be seen",
             )
 
 

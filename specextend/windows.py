@@ -30,21 +30,25 @@ class Question(Pass):
 
     Attributes:
         farthest: the position to look back from.
+        flash: the model's own attention is one that takes its window from what it is told.
         masks: how far each mask that was made shows: keys, the own one included; 0: all; None: it
             cannot be told.
-        windows: the same of each layer's mask, where it has one.
+        windows: the same of each layer: of its mask, or what its attention is told.
     """
 
     farthest: int = 0
+    flash: bool = False
     masks: list[int | None] = field(default_factory=list)
     windows: dict[int, int] = field(default_factory=dict)
 
 
 def question(model: PreTrainedModel, device: torch.device) -> Question:
     """Make what a forward of ``model`` is asked."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or 1 << 20
+    flash = "flash" in (config._attn_implementation or "")
     empty = KVCache(0, 0, 1, device)
-    return Question(empty, [], 0, attention=ASKING, farthest=limit - 1)
+    return Question(empty, [], 0, attention=ASKING, farthest=limit - 1, flash=flash)
 
 
 def cache_windows(model: PreTrainedModel) -> dict[int, int]:
@@ -93,15 +97,15 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *args,
+    sliding_window: int | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Note which mask a layer came with; what it would see of it does not matter."""
-    state = current_pass()
-    if attention_mask is not None:
+    state, known = current_pass(), None
+    if attention_mask is not None and not state.flash:
         index = int(attention_mask.flatten()[0]) - _FIRST
         known = state.masks[index] if 0 <= index < len(state.masks) else None
-        if known is not None:
-            state.windows[module.layer_idx] = known
+    state.windows[module.layer_idx] = (sliding_window or 0) if known is None else known
     batch, heads, rows, _ = query.shape
     return query.new_zeros(batch, rows, heads, value.shape[-1]), None
 

@@ -57,11 +57,20 @@ def moshi(window: int) -> PreTrainedModel:
 
 
 def test_a_cache_that_forgets_what_masks_show():
-    if not cache_windows(moshi(64)):  # as in transformers 5.17
-        return assert_same_text(moshi(64), (60, 80))
-    with pytest.raises(UnsupportedModelError, match=r"layer 0 shows all tokens, .* the last 64 of"):
+    with pytest.raises(UnsupportedModelError, match=r"layer 0 sees all tokens, .* the last 64 of"):
         SpecExtend(moshi(64))
     assert_same_text(moshi(512), (60,))
+
+
+def test_flash_attention_has_the_window_that_it_is_told():
+    """Its masks hide padding alone."""
+    for family, told in (("phimoe", 0), ("mistral", 24)):
+        model = tiny_model(family, sliding_window=24)
+        model.config._attn_implementation_internal = "flash_attention_2"
+        assert PatchedModel(model).find_windows() == {0: told, 1: told}
+        if not told:
+            with pytest.raises(UnsupportedModelError, match="sees all tokens, but generate"):
+                SpecExtend(model)
 
 
 def test_a_window_of_one_token():

@@ -468,8 +468,8 @@ MUTANTS = [
     Mutant(
         "windows: a mask is looked at from a position of the trial",
         WINDOWS,
-        "attention=ASKING, farthest=limit - 1)",
-        "attention=ASKING, farthest=8)",
+        "attention=ASKING, farthest=limit - 1, flash=flash)",
+        "attention=ASKING, farthest=8, flash=flash)",
         ("tests/test_windows.py::test_windows_of_masks_alone",),
     ),
     Mutant(
