@@ -8,16 +8,22 @@ scored) is the current :class:`specextend.cache.Pass`.
 from __future__ import annotations
 
 import contextlib
+from contextlib import AbstractContextManager
+from functools import cache, partial
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from . import ops
-from .cache import ATTENTION, Pass, current_pass, running
+from .cache import ATTENTION, Pass, current_pass, in_pass, running
 from .compat import CACHE
+from .longrope import changing_modules, redirect
+from .switches import Undo, switched
+from .windows import TOKENS, question
 
 
 def _attention(
@@ -42,7 +48,7 @@ def _attention(
             "models whose attention is causal, with or without a sliding window"
         )
     layer = state.cache.layers[layer_idx]
-    window = sliding_window or 0
+    window = state.layer_windows.get(layer_idx, sliding_window or 0)
     if state.window:
         window = min(window, state.window) if window else state.window
     q = query.transpose(1, 2)
@@ -97,31 +103,96 @@ AttentionInterface.register(ATTENTION, _attention)
 # Not registered as a mask: `transformers` then builds none, which is what we want.
 
 
-@contextlib.contextmanager
-def evaluating(model: torch.nn.Module):
+def evaluating(model: torch.nn.Module) -> AbstractContextManager[None]:
     """Put a model in evaluation mode for a ``with`` block: dropout would change the output."""
+    return switched({("evaluation", id(model)): partial(_evaluate, model)})
+
+
+def _evaluate(model: torch.nn.Module) -> Undo:
     training = [m for m in model.modules() if m.training] if model.training else []
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
+
+    def set_training(value: bool) -> None:
         for module in training:
-            module.training = True
+            module.training = value
+
+    set_training(False)
+    return partial(set_training, True)
+
+
+def _rename(config: PreTrainedConfig) -> Undo:
+    """Have a configuration name our attention to whoever asks from within a pass.
+
+    The name that it holds stays, and other threads are told it. An instance cannot do that, so
+    the configuration is of another class for a while.
+    """
+    own = type(config)
+    object.__setattr__(config, "__class__", _in_passes(own))
+    return partial(object.__setattr__, config, "__class__", own)
+
+
+@cache
+def _in_passes(own: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """Make the class that a configuration of class ``own`` has while its model runs in passes."""
+
+    def name(self) -> str | None:
+        state = in_pass()
+        return self._attn_implementation_internal if state is None else state.attention
+
+    def reduce(self, protocol):  # copies are of the class that has a name
+        make, (_, *args), *state = own.__reduce_ex__(self, 0)
+        return make, (own, *args), *state
+
+    body = {
+        "__module__": own.__module__,
+        "__qualname__": own.__qualname__,
+        "__reduce_ex__": reduce,
+        "_attn_implementation": property(name, own._attn_implementation.fset),
+    }
+    return type(own.__name__, (own,), body)
+
+
+# What is known of models' windows. It is found anew whenever a model is tried, as its configuration
+# may have changed.
+_windows: WeakKeyDictionary[PreTrainedModel, dict[int, int]] = WeakKeyDictionary()
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Return the device that a model's embedding works on, also where accelerate keeps its weights
+    somewhere else until they are needed."""
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return model.device if device is None else torch.device(device)
+
+
+def check_autocast(device: torch.device) -> None:
+    """Refuse to compute in other dtypes than those of the weights.
+
+    Raises:
+        RuntimeError: with the dtype that autocast would use.
+    """
+    if torch.is_autocast_enabled(device.type):
+        raise RuntimeError(
+            f"torch.autocast computes in {torch.get_autocast_dtype(device.type)} here and there, "
+            "which specextend's caches and kernels do not follow: leave its block, or load the "
+            "model in that dtype"
+        )
 
 
 class PatchedModel:
     """Runs a model in :class:`Pass` es, and leaves it as it was outside of them.
 
-    Only the name of the attention implementation in the model's configurations is changed, and
-    hooks collect the features that a pass asks for, both only during a forward, also when that
-    forward raises.
+    While a forward of ours runs, also until it raises, the model is in evaluation mode, its
+    configurations name our attention to the threads that are in a pass, rotary embeddings that
+    depend on the length of a forward work on copies, and hooks collect the features that a pass
+    asks for. Other threads may run the same model meanwhile, in passes of
+    other :class:`PatchedModel` s or without one, with its own attention.
     """
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
         configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-        self._configs = [c for c in configs.values() if hasattr(c, "_attn_implementation_internal")]
+        self._configs = [c for c in configs.values() if isinstance(c, PreTrainedConfig)]
+        self._changing = changing_modules(model)
 
     @property
     def num_layers(self) -> int:
@@ -135,20 +206,33 @@ class PatchedModel:
 
     @contextlib.contextmanager
     def _installed(self, state: Pass):
-        before = [c._attn_implementation_internal for c in self._configs]
-        hooks = self._collect(state) if state.feature_layers else []
-        try:
-            for config in self._configs:
-                config._attn_implementation_internal = ATTENTION
-            with running(state), evaluating(self.model):
-                yield
-        finally:
-            for config, name in zip(self._configs, before, strict=True):
-                config._attn_implementation_internal = name
-            for hook in hooks:
-                hook.remove()
+        changes = {("name", id(c)): partial(_rename, c) for c in self._configs}
+        changes |= {("rotary", id(m)): partial(redirect, m) for m in self._changing}
+        if state.feature_layers:
+            changes["features", id(state)] = partial(self._collect, state)
+        with switched(changes), evaluating(self.model), running(state):
+            yield
 
-    def _collect(self, state: Pass) -> list[RemovableHandle]:
+    @property
+    def device(self) -> torch.device:
+        """Return where token ids are wanted."""
+        return device_of(self.model)
+
+    def find_windows(self) -> dict[int, int]:
+        """Ask the model's masks how far each layer sees, as :mod:`specextend.windows` describes it.
+
+        Returns:
+            By layer, keys that a token sees, the own one included; 0: all.
+        """
+        asked = question(self.model, self.device)
+        tokens = torch.zeros(1, TOKENS, dtype=torch.int64, device=self.device)
+        seen = torch.ones_like(tokens)  # without this, some make no mask
+        with torch.inference_mode(), self._installed(asked):
+            self.model(input_ids=tokens, attention_mask=seen, use_cache=False, logits_to_keep=1)
+        _windows[self.model] = asked.windows
+        return asked.windows
+
+    def _collect(self, state: Pass) -> Undo:
         """Hook the model, so that ``state.hidden`` gets the layers of ``state.feature_layers``."""
         count = self.num_layers
         decoder = self.model.get_decoder()
@@ -158,16 +242,24 @@ class PatchedModel:
 
         def hook_on(index: int) -> RemovableHandle:
             def keep_input(module, args):
-                state.hidden[index] = args[0]
+                if in_pass() is state:  # not another thread's forward
+                    state.hidden[index] = args[0]
 
             def keep_output(module, args, output):
-                state.hidden[index] = output[0]
+                if in_pass() is state:
+                    state.hidden[index] = output[0]
 
             if index == count:
                 return decoder.register_forward_hook(keep_output)
             return layers[index].register_forward_pre_hook(keep_input)
 
-        return [hook_on(i) for i in set(state.feature_layers)]
+        hooks = [hook_on(i) for i in set(state.feature_layers)]
+
+        def remove() -> None:
+            for hook in hooks:
+                hook.remove()
+
+        return remove
 
     def forward(
         self,
@@ -189,7 +281,11 @@ class PatchedModel:
         Returns:
             [B, M or 1, V] logits in the model's dtype.
         """
+        check_autocast(self.device)
         keep = row if row is not None else int(last_only)
+        if self.model not in _windows:
+            self.find_windows()
+        state.layer_windows = _windows[self.model]
         with self._installed(state):
             return self.model(
                 input_ids=tokens,

@@ -79,6 +79,9 @@ class KVCache(Cache):
     Attributes:
         lens: [B] int32, committed rows; the same tensor for as long as the cache lives.
         length: the same number on the host, for batch 1, as far as it has learnt.
+        rotary_length: tokens of the text that the rows are read as a part of. Where the factors of
+            a rotary embedding depend on the length of a forward, they are those of one over as many
+            tokens, or more; 0: of each forward's own.
     """
 
     def __init__(self, num_layers: int, capacity: int, batch: int, device: torch.device):
@@ -86,6 +89,7 @@ class KVCache(Cache):
         self.capacity = capacity
         self.lens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.length = 0
+        self.rotary_length = 0
 
     def advance(self, count: int) -> None:
         """Commit ``count`` more rows, which have been written."""
@@ -145,6 +149,8 @@ class Pass:
         score_layers: layers that record what chunk scores need.
         chunk_size: of the recorded log-sum-exps.
         fused: tree attention by our kernel. False: SDPA with a dense mask.
+        attention: the name of the attention that the model is to call.
+        layer_windows: of layers whose window is known better than they say; 0: none.
         feature_layers: hidden states to hand out, counted as `transformers` does: i is the input of
             layer i, and the number of layers is what the head reads.
         recorded: per scored layer (chunk_lse, lse) when fused, else (queries, scale).
@@ -162,6 +168,8 @@ class Pass:
     score_layers: frozenset[int] = frozenset()
     chunk_size: int = 0
     fused: bool = True
+    attention: str = ATTENTION
+    layer_windows: dict[int, int] = field(default_factory=dict)
     feature_layers: tuple[int, ...] = ()
     recorded: dict[int, tuple] = field(default_factory=dict)
     calls: list[int] = field(default_factory=list)
@@ -224,13 +232,22 @@ def running(state: Pass):
         _pass.reset(token)
 
 
-def current_pass() -> Pass:
-    """Return the pass under way in this thread.
+def in_pass() -> Pass | None:
+    """Return the pass under way in this thread; None where there is none.
 
     It is a context variable, as extra keyword arguments do not reach the attention function in
     every model family.
     """
-    state = _pass.get()
+    return _pass.get()
+
+
+def current_pass() -> Pass:
+    """Return the pass that must be under way in this thread.
+
+    Raises:
+        RuntimeError: it is not.
+    """
+    state = in_pass()
     if state is None:
         raise RuntimeError(
             f"the attention implementation {ATTENTION!r} works inside specextend.SpecExtend only; "

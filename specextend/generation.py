@@ -21,6 +21,7 @@ from .config import SpecConfig
 from .draft import Decided, Draft
 from .gate import Gate
 from .graphs import Capture, Graphs, Mailbox, Stopwatch, bucket, obstacle
+from .longrope import drops_cache, longrope_edge
 from .sampling import TokenChooser
 from .stats import SpecStats
 from .stopping import Stop
@@ -60,6 +61,7 @@ class Request:
         chooser: the target's choice at a node.
         stop: where the text ends.
         keep_scores, keep_logits: whether steps bring them.
+        padding: tokens that were before the prompt.
     """
 
     prompt: Tensor
@@ -68,6 +70,7 @@ class Request:
     stop: Stop
     keep_scores: bool = False
     keep_logits: bool = False
+    padding: int = 0
 
 
 class Generation:
@@ -113,6 +116,9 @@ class Generation:
         self.device = prompt.device
         rows = request.max_length + 1 + max(config.max_nodes, width)
         self.cache = KVCache(target.num_layers, rows, batch=1, device=self.device)
+        self.cache.rotary_length = prompt.shape[1]
+        # No pass straddles a length at which the target's keys become others.
+        self._edge = longrope_edge(target.model)
         self.decisions = Decisions(prompt, request.max_length, width)
         self.backlog = Backlog(self.decisions, prompt.shape[1] - 1)
         features = () if draft is None else draft.feature_layers
@@ -177,6 +183,19 @@ class Generation:
             self.cache.advance(count)
         return state.features
 
+    def _pass_edge(self) -> None:
+        """Grow beyond the length at which rotary factors become long, as ``generate`` does: it
+        reads all of the text anew, or lets the keys as they are. With padding it would have read it
+        anew when the padded text was as long, to no effect."""
+        length = self.cache.length
+        self.cache.rotary_length = length + 1
+        if self.request.padding or not drops_cache(self.target.model, length):
+            return
+        self.cache.lens.zero_()
+        self.cache.length = 0
+        for part in self.decisions.ids[:, :length].split(self.config.prefill_chunk or length, 1):
+            self._read(part, self.cache.length)
+
     # ---- a round ---------------------------------------------------------------------------------
 
     def round(self) -> Step:
@@ -186,6 +205,8 @@ class Generation:
         it cannot run beyond the last token: while the host attends to stopping rules, streamers and
         the caller, the device works on. A tree launched in vain is dropped.
         """
+        if self.cache.length == self._edge and self.cache.rotary_length <= self._edge:
+            self._pass_edge()
         tree, self._ahead = self._ahead or self._propose(), None
         outcome = self._verify(tree)
         self._launch_ahead(tree, outcome)
@@ -289,8 +310,12 @@ class Generation:
 
     def _room(self, length: int) -> int:
         """Return the levels that a tree behind ``length`` committed tokens can have: proposed
-        tokens that can still be emitted, by a draft that can take in those before them."""
-        return min(self.request.max_length - length - 2, self._limit - length)
+        tokens that can still be emitted, by a draft that can take in those before them, before the
+        target's keys become others."""
+        room = min(self.request.max_length - length - 2, self._limit - length)
+        if self._edge is not None and self.cache.rotary_length <= self._edge:
+            room = min(room, self._edge - 1 - length)
+        return room
 
     def _settle_draft(self, num_emitted: int) -> None:
         if self._unsettled:

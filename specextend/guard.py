@@ -7,9 +7,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import ops  # noqa: F401  registers what a pass calls
-from .attention import PatchedModel, evaluating
+from .attention import PatchedModel, check_autocast, evaluating
 from .cache import KVCache, Pass
+from .longrope import drops_cache, edges, longrope_edge
 from .tree import Tree
+from .windows import cache_windows
 
 _PREFIX = 5
 
@@ -72,19 +74,17 @@ def check_length(model: PreTrainedModel, prompt: int, total: int, role: str = "t
             f"tokens and {total - prompt} new ones need {total}; shorten the prompt or "
             "max_new_tokens"
         )
-    config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = (
-        rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else "default"
-    )
-    edge = rope.get("original_max_position_embeddings") or limit
-    if kind in ("dynamic", "longrope") and edge is not None:
-        crosses = total > edge if kind == "dynamic" else prompt <= edge < total
-        if crosses:
-            raise ValueError(
-                f"the {role}'s {kind} rotary embedding changes at {edge} tokens, inside this "
-                f"context of {prompt} + {total - prompt}: tokens before and after would not agree"
-            )
+    crossed = [("dynamic", e) for e in edges(model, "dynamic") if total > e]
+    edge = longrope_edge(model)
+    for other in edges(model, "longrope"):
+        follows = edge is not None and (role == "draft" or drops_cache(model, edge) is not None)
+        if prompt <= other < total and not follows:
+            crossed.append(("longrope", other))
+    for kind, changes_at in crossed:
+        raise ValueError(
+            f"the {role}'s {kind} rotary embedding changes at {changes_at} tokens, inside this "
+            f"context of {prompt} + {total - prompt}: tokens before and after would not agree"
+        )
 
 
 def self_check(patched: PatchedModel) -> None:
@@ -97,14 +97,15 @@ def self_check(patched: PatchedModel) -> None:
     """
     model = patched.model
     check_architecture(model)
+    check_autocast(patched.device)
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
     draw = torch.randint(0, config.vocab_size, (1, _PREFIX + 4), generator=generator)
-    prefix, nodes = draw.to(model.device).split([_PREFIX, 4], 1)
+    prefix, nodes = draw.to(patched.device).split([_PREFIX, 4], 1)
     # 0 is the root; 1 and 2 are its children, 3 is a child of 1.
     parents, depths = (-1, 0, 0, 1), (0, 1, 1, 2)
     masks = (0b0001, 0b0011, 0b0101, 0b1011)
-    to = dict(device=model.device)
+    to = dict(device=patched.device)
     tree = Tree(
         nodes,
         torch.tensor([parents], dtype=torch.int32, **to),
@@ -114,6 +115,7 @@ def self_check(patched: PatchedModel) -> None:
         2,
     )
     try:
+        _check_windows(model, patched.find_windows())
         ours = _tree_logits(patched, prefix, tree, config.num_hidden_layers)
         paths = [(0, 1, 3), (0, 2)]
         own = {}
@@ -136,6 +138,25 @@ def self_check(patched: PatchedModel) -> None:
             "its attention is probably expressed in a way that specextend does not see, or not "
             'honoured by the implementation it was loaded with (try attn_implementation="eager")',
         )
+
+
+def _check_windows(model: PreTrainedModel, windows: dict[int, int]) -> None:
+    """Refuse a model whose cache forgets what its masks show, or keeps what they hide.
+
+    Args:
+        windows: keys that each layer sees; 0: all.
+    """
+    for layer, kept in cache_windows(model).items():
+        if kept == 1:
+            raise _refuse(model, "its sliding_window is 1, with which generate's cache keeps all")
+        shown = windows.get(layer, kept)  # a layer that has not asked is refused for that
+        if shown == 0 or shown > kept:
+            raise _refuse(
+                model,
+                f"its layer {layer} sees {shown or 'all'} tokens, but generate keeps the last "
+                f"{kept} of them in its cache (sliding_window), so that a text depends on the "
+                "forwards it was read in; set sliding_window=None if all are to be seen",
+            )
 
 
 @torch.inference_mode()

@@ -165,7 +165,7 @@ def read_request(
     check_prompt(input_ids)
     input_ids = input_ids.long()
     prompt = _strip_padding(input_ids, attention_mask, generation_config.pad_token_id)
-    prompt = prompt.to(target.model.device)
+    prompt = prompt.to(target.device)
     _refuse_model_inputs(model_kwargs, prompt.shape[1])
     low, high = torch.stack([prompt.amin(), prompt.amax()]).tolist()
     if low < 0 or high >= target.vocab_size:
@@ -181,7 +181,8 @@ def read_request(
         seed = int(torch.randint(1 << 62, (), generator=generator)) if do_sample else 0
     chooser = TokenChooser(logits_processor, do_sample, seed, stop)
     keep = (bool(generation_config.output_scores), bool(generation_config.output_logits))
-    return Request(prompt, max_length, chooser, stop, *keep)
+    padding = input_ids.shape[1] - prompt.shape[1]
+    return Request(prompt, max_length, chooser, stop, *keep, padding=padding)
 
 
 def check_prompt(ids) -> None:

@@ -7,7 +7,7 @@ layouts differ between model families; two forwards at shifted positions show wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from .attention import PatchedModel
 from .cache import KVCache, Pass
+from .longrope import frequencies, longrope_edge
 
 _SHIFT = 64  # positions; far enough that a wrong frequency shows
 _TOKENS = 6
@@ -27,10 +28,19 @@ class Rotary:
     Attributes:
         inv_freq: [L, R / 2] fp32, angle per position of each pair of the first R dimensions.
         interleaved: pairs are neighbours (GPT-J) instead of halves (Llama).
+        edge: length of a text beyond which the angles are others; None: they stay.
+        long_inv_freq: those others.
     """
 
     inv_freq: Tensor
     interleaved: bool
+    edge: int | None = None
+    long_inv_freq: Tensor | None = None
+
+    def at(self, length: int) -> Tensor:
+        """Return the angles in a text of ``length`` tokens."""
+        beyond = self.edge is not None and length > self.edge
+        return self.long_inv_freq if beyond else self.inv_freq
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -62,15 +72,6 @@ def rotate(keys: Tensor, shift: int, inv_freq: Tensor, interleaved: bool) -> Ten
     return turn(keys.double(), angle.cos(), angle.sin(), interleaved)
 
 
-def frequencies(model: PreTrainedModel) -> list[Tensor]:
-    """Return the frequencies [R / 2] fp32 of a model's rotary embeddings, none if it has none."""
-    return [
-        buffer.float()
-        for name, buffer in model.named_buffers()
-        if name.endswith("inv_freq") and "original" not in name and buffer.dim() == 1
-    ]
-
-
 def probe_rotary(model: PreTrainedModel) -> Rotary:
     """Find frequencies and layout of a model's rotary embedding.
 
@@ -80,10 +81,20 @@ def probe_rotary(model: PreTrainedModel) -> Rotary:
     Raises:
         ValueError: positions are not rotary, or not in a way that fits any layout known here.
     """
-    known = frequencies(model)
+    edge = longrope_edge(model)
+    if edge is None:
+        return _probe(model, _SHIFT, 0)
+    short = _probe(model, max(min(_SHIFT, edge - _TOKENS), 1), edge)
+    beyond = _probe(model, _SHIFT, edge + 1)
+    return replace(short, edge=edge, long_inv_freq=beyond.inv_freq)
+
+
+def _probe(model: PreTrainedModel, shift: int, length: int) -> Rotary:
+    """Find the angles in a text of ``length`` tokens; 0: they do not depend on it."""
+    known = frequencies(model, length)
     # Without any, positions may come from a table that ends before those that are tried.
     patched = PatchedModel(model)
-    near, far = (_keys(patched, first) if known else [] for first in (0, _SHIFT))
+    near, far = (_keys(patched, first, length) if known else [] for first in (0, shift))
     tolerance = 1e-3 if model.dtype == torch.float32 else 6e-2
     for interleaved in (False, True):
         chosen = []
@@ -92,7 +103,7 @@ def probe_rotary(model: PreTrainedModel) -> Rotary:
                 f
                 for f in known
                 if 2 * f.shape[0] <= a.shape[-1]
-                and (rotate(a, _SHIFT, f, interleaved) - b).norm() <= tolerance * b.double().norm()
+                and (rotate(a, shift, f, interleaved) - b).norm() <= tolerance * b.double().norm()
             ]
             if not fits:
                 break
@@ -107,11 +118,13 @@ def probe_rotary(model: PreTrainedModel) -> Rotary:
 
 
 @torch.inference_mode()
-def _keys(patched: PatchedModel, first: int) -> list[Tensor]:
-    """Return every layer's keys [1, _TOKENS, Hkv, D] of a few tokens at ``first`` and behind."""
+def _keys(patched: PatchedModel, first: int, length: int) -> list[Tensor]:
+    """Return every layer's keys [1, _TOKENS, Hkv, D] of a few tokens at ``first`` and behind, in a
+    text of ``length`` tokens."""
     config = patched.model.config.get_text_config()
-    device = patched.model.device
+    device = patched.device
     cache = KVCache(config.num_hidden_layers, _TOKENS, 1, device)
+    cache.rotary_length = length
     tokens = torch.arange(1, _TOKENS + 1, device=device)[None] * 7919 % config.vocab_size
     positions = torch.arange(first, first + _TOKENS, device=device)[None]
     patched.forward(tokens, positions, Pass(cache, [(cache, cache.lens)], _TOKENS), last_only=True)

@@ -95,7 +95,26 @@ class TokenChooser:
         self.seed = seed
         self.walks = any(type(p) not in STATELESS for p in processors)
         self.needs_host = any(not STATELESS.get(type(p), False) for p in processors)
-        self._stop = stop
+        self.stop = stop
+
+    def decide(
+        self, logits: Tensor, positions: Tensor, tokens: Tensor, parents: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Find the path that the target's choices take through a tree.
+
+        Args:
+            logits: [1, M, V].
+            positions: [1, M] int64 of the nodes.
+            tokens, parents: [1, M], the root first with parent -1.
+
+        Returns:
+            Processed scores [1, M, V] (where processors walk: of the nodes on the path), and what
+            :func:`ops.verify_tree` returns. The device is read where :attr:`walks` alone.
+        """
+        if self.walks:
+            return self.walk(logits, positions, tokens, parents)
+        scores = self.scores(logits)
+        return scores, *ops.verify_tree(tokens, parents, self.choose(scores, positions))
 
     def scores(self, logits: Tensor) -> Tensor:
         """Process the logits of every node in one call.
@@ -132,14 +151,7 @@ class TokenChooser:
     ) -> tuple[Tensor, ...]:
         """Choose token by token along the path that the choices take, up to the end of the text.
 
-        Args:
-            logits: [1, M, V].
-            positions: [1, M] int64 of the nodes.
-            tokens, parents: [1, M], the root first with parent -1.
-
-        Returns:
-            Scores [1, M, V] fp32, processed at the nodes of the path, and what
-            :func:`ops.verify_tree` returns. Reads the device once per token.
+        Args and returns as of :meth:`decide`. Reads the device once per token.
         """
         pairs = enumerate(zip(parents[0].tolist(), tokens[0].tolist(), strict=True))
         children: dict[tuple[int, int], int] = {}
@@ -150,13 +162,13 @@ class TokenChooser:
             scores = logits.to(torch.float32, copy=True)
             path, emitted, node, token, ended = [], [], 0, 0, False
             while node is not None and not ended:
-                history = self._stop.ids.to(scores.device)
+                history = self.stop.ids.to(scores.device)
                 row = self.processors(history, scores[:, node].clone())
                 scores[:, node] = row
                 token = int(self.choose(row[:, None], positions[:, node : node + 1]))
                 path.append(node)
                 emitted.append(token)
-                ended = token < 0 or self._stop.add(token, row)
+                ended = token < 0 or self.stop.add(token, row)
                 node = children.get((node, token))
         tail = [-1] * (tokens.shape[1] - len(path))
         to = dict(device=tokens.device)

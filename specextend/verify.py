@@ -148,12 +148,8 @@ class Verifier:
         cache, decisions = self.cache, self.decisions
         lens, width = cache.lens, decisions.width
         positions = lens[:, None].long() + depths
-        if self.chooser.walks:
-            scores, *walked = self.chooser.walk(logits, positions, tokens, parents)
-        else:
-            scores = self.chooser.scores(logits)
-            walked = ops.verify_tree(tokens, parents, self.chooser.choose(scores, positions))
-        path, num_accepted, emitted, root = walked
+        walked = self.chooser.decide(logits, positions, tokens, parents)
+        scores, path, num_accepted, emitted, root = walked
         # No path is longer than the deepest tree.
         path, emitted = path[:, :width], emitted[:, :width]
         cache.compact(path, num_accepted)

@@ -68,6 +68,7 @@ FAMILIES: dict[str, dict] = {
         n_embd=32, n_head=4, n_layer=2, n_positions=512, n_inner=48,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **_UNTIED,
     ),
+    "phimoe": dict(num_local_experts=4, num_experts_per_tok=2, **_UNTIED),
     "opt": dict(ffn_dim=48, word_embed_proj_dim=32, dropout=0.0),
 }  # fmt: skip
 

@@ -94,7 +94,7 @@ def test_adapters_of_a_draft():
     assert torch.equal(out, tiny_model("llama").generate(prompt(50), **GREEDY))
     with other.disable_adapter():
         spec.generate(prompt(50), **GREEDY)
-        assert spec.stats.mean_acceptance_length > 3
+        assert spec.stats.mean_acceptance_length > 2
 
 
 def test_adapters_before_the_prompt_are_refused():

@@ -47,6 +47,7 @@ class CachedDraft(Draft):
         # Behind the committed rows: a growing tree, or a path of which not every token counts.
         capacity = max_length + 1 + max(self.config.tree_keys, self.config.max_depth + 1)
         full = KVCache(num_layers, capacity, batch=1, device=device)
+        full.rotary_length = max_length
         self.caches = WorkingCache(full, self.config, rotary, graphs)
         self._graphs = graphs
 

@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..attention import PatchedModel
+from ..attention import PatchedModel, device_of
 from ..cache import Pass
 from ..config import SpecConfig
 from ..graphs import obstacle
 from ..guard import check_length, position_limit, self_check
-from ..rotary import Rotary, frequencies, probe_rotary
+from ..longrope import frequencies
+from ..rotary import Rotary, probe_rotary
 from ..target import Target
 from ..tokenizers import differing_ids
 from .base import Decided, Source, Tokenizers
@@ -64,7 +65,7 @@ class CausalLMDraft(CachedDraft):
         self._differing = tuple(i for i in differing if i < self._vocab)
         self._stand_in = _stand_in(model, self._vocab, self._differing)
         # A table of positions ends; angles of rotation can be computed for any.
-        self.max_length = None if frequencies(model) else position_limit(model)
+        self.max_length = None if frequencies(model, 0) else position_limit(model)
 
     @classmethod
     def recognises(cls, source: Source) -> bool:
@@ -76,11 +77,11 @@ class CausalLMDraft(CachedDraft):
     def load(
         cls, source: Source, target: Target, config: SpecConfig, tokenizers: Tokenizers
     ) -> CausalLMDraft:
-        model = _read(source, target.model) if isinstance(source, Checkpoint) else source
-        if model.device != target.model.device:
+        model = _read(source, target) if isinstance(source, Checkpoint) else source
+        device = device_of(model)
+        if device != target.device:
             raise ValueError(
-                f"the draft must be on the target's device {target.model.device}, got "
-                f"{model.device}"
+                f"the draft must be on the target's device {target.device}, got {device}"
             )
         differing = _differing_ids(model, target.vocab_size, tokenizers)
         self_check(PatchedModel(model))
@@ -168,10 +169,10 @@ class CausalLMDraft(CachedDraft):
         return logits.masked_fill(self._foreign, -torch.inf) if self._differing else logits
 
 
-def _read(checkpoint: Checkpoint, target: PreTrainedModel) -> PreTrainedModel:
+def _read(checkpoint: Checkpoint, target: Target) -> PreTrainedModel:
     """Load a causal LM in the target's dtype, on its device."""
     model, info = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, dtype=target.dtype, output_loading_info=True
+        checkpoint.folder, dtype=target.model.dtype, output_loading_info=True
     )
     if missing := sorted(info["missing_keys"]):  # they would be random
         raise ValueError(

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .. import ops
+from ..attention import device_of
 from .checkpoint import Checkpoint, rope_of
 from .eagle_head import EagleHead, HeadConfig
 
@@ -106,15 +107,16 @@ def _load(checkpoint: Checkpoint, target: PreTrainedModel) -> EagleHead:
     ]
     if problems:
         raise ValueError("; ".join(problems))
+    device = device_of(target)
     tensors = {
-        name: tensor.to(target.device, target.dtype if tensor.is_floating_point() else None)
+        name: tensor.to(device, target.dtype if tensor.is_floating_point() else None)
         for name, tensor in tensors.items()
     }
     if "d2t" in tensors:
         _check_d2t(tensors["d2t"], config.vocab_size)
     head.load_state_dict(tensors, assign=True)
     try:
-        head.rope(target.device)
+        head.rope(device)
     except Exception as error:  # many types, as fields are missing or of another type
         raise ValueError(f"its rotary embedding {config.rope} is not known: {error!r}") from error
     if doubted:

@@ -33,8 +33,9 @@ def load_draft(
     """Return the draft that ``draft`` stands for.
 
     Args:
-        draft: a causal LM, or a ``PeftModel`` of one; a folder or hub id of one, or of a trained head (EAGLE, LongSpec), or
-            a LongSpec ``.pth`` file; ``"ngram"``; ``"self"``; a :class:`Draft`, or None, as it is.
+        draft: a causal LM, or a ``PeftModel`` of one; a folder or hub id of one, or of a trained
+            head (EAGLE, LongSpec), or a LongSpec ``.pth`` file; ``"ngram"``; ``"self"``; a
+            :class:`Draft`, or None, as it is.
         target: the model of the loop.
         config: options of the loop.
         tokenizers: of target and draft; where both are given they must agree.

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .. import ops
+from ..attention import device_of
 from ..config import SpecConfig
 from ..target import Target
 from ..tree import Tree, grow_tree
@@ -116,7 +117,7 @@ class LongSpecDraft(Draft):
         self._model = model
         self.rotation = Rotation(model)
         self.embedding, self.head = model.get_input_embeddings(), model.get_output_embeddings()
-        self.device = model.device
+        self.device = device_of(model)
         self._vocab = model.config.get_text_config().vocab_size
         fixed = config.tree_shape == "fixed"
         self._widths = config.tree_widths if fixed else (config.tree_width,) * config.tree_depth

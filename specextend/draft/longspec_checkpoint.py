@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from ..attention import device_of
 from .checkpoint import Checkpoint, rope_of
 from .longspec_block import BlockShape, LongSpecBlock
 
@@ -101,7 +102,7 @@ def load_block(checkpoint: Checkpoint | str | Path, model: PreTrainedModel) -> L
         block = LongSpecBlock(shape)
     ours = {own: state[name] for name, own in _SINGLE.items()}
     ours |= {own: torch.cat([state[n] for n in names]) for own, names in _FUSED.items()}
-    ours = {name: t.to(model.device, model.dtype) for name, t in ours.items()}
+    ours = {name: t.to(device_of(model), model.dtype) for name, t in ours.items()}
     block.load_state_dict(ours, assign=True)
     return block.requires_grad_(False)
 

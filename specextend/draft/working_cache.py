@@ -45,6 +45,7 @@ class WorkingCache:
             room = max((config.retrieve_every + 1) * (config.max_depth + 2), config.chunk_size)
             capacity = config.budget + room + config.tree_keys
             self.work = KVCache(len(full.layers), capacity, 1, full.lens.device)
+            self.work.rotary_length = full.rotary_length
         self._scores: Tensor | None = None
 
     @property
@@ -158,7 +159,7 @@ class WorkingCache:
             ids,
             counts,
             full.lens,
-            self.rotary.inv_freq,
+            self.rotary.at(full.rotary_length),
             chunk_size=config.chunk_size,
             interleaved=self.rotary.interleaved,
             right_aligned=True,

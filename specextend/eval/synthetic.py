@@ -202,12 +202,12 @@ class _DrawnChoice(TokenChooser):
     """
 
     def __init__(self, chooser: TokenChooser, uniforms: Tensor, rates: Tensor):
-        super().__init__(chooser.processors, chooser.do_sample, chooser.seed)
+        super().__init__(chooser.processors, chooser.do_sample, chooser.seed, chooser.stop)
         self.uniforms, self.rates = uniforms, rates
 
-    def scores(self, logits, committed, tree_tokens, parents):
-        self.tokens, self.parents = tree_tokens[0], parents[0].long()
-        return super().scores(logits, committed, tree_tokens, parents)
+    def decide(self, logits, positions, tokens, parents):
+        self.tokens, self.parents = tokens[0], parents[0].long()
+        return super().decide(logits, positions, tokens, parents)
 
     def choose(self, scores: Tensor, positions: Tensor) -> Tensor:
         own = super().choose(scores, positions)[0]

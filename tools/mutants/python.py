@@ -10,9 +10,12 @@ DECODE, GENERATION, VERIFY, HF, TARGET, TREE, SAMPLING, STOPPING = (
         "decode", "generation", "verify", "hf", "target", "tree", "sampling", "stopping",
     )
 )  # fmt: skip
-CACHE, ATTENTION, ROTARY = (f"specextend/{name}.py" for name in ("cache", "attention", "rotary"))
-TERMINAL = "specextend/terminal.py"
-GUARD, GATE, GRAPHS = (f"specextend/{name}.py" for name in ("guard", "gate", "graphs"))
+CACHE, ATTENTION, ROTARY, LONGROPE, WINDOWS = (
+    f"specextend/{name}.py" for name in ("cache", "attention", "rotary", "longrope", "windows")
+)
+GUARD, GATE, GRAPHS, SWITCHES, TERMINAL = (
+    f"specextend/{name}.py" for name in ("guard", "gate", "graphs", "switches", "terminal")
+)
 CACHED, CAUSAL, NGRAM, LONGSPEC, EAGLE, HEAD, EAGLE_FILES, WORKING, SELF = (
     f"specextend/draft/{name}.py"
     for name in (
@@ -414,8 +417,8 @@ MUTANTS = [
     Mutant(
         "a layer's window is one short",
         ATTENTION,
-        "window = sliding_window or 0\n",
-        "window = max((sliding_window or 0) - 1, 0)\n",
+        "window = state.layer_windows.get(layer_idx, sliding_window or 0)\n",
+        "window = max(state.layer_windows.get(layer_idx, sliding_window or 0) - 1, 0)\n",
         ("tests/test_guard.py::test_families_pass", *GREEDY),
     ),
     Mutant(
@@ -463,18 +466,74 @@ MUTANTS = [
     Mutant(
         "dropout stays on",
         ATTENTION,
-        "        module.training = False\n",
-        "        module.training = module.training\n",
+        "    set_training(False)\n",
+        "    set_training(True)\n",
         ("tests/test_decode.py::TestState::test_training_mode_is_kept",),
     ),
     Mutant(
-        "a model keeps our attention after an error",
+        "another thread is told our attention's name",
         ATTENTION,
-        "                config._attn_implementation_internal = name\n",
-        "                config._attn_implementation_internal = ATTENTION\n",
-        ("tests/test_decode.py::TestState",),
+        "return self._attn_implementation_internal if state is None else state.attention",
+        "return ATTENTION",
+        ("tests/test_threads.py::test_any_order",),
+    ),
+    Mutant(
+        "the first forward that ends puts back what both need",
+        SWITCHES,
+        "                if not _switches[key].users:\n",
+        "                if key in _switches:\n",
+        ("tests/test_threads.py::test_dropout_stays_off_in_both",),
+    ),
+    Mutant(
+        "windows: only what attention is told of counts",
+        ATTENTION,
+        "window = state.layer_windows.get(layer_idx, sliding_window or 0)",
+        "window = sliding_window or 0",
+        ("tests/test_windows.py::test_windows_of_masks_alone",),
+    ),
+    Mutant(
+        "windows: a mask is looked at from a position of the trial",
+        WINDOWS,
+        "attention=ASKING, farthest=limit - 1, flash=flash)",
+        "attention=ASKING, farthest=8, flash=flash)",
+        ("tests/test_windows.py::test_windows_of_masks_alone",),
+    ),
+    Mutant(
+        "offloaded weights: the device is where they are kept",
+        ATTENTION,
+        "return model.device if device is None else torch.device(device)",
+        "return model.device",
+        ("tests/test_offload.py::test_offloaded_targets",),
     ),
     # ---- rotary positions, guard, gate, graphs ----
+    Mutant(
+        "LongRoPE: a part of a prompt has the factors of its own length",
+        LONGROPE,
+        "(*position_ids.shape[:-1], 1), length - 1)",
+        "(*position_ids.shape[:-1], 1), 0)",
+        ("tests/test_longrope.py::test_lengths_and_chunks",),
+    ),
+    Mutant(
+        "LongRoPE: a tree goes over the edge",
+        GENERATION,
+        "room = min(room, self._edge - 1 - length)",
+        "room = min(room, self._edge - length)",
+        ("tests/test_longrope.py::test_drafts",),
+    ),
+    Mutant(
+        "LongRoPE: keys before the edge stay as they are",
+        GENERATION,
+        "if self.request.padding or not drops_cache(self.target.model, length):",
+        "if True:",
+        ("tests/test_longrope.py::test_lengths_and_chunks",),
+    ),
+    Mutant(
+        "LongRoPE: factors are computed in the buffers that others use",
+        LONGROPE,
+        "turn = partial(type(module).forward, _fresh(module), x)",
+        "turn = partial(type(module).forward, module, x)",
+        ("tests/test_longrope.py::test_short_and_long_beside_each_other",),
+    ),
     Mutant(
         "rotation: the sine's sign",
         ROTARY,
