@@ -68,15 +68,15 @@ MUTANTS = [
     Mutant(
         "noise is keyed by the slot in the tree instead of the position",
         VERIFY,
-        "        positions = lens[:, None].long() + depths\n        if",
-        "        positions = lens[:, None].long() + torch.arange(depths.shape[1])\n        if",
+        "        positions = lens[:, None].long() + depths\n        walked",
+        "        positions = lens[:, None].long() + torch.arange(depths.shape[1])\n        walked",
         SAMPLED,
     ),
     Mutant(
         "noise is keyed by the depth alone",
         VERIFY,
-        "        positions = lens[:, None].long() + depths\n        if",
-        "        positions = depths.long()\n        if",
+        "        positions = lens[:, None].long() + depths\n        walked",
+        "        positions = depths.long()\n        walked",
         SAMPLED,
     ),
     Mutant(
@@ -643,7 +643,7 @@ MUTANTS = [
     Mutant(
         "causal draft: rotary positions are taken to end",
         CAUSAL,
-        "None if frequencies(model) else position_limit(model)",
+        "None if frequencies(model, 0) else position_limit(model)",
         "position_limit(model)",
         ("tests/test_draft_positions.py::test_rotary_drafts_have_none",),
     ),
