@@ -35,7 +35,7 @@ void invariant_linear(const InvariantLinearParams& p, DType dtype) {
     const int64_t work = kLinearColumns * std::max<int64_t>(1, p.depth) * (rows + kReadingRows);
     torch::stable::parallel_for(
         0, p.batch * chunks, std::max<int64_t>(1, kGrain / work), [&](int64_t from, int64_t to) {
-          float* const own = p.by_k ? panel.get(size_t(kLinearColumns * row_floats)) : nullptr;
+          float* const own = p.by_k ? panel.get(size_t(kernels.panel_floats(p.depth))) : nullptr;
           for (int64_t i = from; i < to; ++i) {
             const int64_t b = i / chunks, column = i % chunks * kLinearColumns;
             kernels.run({&p, b, begin, rows, column,

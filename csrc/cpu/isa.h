@@ -72,11 +72,12 @@ struct LinearItem {
   int64_t row_begin, num_rows;
   int64_t column_begin, num_columns;  // no more than kLinearColumns
   const float* x;                     // the rows as `prepare` made them, one after the other
-  float* panel;                       // scratch of kLinearColumns prepared rows
+  float* panel;                       // scratch of panel_floats, if w lies as [K, N]
 };
 constexpr int kLinearColumns = 32;
 struct LinearKernels {
   int64_t (*prepared_floats)(int64_t depth);  // of one row
+  int64_t (*panel_floats)(int64_t depth);
   void (*prepare)(const void* x, int64_t depth, float* to);
   void (*run)(const LinearItem& item);
 };

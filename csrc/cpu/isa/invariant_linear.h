@@ -76,6 +76,11 @@ struct Product {
   static int64_t num_steps(int64_t depth) { return (depth + kStep - 1) / kStep; }
   static int64_t prepared_floats(int64_t depth) { return num_steps(depth) * kStepFloats; }
 
+  // One more cache line in a row than it needs: else rows of powers of two displace each other.
+  static int64_t panel_floats(int64_t depth) {
+    return kLinearColumns * (prepared_floats(depth) + 16);
+  }
+
   SPECEXTEND_ALWAYS_INLINE static void prepare_step(const T* x, float* to) {
     Floats parts[kParts];
     M::load(x, parts);
@@ -148,7 +153,7 @@ struct Product {
     const T* w = static_cast<const T*>(p.w) + item.b * p.w_stride_b;
     int64_t stride = p.w_stride;
     if (p.by_k) {
-      stride = num_steps(p.depth) * kStep;
+      stride = panel_floats(p.depth) / kLinearColumns * kPerWord;
       T* panel = reinterpret_cast<T*>(item.panel);
       pack(w + item.column_begin, p.w_stride, p.depth, item.num_columns, panel, stride);
       w = panel;
@@ -185,8 +190,14 @@ struct Product {
   static void pack(const T* w, int64_t w_stride, int64_t depth, int64_t n, T* panel,
                    int64_t panel_stride) {
     constexpr int kTile = simd::kTileWords, kDeep = kLanes * kPerWord;
+    constexpr int64_t kCacheLine = 64;
     const int64_t whole_n = n / kTile * kTile, whole_k = depth / kDeep * kDeep;
-    for (int64_t k = 0; k < whole_k; k += kDeep)
+    for (int64_t k = 0; k < whole_k; k += kDeep) {
+      // The rows lie far apart, where no processor fetches ahead by itself.
+      const int64_t next = k + 2 * kDeep <= depth ? k + kDeep : k;
+      for (int64_t i = 0; i < kDeep; ++i)
+        for (int64_t c = 0; c < n; c += kCacheLine / int64_t(sizeof(T)))
+          __builtin_prefetch(w + (next + i) * w_stride + c);
       for (int64_t c = 0; c < whole_n; c += kTile) {
         const T* from = w + k * w_stride + c;
         Floats rows[kTile];
@@ -198,6 +209,7 @@ struct Product {
         simd::transpose(rows);
         for (int i = 0; i < kTile; ++i) simd::store(panel + (c + i) * panel_stride + k, rows[i]);
       }
+    }
     for (int64_t c = 0; c < n; ++c)
       for (int64_t k = c < whole_n ? whole_k : 0; k < depth; ++k)
         panel[c * panel_stride + k] = w[k * w_stride + c];
@@ -206,7 +218,8 @@ struct Product {
 
 template <typename T>
 constexpr LinearKernels kernels() {
-  return {Product<T>::prepared_floats, Product<T>::prepare, Product<T>::run};
+  return {Product<T>::prepared_floats, Product<T>::panel_floats, Product<T>::prepare,
+          Product<T>::run};
 }
 
 }  // namespace linear
