@@ -67,6 +67,10 @@ class RowInvariant(TorchDispatchMode):
         NotImplementedError: an operator of which this is not known; the message names it.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # keeping torch.compile out would cost more than the rest of a call
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         handler = _handler(func)

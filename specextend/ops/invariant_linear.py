@@ -38,7 +38,8 @@ def invariant_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor
     """
     if w.dim() != 2:
         return _invariant_linear(_rows(x), w, bias)
-    y = _invariant_linear(_rows(x.reshape(-1, x.shape[-1])), w, bias)
+    flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    y = _invariant_linear(_rows(flat), w, bias)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
