@@ -126,7 +126,7 @@ class SpecConfig:
                 )
         if self.exact and not self.tree_attention:
             raise ValueError(
-                "exact=True needs tree_attention=True: torch's SDPA rounds a row by the rows beside it"
+                "exact=True needs tree_attention=True: torch's SDPA rounds a row by those beside it"
             )
         if not self.score_layers:
             raise ValueError("score_layers must name at least one layer, got none")

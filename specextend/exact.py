@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_any
+from torch.utils._pytree import tree_any, tree_leaves
 
 from . import ops
 
@@ -25,18 +25,18 @@ from . import ops
 # is defined to the last bit.
 _EXACT = frozenset(
     """
-    _assert_async _assert_tensor_metadata _local_scalar_dense _to_copy _unsafe_index _unsafe_view
-    abs add all amax amin any arange argmax argmin argsort bincount bitwise_and bitwise_not
-    bitwise_or bitwise_xor bucketize cat ceil clamp clamp_max clamp_min clone constant_pad_nd
-    contiguous copy copy_ cumsum div embedding empty empty_like empty_strided eq equal eye fill
-    flatten flip floor floor_divide fmod full full_like gather ge gt hardtanh histc index index_add
-    index_copy index_fill index_put index_select is_nonzero isfinite isinf isnan item le
-    leaky_relu lift_fresh lift_fresh_copy logical_and logical_not logical_or logical_xor lt
-    masked_fill masked_scatter masked_select max maximum min minimum mul ne neg new_empty
-    new_empty_strided new_full new_ones new_zeros nonzero one_hot ones ones_like pad reciprocal
-    relu remainder repeat repeat_interleave reshape roll round rsub scalar_tensor scatter
-    searchsorted sign sort sqrt stack sub sum to topk tril triu trunc type_as unbind unique_dim
-    where zero zeros zeros_like _unique2
+    abs add all amax amin any arange argmax argmin argsort _assert_async _assert_tensor_metadata
+    bincount bitwise_and bitwise_not bitwise_or bitwise_xor bucketize cat ceil clamp clamp_max
+    clamp_min clone constant_pad_nd contiguous copy copy_ cumsum detach div embedding empty
+    empty_like empty_strided eq equal eye fill flatten flip floor floor_divide fmod full full_like
+    gather ge gt hardtanh histc index index_add index_copy index_fill index_put index_select
+    is_nonzero isfinite isinf isnan item le leaky_relu lift_fresh lift_fresh_copy
+    _local_scalar_dense logical_and logical_not logical_or logical_xor lt masked_fill masked_scatter
+    masked_select max maximum min minimum mul ne neg new_empty new_empty_strided new_full new_ones
+    new_zeros nonzero one_hot ones ones_like pad reciprocal relu remainder repeat repeat_interleave
+    reshape roll round rsub scalar_tensor scatter searchsorted sign sort sqrt stack sub sum to
+    _to_copy topk tril triu trunc type_as unbind _unique2 unique_dim _unsafe_index _unsafe_view
+    where zero zeros zeros_like
     """.split()
 )
 # Functions of one tensor whose vectorised form and the one for single elements may differ.
@@ -83,14 +83,19 @@ class RowInvariant(TorchDispatchMode):
 def refusal(model: torch.nn.Module) -> str | None:
     """Say why a model cannot run under :class:`RowInvariant`; None if nothing is known."""
     for module in model.modules():
-        compiled = isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
-        if compiled or getattr(module, "_compiled_call_impl", None) is not None:
+        if (
+            type(module).__name__ == "OptimizedModule"
+            or getattr(module, "_compiled_call_impl", None) is not None
+            or hasattr(module.forward, "_torchdynamo_orig_callable")
+        ):
             return "it is compiled by torch.compile, whose kernels choose their own order of sums"
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         return "it is quantised, and its products are those of another library"
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
-            return f"its weight {name} is a {type(tensor).__name__}, which multiplies in its own way"
+            return (
+                f"its weight {name} is a {type(tensor).__name__}, which multiplies in its own way"
+            )
     return None
 
 
@@ -114,7 +119,7 @@ def _handler(func: torch._ops.OpOverload) -> Callable | None:
             return _plainly
     if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
         return None
-    return _refuse
+    return _unknown
 
 
 def _is_view(func: torch._ops.OpOverload) -> bool:
@@ -126,6 +131,14 @@ def _refuse(func, args, kwargs, why: str = ""):
     raise NotImplementedError(
         f"exact=True does not know how {func} is computed{why}: its rows might depend on each other"
     )
+
+
+def _unknown(func, args, kwargs):
+    """Let operators on integers pass, which round nothing."""
+    tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+    if not tensors or any(t.is_floating_point() or t.is_complex() for t in tensors):
+        return _refuse(func, args, kwargs)
+    return func(*args, **kwargs)
 
 
 def _plainly(func, args, kwargs):

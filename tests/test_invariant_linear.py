@@ -2,6 +2,7 @@ import importlib
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import isa_bits
@@ -81,7 +82,8 @@ def test_rows_have_the_bits_that_they_have_alone(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_batches_have_the_bits_of_their_products(dtype):
-    x, w, bias = (torch.stack(t) for t in zip(*(operands(9, 34, 80, dtype, seed=i) for i in range(5)), strict=True))  # fmt: skip
+    products = [operands(9, 34, 80, dtype, seed=i) for i in range(5)]
+    x, w, bias = map(torch.stack, zip(*products, strict=True))
     for layout in LAYOUTS:
         together = ops.invariant_linear(x, as_laid_out(w, layout), bias[0])
         apart = [ops.invariant_linear(x[b], w[b], bias[0]) for b in range(5)]
@@ -96,7 +98,7 @@ def test_threads_do_not_change_bits():
         for layout in ("rows", "columns"):
             laid = as_laid_out(w, layout)
             one, *others = (
-                run_with_threads(n, lambda w=laid: ops.invariant_linear(x, w, bias))
+                run_with_threads(n, partial(ops.invariant_linear, x, laid, bias))
                 for n in (1, 2, 3, 7)
             )
             assert all(same_bits(one, other) for other in others)

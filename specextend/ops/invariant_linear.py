@@ -31,7 +31,7 @@ def invariant_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor
         devices. Does not synchronise.
 
     Example:
-        >>> x, w = torch.randn(9, 256).bfloat16(), torch.randn(100, 256).bfloat16()  # [M, K], [N, K]
+        >>> x, w = torch.randn(9, 256), torch.randn(100, 256)  # [M, K], [N, K]
         >>> y = ops.invariant_linear(x, w)
         >>> y.shape, torch.equal(y[3:4], ops.invariant_linear(x[3:4], w))
         (torch.Size([9, 100]), True)
@@ -53,9 +53,11 @@ def _(x, w, bias=None):
     return x.new_empty(*x.shape[:-1], w.shape[-2])
 
 
-@torch.library.impl("specextend::invariant_linear", "CUDA")
 def _by_blocks(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = x.shape[-2]
     blocks = F.pad(x, (0, 0, 0, -rows % _BLOCK)).split(_BLOCK, -2)
     y = torch.cat([block @ w.mT for block in blocks] or [x @ w.mT], -2)[..., :rows, :]
     return y.contiguous() if bias is None else y + bias
+
+
+torch.library.impl("specextend::invariant_linear", "cuda", _by_blocks)
