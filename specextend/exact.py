@@ -156,8 +156,12 @@ def _product(func, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         _refuse(func, (), {}, " in float64")
     if bias is None and a.shape[-2] > b.shape[-1]:
         # What is streamed is the larger one. A product of numbers commutes, also in its last bit.
-        return ops.invariant_linear(b.mT, _rows_or_columns(a)).mT.contiguous()
-    return ops.invariant_linear(a, _rows_or_columns(b.mT), bias)
+        return ops.invariant_linear(_rows(b.mT), _rows_or_columns(a)).mT.contiguous()
+    return ops.invariant_linear(_rows(a), _rows_or_columns(b.mT), bias)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _rows_or_columns(w: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ SHORTER = {
     "python -m specextend.train.continuations": "--count 2 --passage 192 --new 8",
     "python -m tools.embedded.evaluate_pair": "--lengths 200 --documents 1 --new 8",
     "python bench/bench_acceptance.py": "--lengths 200 --documents 1 --new 8",
+    "python bench/bench_same_text.py": "--lengths 100 --count 1 --new 6",
 }
 
 # Commands that are not run here: where they are, as a whole or in their short form, and what says

@@ -149,12 +149,11 @@ def test_empty():
     assert ops.invariant_linear(x.new_zeros(0, 3, 4), x.new_zeros(0, 2, 4)).shape == (0, 3, 2)
 
 
-def test_shapes_and_strides_of_x():
+def test_shapes_of_x():
     x, w, _ = operands(24, 10, 40, torch.bfloat16)
     want = ops.invariant_linear(x, w)
     assert same_bits(ops.invariant_linear(x.view(2, 3, 4, 40), w).view(24, 10), want)
     assert same_bits(ops.invariant_linear(x[7], w), want[7])
-    assert same_bits(ops.invariant_linear(x.mT.contiguous().mT, w), want)
 
 
 def test_opcheck():
@@ -193,7 +192,7 @@ BAD = [
     (dict(x=torch.zeros(3, 8).double()), "x must be float32, float16 or bfloat16, got float64"),
     (dict(w=torch.zeros(5, 8).half()), "w must be float32, got float16"),
     (dict(x=torch.zeros(3, 16)[:, ::2]), "x must have a last stride of 1, got 2"),
-    (dict(w=torch.zeros(10, 16)[::2, ::2]), "w must have a stride of 1 in one of .*, got 32 and 2"),
+    (dict(w=torch.zeros(10, 16)[::2, ::2]), "w must have a last stride of 1, or .*, got 32 and 2"),
     (dict(bias=torch.zeros(6)), r"bias must have shape \[5\], got \[6\]"),
     (dict(bias=torch.zeros(5).half()), "bias must be float32, got float16"),
     (dict(bias=torch.zeros(10)[::2]), "bias must have a last stride of 1, got 2"),

@@ -31,7 +31,7 @@ void check(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias) 
   check_unit_last_stride(kOp, "x", x);
   const bool by_column = depth <= 1 || w.stride(dims - 1) == 1;
   STD_TORCH_CHECK(by_column || columns <= 1 || w.stride(dims - 2) == 1, kOp,
-                  ": w must have a stride of 1 in one of its last two dimensions, got ",
+                  ": w must have a last stride of 1, or one of 1 before it, got ",
                   w.stride(dims - 2), " and ", w.stride(dims - 1));
   if (!bias) return;
   check_dtype(kOp, "bias", *bias, x.scalar_type());

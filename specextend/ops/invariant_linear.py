@@ -20,7 +20,7 @@ def invariant_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor
     shape; this way has not run on a GPU yet.
 
     Args:
-        x: [..., M, K], fp32, fp16 or bf16, any strides.
+        x: [..., M, K], fp32, fp16 or bf16, any strides with a unit last one.
         w: [N, K], or [B, N, K] for ``x`` [B, M, K]: a product for each batch. Of x's dtype, with a
             stride of 1 in one of the last two dimensions: row-major, as ``nn.Linear`` has it, or
             the transpose of a row-major [K, N]. The bits are the same for both.
@@ -37,15 +37,10 @@ def invariant_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor
         (torch.Size([9, 100]), True)
     """
     if w.dim() != 2:
-        return _invariant_linear(_rows(x), w, bias)
+        return _invariant_linear(x, w, bias)
     flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
-    y = _invariant_linear(_rows(flat), w, bias)
+    y = _invariant_linear(flat, w, bias)
     return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Give a tensor whose rows lie each in one piece."""
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
 @torch.library.register_fake("specextend::invariant_linear")
