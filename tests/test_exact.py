@@ -229,6 +229,27 @@ def test_text(flat, kind, sampled):
         assert torch.equal(plain, spec), length
 
 
+def test_the_option_reaches_the_forward():
+    """And no other forward: neither the prefill nor a draft's own."""
+    seen = []
+    target, draft = tiny_model(), tiny_model(seed=1)
+    for model in (target, draft):
+
+        def note(*arguments, model=model, **_):
+            mode = torch.utils._python_dispatch._get_current_dispatch_mode()
+            seen.append((model is target, arguments[1].shape[1], isinstance(mode, RowInvariant)))
+
+        model.model.embed_tokens.register_forward_hook(lambda m, a, out, n=note: n(m, out))
+    for exact in (True, False):
+        spec = SpecExtend(target, draft, SMALL.replace(exact=exact))
+        seen.clear()
+        spec.generate(prompt(60), max_new_tokens=12, do_sample=False)
+        prefill = [on for is_target, rows, on in seen if is_target and rows in (40, 19)]
+        verify = [on for is_target, rows, on in seen if is_target and rows not in (40, 19)]
+        assert prefill == [False] * 2 and len(verify) > 3 and set(verify) == {exact}
+        assert not any(on for is_target, _, on in seen if not is_target)
+
+
 @pytest.fixture(scope="module")
 def embedded():
     paths = assets.target_path(), assets.draft_path()

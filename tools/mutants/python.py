@@ -9,7 +9,9 @@ DECODE, GENERATION, VERIFY, HF, TARGET, TREE, SAMPLING = (
     for name in ("decode", "generation", "verify", "hf", "target", "tree", "sampling")
 )
 CACHE, ATTENTION, ROTARY = (f"specextend/{name}.py" for name in ("cache", "attention", "rotary"))
-GUARD, GATE, GRAPHS = (f"specextend/{name}.py" for name in ("guard", "gate", "graphs"))
+GUARD, GATE, GRAPHS, EXACT = (
+    f"specextend/{name}.py" for name in ("guard", "gate", "graphs", "exact")
+)
 CACHED, CAUSAL, NGRAM, LONGSPEC, EAGLE, HEAD, WORKING, SELF = (
     f"specextend/draft/{name}.py"
     for name in (
@@ -33,14 +35,14 @@ MUTANTS = [
     Mutant(
         "verify: positions are one too far",
         VERIFY,
-        "positions = self.cache.lens[:, None].long() + depths\n        logits",
-        "positions = self.cache.lens[:, None].long() + depths + 1\n        logits",
+        "positions = self.cache.lens[:, None].long() + depths\n        with",
+        "positions = self.cache.lens[:, None].long() + depths + 1\n        with",
         ("tests/test_decode.py::TestEnds::test_scores_and_logits", *GREEDY),
     ),
     Mutant(
         "verify: positions count slots of the tree instead of depths",
         VERIFY,
-        "positions = self.cache.lens[:, None].long() + depths\n        logits",
+        "positions = self.cache.lens[:, None].long() + depths\n        with",
         "positions = self.cache.lens[:, None].long() + torch.arange("
         "depths.shape[1], device=depths.device)\n        logits",
         (*GREEDY, *FULL_DEPTH),
@@ -702,5 +704,34 @@ MUTANTS = [
         "return out, out if self.config.norm_output else hidden",
         "return out, hidden",
         ("tests/test_eagle.py::TestDialects",),
+    ),
+    # ---- exact ----
+    Mutant(
+        "exact: products are torch's own",
+        EXACT,
+        '"mm": _mm,',
+        '"mm": _plainly,',
+        ("tests/test_exact.py::test_functions",),
+    ),
+    Mutant(
+        "exact: an operator that is not known passes",
+        EXACT,
+        "return _refuse(func, args, kwargs)\n    return func",
+        "pass\n    return func",
+        ("tests/test_exact.py::test_what_is_not_known_is_refused_by_name",),
+    ),
+    Mutant(
+        "exact: a long row alone is summed by all threads",
+        EXACT,
+        "if not x.is_cuda and x.shape[-1] < _LONGEST_ROW:",
+        "if not x.is_cuda:",
+        ("tests/test_exact.py::test_long_rows",),
+    ),
+    Mutant(
+        "exact: the option is forgotten",
+        VERIFY,
+        "with RowInvariant() if self.config.exact else nullcontext():",
+        "with nullcontext():",
+        ("tests/test_exact.py::test_the_option_reaches_the_forward",),
     ),
 ]
