@@ -276,9 +276,9 @@ def of_kind(kind, draft):
 def test_embedded(embedded, kind):
     target, draft, tokenizer = embedded
     config = SpecConfig(exact=True, gate="off", seed=3, **assets.SETTINGS)
-    for i, ids in enumerate(documents(tokenizer, 700)[:2]):
+    for i, ids in enumerate(documents(tokenizer, 600)[:2]):
         how = dict(do_sample=True) if i else {}
-        plain, spec, loop = texts(target, of_kind(kind, draft), config, ids, 60, **how)
+        plain, spec, loop = texts(target, of_kind(kind, draft), config, ids, 30, **how)
         assert torch.equal(plain, spec)
     assert loop.stats.num_draft_tokens > 0
 
