@@ -11,7 +11,7 @@ there must be no difference.
 
 A line has the tokens per document that were decided otherwise, median over documents, and behind
 it the sum over all. The gap is that of plain decoding's logits, between its own token and the other
-one, in logits and in steps of the models' dtype at the larger one's size. `rows` is the share of
+one, in logits and in steps of the models' dtype at the smaller one's size. `rows` is the share of
 logit rows in which any bit differs, `ties` that of plain decoding's rows whose best two logits are
 equal: what a last bit could decide.
 """
@@ -114,7 +114,7 @@ def compare(plain: SpecExtend, spec: SpecExtend, ids: Tensor, new: int) -> Count
     for at in (chosen != text).nonzero()[:, 0].tolist():
         own, other = logits[at, text[at]].item(), logits[at, chosen[at]].item()
         counts.gaps.append(own - other)
-        counts.steps.append((own - other) / step_size(max(abs(own), abs(other)), dtype))
+        counts.steps.append((own - other) / step_size(min(abs(own), abs(other)), dtype))
     return counts
 
 
