@@ -25,18 +25,17 @@ from . import ops
 # is defined to the last bit.
 _EXACT = frozenset(
     """
-    abs add all amax amin any arange argmax argmin argsort _assert_async _assert_tensor_metadata
+    abs all amax amin any arange argmax argmin argsort _assert_async _assert_tensor_metadata
     bincount bitwise_and bitwise_not bitwise_or bitwise_xor bucketize cat ceil clamp clamp_max
-    clamp_min clone constant_pad_nd contiguous copy copy_ cumsum detach div embedding empty
-    empty_like empty_strided eq equal eye fill flatten flip floor floor_divide fmod full full_like
-    gather ge gt hardtanh histc index index_add index_copy index_fill index_put index_select
-    is_nonzero isfinite isinf isnan item le leaky_relu lift_fresh lift_fresh_copy
-    _local_scalar_dense logical_and logical_not logical_or logical_xor lt masked_fill masked_scatter
-    masked_select max maximum min minimum mul ne neg new_empty new_empty_strided new_full new_ones
-    new_zeros nonzero one_hot ones ones_like pad reciprocal relu remainder repeat repeat_interleave
-    reshape roll round rsub scalar_tensor scatter searchsorted sign sort sqrt stack sub sum to
-    _to_copy topk tril triu trunc type_as unbind _unique2 unique_dim _unsafe_index _unsafe_view
-    where zero zeros zeros_like
+    clamp_min clone constant_pad_nd contiguous copy copy_ detach div embedding empty empty_like
+    empty_strided eq equal eye fill flatten flip floor floor_divide fmod full full_like gather ge gt
+    hardtanh histc index index_add index_copy index_fill index_select is_nonzero isfinite isinf
+    isnan item le leaky_relu lift_fresh lift_fresh_copy _local_scalar_dense logical_and logical_not
+    logical_or logical_xor lt masked_fill masked_scatter masked_select max maximum min minimum mul
+    ne neg new_empty new_empty_strided new_full new_ones new_zeros nonzero one_hot ones ones_like
+    pad reciprocal relu remainder repeat repeat_interleave reshape roll round scalar_tensor
+    searchsorted sign sort sqrt stack to _to_copy topk tril triu trunc type_as unbind _unique2
+    unique_dim _unsafe_index _unsafe_view where zero zeros zeros_like
     """.split()
 )
 # Functions of one tensor whose vectorised form and the one for single elements may differ.
@@ -105,12 +104,14 @@ def _handler(func: torch._ops.OpOverload) -> Callable | None:
     name = func.overloadpacket.__name__
     if func.namespace == "specextend":
         return _plainly
+    if any(argument.is_out for argument in func._schema.arguments):
+        return _plainly if name in _EXACT else _refuse
     if name in _SPECIAL:
         return _SPECIAL[name]
     if func.namespace in ("aten", "prims"):
         plain = name.removesuffix("_")
-        if plain in _SUMMING:
-            return _SUMMING[plain]
+        if plain in _BY_ARGUMENTS:
+            return _BY_ARGUMENTS[plain]
         if plain in _ELEMENTWISE:
             return _elementwise
         if plain in _ROWWISE:
@@ -248,8 +249,9 @@ def _by_rows(func, args, kwargs):
         last = len(args[1]) == 1  # the shape that is normalised
     else:
         dims = args[place] if len(args) > place else kwargs.get("dim")
-        dims = dims if isinstance(dims, (list, tuple)) else [dims]
-        last = dims in ([-1], [x.dim() - 1]) or tuple(dims) in ((-1,), (x.dim() - 1,))
+        dims = tuple(dims) if isinstance(dims, (list, tuple)) else (dims,)
+        named = func._schema.arguments[place].name == "dim"
+        last = named and dims in ((-1,), (x.dim() - 1,))
     if not last or x.dim() == 0:
         return _refuse(func, args, kwargs, " over other dimensions than the last")
     if place is not None and len(args) > place:
@@ -323,6 +325,14 @@ def _cumsum(func, args, kwargs):
     return func(*args, **kwargs)
 
 
+def _placed(func, args, kwargs):
+    """Write to places, but add up nothing there: the order of the terms would be anybody's."""
+    adds = "reduce" in kwargs or kwargs.get("accumulate") or (len(args) > 3 and args[3] is True)
+    if adds:
+        return _refuse(func, args, kwargs, " where terms are added up")
+    return func(*args, **kwargs)
+
+
 _SPECIAL = {
     "_grouped_mm": _grouped,
     "grouped_mm": _grouped,
@@ -334,7 +344,9 @@ _SPECIAL = {
     "linear": _linear,
     "mm": _mm,
     "mv": _mv,
+    "view_as_complex": _refuse,  # products of complex numbers round more than once
 }
-_SUMMING = {
-    "add": _add, "cumsum": _cumsum, "mean": _sum, "rsub": _add, "sub": _add, "sum": _sum,
+_BY_ARGUMENTS = {
+    "add": _add, "cumsum": _cumsum, "index_put": _placed, "mean": _sum, "rsub": _add,
+    "scatter": _placed, "sub": _add, "sum": _sum,
 }  # fmt: skip

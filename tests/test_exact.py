@@ -182,6 +182,15 @@ def test_long_rows():
 
 
 UNKNOWN = {
+    "aten.view_as_complex.default": lambda x: torch.view_as_complex(x.view(3, 4, 2)),
+    "aten.mm.out": lambda x: torch.mm(x, x.mT, out=torch.empty(3, 3)),
+    "aten.var.* over other dimensions": lambda x: x.var(True),
+    "aten.index_put.* where terms are added up": lambda x: x.index_put(
+        (torch.zeros(2, dtype=torch.int64),), x[:2], accumulate=True
+    ),
+    "aten.scatter.reduce is computed where terms": lambda x: x.scatter(
+        0, torch.zeros(1, 8, dtype=torch.int64), x[:1], reduce="add"
+    ),
     "aten.cumprod.default": lambda x: x.cumprod(0),
     "aten.sum.dim_IntList .* over the dimensions": lambda x: x.sum((0, 1)),
     "aten._softmax.default .* over other dimensions": lambda x: x.softmax(0),
