@@ -64,9 +64,10 @@ class SpecConfig:
             captured; ``"off"``: never.
         exact: the target computes a row by itself and the same row in a tree with the same bits,
             so that text equals that of plain decoding with this option always, in bf16 and fp16
-            too, greedy or sampled with the same seed. Its matrix products are those of
-            :func:`specextend.ops.invariant_linear`, which costs what docs/measured.md says. It does
-            not promise the text of ``model.generate``, whose attention rounds in another way.
+            too, greedy or sampled with the same seed. A round then costs up to 1.5 times as much
+            on a CPU, and less where a model's own products are slow at one row
+            (docs/measured.md). It does not promise the text of ``model.generate`` in bf16 and fp16,
+            whose attention rounds in another way.
         seed: key of the sampling noise; None: drawn from torch's default generator.
     """
 

@@ -184,6 +184,15 @@ def test_blocks_of_a_gpu():
     assert {shape[-2:] for shape in seen if shape[-2]} == {(64, 24)}
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_on_a_gpu(dtype):
+    x, w, bias = operands(130, 1000, 513, dtype, "cuda")
+    alone = torch.cat([ops.invariant_linear(x[i : i + 1], w, bias) for i in range(130)])
+    for rows in (2, 9, 63, 64, 65, 130):
+        assert same_bits(ops.invariant_linear(x[-rows:], w, bias), alone[-rows:]), rows
+
+
 BAD = [
     (dict(x=torch.zeros(8)), r"x must be \[M, K\] or \[B, M, K\], got \[8\]"),
     (dict(w=torch.zeros(2, 5, 8)), r"w must be \[N, K\], as x is \[M, K\], got \[2, 5, 8\]"),

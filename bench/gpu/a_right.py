@@ -15,7 +15,8 @@ from steps import Step, main
 
 # The names of cases in bench/small_cases.py begin with these.
 CASES = (
-    "merge_states", "chunk_scores", "select_chunks", "gather_chunks", "compact_kv", "append_kv",
+    "merge_states", "invariant_linear", "chunk_scores", "select_chunks", "gather_chunks",
+    "compact_kv", "append_kv",
     "expand_tree", "finalize_tree", "sample_nodes", "verify_tree",
 )  # fmt: skip
 PROFILED = (("16384", "8"), ("16384", "32"), ("65536", "64"))  # prefix, rows; and the combine
