@@ -64,10 +64,9 @@ class SpecConfig:
             captured; ``"off"``: never.
         exact: the target computes a row by itself and the same row in a tree with the same bits,
             so that text equals that of plain decoding with this option always, in bf16 and fp16
-            too, greedy or sampled with the same seed. A round then costs up to 1.5 times as much
-            on a CPU, and less where a model's own products are slow at one row
-            (docs/measured.md). It does not promise the text of ``model.generate`` in bf16 and fp16,
-            whose attention rounds in another way.
+            too, greedy or sampled with the same seed. On a CPU plain rounds take from half as long
+            to a quarter longer, and trees more (docs/measured.md). It does not promise the text of
+            ``model.generate`` in bf16 and fp16, whose attention rounds in another way.
         seed: key of the sampling noise; None: drawn from torch's default generator.
     """
 

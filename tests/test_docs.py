@@ -51,7 +51,6 @@ SHORTER = {
     "python -m specextend.train.continuations": "--count 2 --passage 192 --new 8",
     "python -m tools.embedded.evaluate_pair": "--lengths 200 --documents 1 --new 8",
     "python bench/bench_acceptance.py": "--lengths 200 --documents 1 --new 8",
-    "python bench/bench_same_text.py": "--lengths 100 --count 1 --new 6",
 }
 
 # Commands that are not run here: where they are, as a whole or in their short form, and what says
@@ -65,6 +64,7 @@ ELSEWHERE = {
     "make test-oldest": ("tests/test_versions.py", "smoke.OLDEST"),
     "make mutants": ("tests/test_mutate.py", "def test_faults_are_found("),
     "python tools/mutate.py": ("tests/test_mutate.py", "def test_faults_are_found("),
+    "python bench/bench_same_text.py": ("tests/test_bench.py", "def test_decisions_that_differ"),
     "make lint": ("Makefile", "ruff check . &&"),
     "make bench": ("bench/gpu/c_record.py", '"bench/bench_ops.py"'),
     "pip install": ("Makefile", "pip install -q --no-build-isolation --no-deps -e ."),
