@@ -280,6 +280,16 @@ def other_lines() -> Iterator[Callable[[], Line]]:
             3 * o.numel() * size,
         )
 
+    def invariant_linear(rows, order):
+        size_k, size_n = 4096, 4096
+        x, w = torch.randn(rows, size_k).to(bf16), torch.randn(size_n, size_k).to(bf16)
+        w = w if order == "[N, K]" else w.T.contiguous().T
+        return Line(
+            "invariant_linear", f"{rows} x {size_k} x {size_n}, {order}", "bf16",
+            lambda: ops.invariant_linear(x, w), w.numel() * size, 2 * rows * w.numel(),
+            peers={"torch": [lambda: F.linear(x, w)]},
+        )  # fmt: skip
+
     def chunk_scores():
         chunks = capacity // 32
         lse = torch.randn(1, 64, 32, chunks)
@@ -369,6 +379,9 @@ def other_lines() -> Iterator[Callable[[], Line]]:
         )  # fmt: skip
 
     yield from (merge_states, chunk_scores, chunk_scores_keys, select_chunks, gather_chunks)
+    for rows in (1, 9, 33):
+        yield lambda rows=rows: invariant_linear(rows, "[N, K]")
+    yield lambda: invariant_linear(9, "[K, N]")
     yield from (expand_tree, finalize_tree, verify_tree)
     yield from (lambda: sample_nodes(False), lambda: sample_nodes(True), compact_kv, append_kv)
 

@@ -90,6 +90,8 @@ def other_cases(few: bool) -> Iterator[Case]:
     for dtype in (torch.float32, bf16, torch.float16):
         a, b = o.to(dtype), o.flip(0).to(dtype)
         yield Case(f"merge_states {dtype}", ops.merge_states, (a, lse, b, lse.flip(1)), {})
+        x, w, bias = (torch.randn(n).to(dtype) for n in ((70, 200), (33, 200), (33,)))
+        yield Case(f"invariant_linear {dtype}", ops.invariant_linear, (x, w, bias), {})
     chunk_lse = torch.randn(2, 5, 4, 33)
     given = (chunk_lse, chunk_lse.logsumexp(-1), ints(1, 4), ints(33 * 16, 100))
     for reduce in ("mean", "max"):

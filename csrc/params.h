@@ -2,7 +2,8 @@
 
 // The plain parameters of every kernel, on the CPU and in CUDA. Letters: B batch, M query rows, N
 // tree keys, S cache capacity, P prefix length, Hq and Hkv heads, D head dim, V vocabulary, L
-// layers. Strides are in elements; the last dimension of a tensor with strides has stride 1.
+// layers; of products, K summands and N columns. Strides are in elements; the last dimension of a
+// tensor with strides has stride 1.
 
 #include <cstdint>
 
@@ -47,6 +48,20 @@ struct MergeStatesParams {
   float* lse;
   int64_t num_rows;
   int head_dim;
+};
+
+// invariant_linear: y = x w^T + bias, a product for each batch. The last dimension of x, and one of
+// the last two of w, has stride 1.
+struct InvariantLinearParams {
+  const void* x;     // [B, M, K]
+  const void* w;     // [B, N, K]
+  const void* bias;  // [N], or null
+  void* y;           // [B, M, N], contiguous
+  int64_t x_stride_b, x_stride_m;
+  int64_t w_stride_b;
+  int64_t w_stride;  // elements from one column of y to the next, or, if `by_k`, from k to k + 1
+  bool by_k;         // w lies in memory as [K, N]
+  int64_t batch, num_rows, num_columns, depth;  // B, M, N, K
 };
 
 // compact_kv: rows P + path[i] move to P + i, i <= num_accepted, in every cache (K and V of all

@@ -62,6 +62,11 @@ class SpecConfig:
             while, where speculation loses; ``"off"`` always speculates.
         graphs: ``"auto"``: on a GPU the round runs from CUDA graphs, where the models can be
             captured; ``"off"``: never.
+        exact: the target computes a row by itself and the same row in a tree with the same bits,
+            so that text equals that of plain decoding with this option always, in bf16 and fp16
+            too, greedy or sampled with the same seed. On a CPU plain rounds take from half as long
+            to a quarter longer, and trees more (docs/measured.md). It does not promise the text of
+            ``model.generate`` in bf16 and fp16, whose attention rounds in another way.
         seed: key of the sampling noise; None: drawn from torch's default generator.
     """
 
@@ -89,6 +94,7 @@ class SpecConfig:
     prefill_chunk: int | None = 1024
     gate: Literal["auto", "off"] = "auto"
     graphs: Literal["auto", "off"] = "auto"
+    exact: bool = False
     seed: int | None = None
 
     def __post_init__(self):
@@ -118,6 +124,10 @@ class SpecConfig:
                     f"sink_chunks + recent_chunks (at least 1) must fit the budget of "
                     f"{self.budget_chunks} chunks, got {forced}"
                 )
+        if self.exact and not self.tree_attention:
+            raise ValueError(
+                "exact=True needs tree_attention=True: torch's SDPA rounds a row by those beside it"
+            )
         if not self.score_layers:
             raise ValueError("score_layers must name at least one layer, got none")
         if self.tree_shape == "fixed" and (not self.tree_widths or min(self.tree_widths) < 1):

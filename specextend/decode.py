@@ -27,7 +27,7 @@ class SpecExtend:
     The output is the target's: greedy output equals ``model.generate(do_sample=False)``, sampled
     output equals sampled output without a draft, token by token, for the same seed. In fp32
     exactly; in bf16 and fp16 a near-tie between two tokens may fall differently in kernels that
-    round differently.
+    round differently, unless ``exact=True``, with which text equals that without a draft always.
 
     Args:
         model: the target, a decoder-only causal LM of `transformers`, or a ``PeftModel`` or

@@ -271,6 +271,12 @@ def tree_attention(
     return out, lse, chunk_lse if chunk_size else chunk_lse.flatten()[:0]
 
 
+def invariant_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply by the transposed weight, batch by batch."""
+    y = x @ w.mT
+    return y if bias is None else y + bias
+
+
 def merge_states(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Join the softmaxes of two key sets: each has the weight of its share of the denominator."""
     lse_a, lse_b = (x.masked_fill(x == torch.inf, -torch.inf) for x in (lse_a, lse_b))

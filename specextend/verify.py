@@ -8,6 +8,7 @@ then runs :meth:`Verifier.accept` outside of graphs.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from . import ops
 from .cache import KVCache, Pass
 from .config import SpecConfig
+from .exact import RowInvariant, refusal
 from .sampling import TokenChooser
 from .target import Target
 
@@ -95,6 +97,9 @@ class Verifier:
         decisions: what an acceptance updates.
         chooser: the target's choice at a node.
         feature_layers: hidden states that the draft wants.
+
+    Raises:
+        ValueError: ``config.exact``, and the target's products are not torch's own.
     """
 
     def __init__(
@@ -106,6 +111,9 @@ class Verifier:
         chooser: TokenChooser,
         feature_layers: tuple[int, ...] = (),
     ):
+        reason = refusal(target.model) if config.exact else None
+        if reason is not None:
+            raise ValueError(f"exact=True does not serve {type(target.model).__name__}: {reason}")
         self.target, self.config, self.cache = target, config, cache
         self.decisions, self.chooser, self.feature_layers = decisions, chooser, feature_layers
         self._no_gain = torch.zeros(1, device=cache.lens.device)
@@ -131,7 +139,8 @@ class Verifier:
             feature_layers=self.feature_layers,
         )
         positions = self.cache.lens[:, None].long() + depths
-        logits = self.target.forward(tokens, positions, state)
+        with RowInvariant() if self.config.exact else nullcontext():
+            logits = self.target.forward(tokens, positions, state)
         return state, logits[..., : self.target.vocab_size]
 
     def accept(

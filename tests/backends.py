@@ -133,7 +133,9 @@ def build_or_skip(*args, build=emulation.build_ops) -> Library:
 def _counterpart(op: torch._ops.OpOverload, namespace: str):
     name, overload = op._schema.name.split("::")[1], op._overloadname
     packet = getattr(getattr(torch.ops, namespace), name, None)
-    return op if packet is None else getattr(packet, overload)
+    other = op if packet is None else getattr(packet, overload)
+    # What has no CUDA kernel has a schema there, and nothing behind it.
+    return other if other.has_kernel_for_dispatch_key(torch._C.DispatchKey.CPU) else op
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from pathlib import Path
 import emulation
 import isa_bits
 import pytest
+import test_invariant_linear
 import test_tree_attention
 import torch
 from backends import build_or_skip, emulated
@@ -71,6 +72,10 @@ def test_attention_extremes(isa):
     test_tree_attention.test_large_logits("cpu")
     test_tree_attention.test_softcap(0.5, torch.bfloat16, "cpu")
     test_tree_attention.test_nan_stays_in_its_row("cpu")
+
+
+def test_invariant_products(isa):
+    test_invariant_linear.check_instruction_set()
 
 
 @pytest.mark.long

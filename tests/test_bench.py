@@ -13,6 +13,7 @@ import bench_decode
 import bench_memory
 import bench_ops
 import bench_record
+import bench_same_text
 import pytest
 import torch
 from models import prompt, tiny_model
@@ -98,7 +99,7 @@ def test_caches_are_emptied_before_each_call():
         assert bench_record.cache_emptier()() == (2 << 20) / 4
 
 
-BENCHES = [bench_acceptance, bench_decode, bench_memory, bench_ops]
+BENCHES = [bench_acceptance, bench_decode, bench_memory, bench_ops, bench_same_text]
 
 
 @pytest.mark.parametrize("bench", BENCHES, ids=lambda bench: bench.__name__)
@@ -288,3 +289,35 @@ def test_predicted_memory(pair):
         assert parts["rounds"]["weights"] == 4 * sum(
             p.numel() for model in pair for p in model.parameters()
         )
+
+
+# ---- the same text -------------------------------------------------------------------------------
+
+
+def test_decisions_that_differ_are_counted_one_by_one():
+    """What a tree's rows are off by decides where plain decoding's two best are nearer; behind it
+    the text goes on as plain decoding has it."""
+    model, ids = tiny_model(dtype=torch.bfloat16), prompt(30)
+    config = SpecConfig(gate="off", tree_nodes=4)
+    loops = SpecExtend(model, None, config), SpecExtend(model, "self", config)
+    clean = bench_same_text.compare(*loops, ids, 30)
+    assert clean.tokens == 30 and clean.gaps == [] and clean.rows == 0
+
+    def favour(module, args, output):
+        return output + 2 * (torch.arange(97) == 5) * (output.shape[1] > 1)
+
+    hook = model.lm_head.register_forward_hook(favour)
+    counts = bench_same_text.compare(*loops, ids, 30)
+    hook.remove()
+    assert counts.tokens == 30 and counts.rows >= 20
+    assert 1 <= len(counts.gaps) < counts.rows and all(0 <= gap <= 2.1 for gap in counts.gaps)
+    for gap, steps in zip(counts.gaps, counts.steps, strict=True):
+        assert steps == pytest.approx(gap / 2**-6, rel=8)
+    text = bench_same_text.remarks([counts, clean])
+    assert f"{len(counts.gaps)} of 60 decided otherwise, gap " in text
+
+
+def test_steps_of_a_dtype():
+    for x, dtype, step in ((1.0, torch.bfloat16, 2**-7), (-12.0, torch.bfloat16, 2**-4)):
+        assert bench_same_text.step_size(x, dtype) == step
+    assert bench_same_text.step_size(3.0, torch.float16) == 2**-9

@@ -64,6 +64,7 @@ ELSEWHERE = {
     "make test-oldest": ("tests/test_versions.py", "smoke.OLDEST"),
     "make mutants": ("tests/test_mutate.py", "def test_faults_are_found("),
     "python tools/mutate.py": ("tests/test_mutate.py", "def test_faults_are_found("),
+    "python bench/bench_same_text.py": ("tests/test_bench.py", "def test_decisions_that_differ"),
     "make lint": ("Makefile", "ruff check . &&"),
     "make bench": ("bench/gpu/c_record.py", '"bench/bench_ops.py"'),
     "pip install": ("Makefile", "pip install -q --no-build-isolation --no-deps -e ."),

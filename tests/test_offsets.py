@@ -28,12 +28,14 @@ class Call:
     Attributes:
         arguments: by name; of a list all tensors are spread at once.
         strided: the names of those with strides.
+        transposed: of those, which may have one in the last dimension instead of the one before.
         written: of those, what is a result.
         options: of the op.
     """
 
     arguments: dict[str, Tensor | list[Tensor] | None]
     strided: tuple[str, ...] = ()
+    transposed: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
     options: dict = field(default_factory=dict)
 
@@ -44,7 +46,8 @@ class Call:
             t = value[0] if isinstance(value, list) else value
             for dim in range(0 if t is None else t.dim()):
                 if t.shape[dim] > 1:
-                    found.append((name, dim, name in self.strided and dim < t.dim() - 1))
+                    free = dim < t.dim() - 1 or name in self.transposed
+                    found.append((name, dim, name in self.strided and free))
         return found
 
     def run(self, op, device: str, name: str | None = None, dim: int = 0) -> list[Tensor]:
@@ -109,6 +112,13 @@ def scores_of_keys(dtype) -> Call:
         },
         strided=("q", "k"),
         options={"chunk_size": 16},
+    )
+
+
+def linear(dtype) -> Call:
+    arguments = {"x": normal(2, 3, 70, dtype=dtype), "w": normal(2, 5, 70, dtype=dtype)}
+    return Call(
+        {**arguments, "bias": normal(5, dtype=dtype)}, strided=("x", "w"), transposed=("w",)
     )
 
 
@@ -192,6 +202,7 @@ CALLS: list[tuple[str, tuple[torch.dtype, ...], Callable[[torch.dtype], Call]]] 
     ("expand_tree", ANY, expand),
     ("finalize_tree", FLOAT, contiguous({"logp": normal(2, 4), "parents": PARENTS}, num_nodes=3)),
     ("gather_chunks", ANY, gather),
+    ("invariant_linear", ANY, linear),
     ("merge_states", FLOAT, contiguous(STATES)),
     ("sample_nodes", ANY, lambda dtype: sample(dtype, None)),
     ("sample_nodes", ANY, lambda dtype: sample(dtype, UNIFORMS)),

@@ -15,8 +15,8 @@ from steps import Step, main
 
 # The names of cases in bench/small_cases.py begin with these.
 CASES = (
-    "merge_states", "chunk_scores", "select_chunks", "gather_chunks", "compact_kv", "append_kv",
-    "expand_tree", "finalize_tree", "sample_nodes", "verify_tree",
+    "merge_states", "invariant_linear", "chunk_scores", "select_chunks", "gather_chunks",
+    "compact_kv", "append_kv", "expand_tree", "finalize_tree", "sample_nodes", "verify_tree",
 )  # fmt: skip
 PROFILED = (("16384", "8"), ("16384", "32"), ("65536", "64"))  # prefix, rows; and the combine
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "WarpStateStats", "LaunchStats", "Occupancy")
@@ -38,7 +38,7 @@ def plan(results: Path, device: str) -> list[Step]:
         cases("no early launches", "tree_attention", 20, "--few", SPECEXTEND_PDL="0"),
     ]
     if cuda:
-        steps += [cases(name, name, 20) for name in CASES]
+        steps += [cases(name, name, 18) for name in CASES]
     else:
         steps.append(cases("the others", "", 60, "--few"))
     hopper = "cuda" if cuda else "test_one_block and random and heads0"

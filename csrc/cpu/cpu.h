@@ -8,6 +8,8 @@ namespace specextend::cpu {
 
 void tree_attention(const TreeAttentionParams& p, DType dtype);
 
+void invariant_linear(const InvariantLinearParams& p, DType dtype);
+
 void merge_states(const MergeStatesParams& p, DType dtype);
 
 void verify_tree(const VerifyTreeParams& p);

@@ -65,6 +65,23 @@ struct AttentionKernels {
   int lanes;
 };
 
+// Some columns of a product for some rows of x (csrc/cpu/isa/invariant_linear.h).
+struct LinearItem {
+  const InvariantLinearParams* params;
+  int64_t b;
+  int64_t row_begin, num_rows;
+  int64_t column_begin, num_columns;  // no more than kLinearColumns
+  const float* x;                     // the rows as `prepare` made them, one after the other
+  float* panel;                       // scratch of panel_floats, if w lies as [K, N]
+};
+constexpr int kLinearColumns = 32;
+struct LinearKernels {
+  int64_t (*prepared_floats)(int64_t depth);  // of one row
+  int64_t (*panel_floats)(int64_t depth);
+  void (*prepare)(const void* x, int64_t depth, float* to);
+  void (*run)(const LinearItem& item);
+};
+
 // One table per instruction set, filled in csrc/cpu/isa/<name>.cpp. Functions see raw pointers and
 // PODs only and work on one item each; threads are handed out by their callers in
 // csrc/cpu/<op>.cpp.
@@ -74,6 +91,7 @@ struct Isa {
   AttentionKernels attention[3];  // by DType
   ChunkMassKernel chunk_mass[2];  // sum, largest
   RotateKernels rotate[3];        // by DType
+  LinearKernels linear[3];        // by DType
 };
 
 // Returns the table in use: the best that this machine runs, or the one that SPECEXTEND_CPU_ISA

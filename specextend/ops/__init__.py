@@ -13,6 +13,7 @@ from .compact_kv import compact_kv
 from .expand_tree import expand_tree
 from .finalize_tree import finalize_tree
 from .gather_chunks import gather_chunks
+from .invariant_linear import invariant_linear
 from .merge_states import merge_states
 from .sample_nodes import sample_nodes
 from .select_chunks import select_chunks
@@ -27,6 +28,7 @@ __all__ = [
     "expand_tree",
     "finalize_tree",
     "gather_chunks",
+    "invariant_linear",
     "merge_states",
     "sample_nodes",
     "select_chunks",

@@ -34,6 +34,7 @@ PER_INSTRUCTION_SET = [  # these ops have kernels for each, on the CPU
     "chunk_scores",
     "expand_tree",
     "gather_chunks",
+    "invariant_linear",
     "sample_nodes",
     "tree_attention",
 ]

@@ -437,6 +437,32 @@ MUTANTS = [
         tests("select_chunks", "random"),
         op("select_chunks"),
     ),
+    # ---- invariant_linear ----
+    Mutant(
+        "invariant_linear: rows that are computed together add up from the other end",
+        f"{ISA}/invariant_linear.h",
+        "add_step(w + s * kStep, w_stride, x + s * kStepFloats, x_stride, sums);",
+        "{\n      const int64_t t = kR > 1 ? whole - 1 - s : s;\n"
+        "      add_step(w + t * kStep, w_stride, x + t * kStepFloats, x_stride, sums);\n    }",
+        tests("invariant_linear", "rows_have_the_bits_that_they_have_alone"),
+        KERNELS,
+    ),
+    Mutant(
+        "invariant_linear: columns behind a whole tile are packed from its begin",
+        f"{ISA}/invariant_linear.h",
+        "for (int64_t k = c < whole_n ? whole_k : 0; k < depth; ++k)",
+        "for (int64_t k = whole_k; k < depth; ++k)",
+        tests("invariant_linear", "error"),
+        KERNELS,
+    ),
+    Mutant(
+        "invariant_linear: the second batch has the first one's rows",
+        f"{CPU}/invariant_linear.cpp",
+        "x + b * rows * row_floats",
+        "x",
+        tests("invariant_linear", "batches_have_the_bits_of_their_products"),
+        op("invariant_linear"),
+    ),
 ]
 
 WALK = ("tests/test_work_partition.py",)

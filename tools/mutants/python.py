@@ -13,8 +13,8 @@ DECODE, GENERATION, VERIFY, HF, TARGET, TREE, SAMPLING, STOPPING = (
 CACHE, ATTENTION, ROTARY, LONGROPE, WINDOWS = (
     f"specextend/{name}.py" for name in ("cache", "attention", "rotary", "longrope", "windows")
 )
-GUARD, GATE, GRAPHS, SWITCHES, TERMINAL = (
-    f"specextend/{name}.py" for name in ("guard", "gate", "graphs", "switches", "terminal")
+GUARD, GATE, GRAPHS, SWITCHES, TERMINAL, EXACT = (
+    f"specextend/{name}.py" for name in ("guard", "gate", "graphs", "switches", "terminal", "exact")
 )
 CACHED, CAUSAL, NGRAM, LONGSPEC, EAGLE, HEAD, EAGLE_FILES, WORKING, SELF = (
     f"specextend/draft/{name}.py"
@@ -39,14 +39,14 @@ MUTANTS = [
     Mutant(
         "verify: positions are one too far",
         VERIFY,
-        "positions = self.cache.lens[:, None].long() + depths\n        logits",
-        "positions = self.cache.lens[:, None].long() + depths + 1\n        logits",
+        "positions = self.cache.lens[:, None].long() + depths\n        with",
+        "positions = self.cache.lens[:, None].long() + depths + 1\n        with",
         ("tests/test_decode.py::TestEnds::test_scores_and_logits", *GREEDY),
     ),
     Mutant(
         "verify: positions count slots of the tree instead of depths",
         VERIFY,
-        "positions = self.cache.lens[:, None].long() + depths\n        logits",
+        "positions = self.cache.lens[:, None].long() + depths\n        with",
         "positions = self.cache.lens[:, None].long() + torch.arange("
         "depths.shape[1], device=depths.device)\n        logits",
         (*GREEDY, *FULL_DEPTH),
@@ -887,5 +887,34 @@ MUTANTS = [
         "windows * length**2",
         "windows * length",
         ("tests/test_train_memory.py::test_what_a_step_holds",),
+    ),
+    # ---- exact ----
+    Mutant(
+        "exact: products are torch's own",
+        EXACT,
+        '"mm": _mm,',
+        '"mm": _plainly,',
+        ("tests/test_exact.py::test_functions",),
+    ),
+    Mutant(
+        "exact: an operator that is not known passes",
+        EXACT,
+        "return _refuse(func, args, kwargs)\n    return func",
+        "pass\n    return func",
+        ("tests/test_exact.py::test_what_is_not_known_is_refused_by_name",),
+    ),
+    Mutant(
+        "exact: a long row alone is summed by all threads",
+        EXACT,
+        "if not x.is_cuda and x.shape[-1] < _LONGEST_ROW:",
+        "if not x.is_cuda:",
+        ("tests/test_exact.py::test_long_rows",),
+    ),
+    Mutant(
+        "exact: the option is forgotten",
+        VERIFY,
+        "with RowInvariant() if self.config.exact else nullcontext():",
+        "with nullcontext():",
+        ("tests/test_exact.py::test_the_option_reaches_the_forward",),
     ),
 ]

@@ -3,6 +3,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/isa/chunk_mass.h"
+#include "cpu/isa/invariant_linear.h"
 #include "cpu/isa/rotate.h"
 #include "cpu/isa/tree_attention.h"
 #include "cpu/isa/vocab.h"
@@ -22,6 +23,7 @@ const Isa SPECEXTEND_CONCAT(isa_, SPECEXTEND_ISA) = {
      attention::kernels<simd::BFloat16>()},
     {vocab::chunk_mass<false>, vocab::chunk_mass<true>},
     {rotary::kernels<float>(), rotary::kernels<simd::Half>(), rotary::kernels<simd::BFloat16>()},
+    {linear::kernels<float>(), linear::kernels<simd::Half>(), linear::kernels<simd::BFloat16>()},
 };
 
 }  // namespace specextend::cpu
