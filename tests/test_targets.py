@@ -15,7 +15,10 @@ GREEDY = dict(max_new_tokens=20, do_sample=False)
 KINDS = ("none", "ngram", "self", "model")
 
 # Of libraries that call what transformers has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
 
 def assert_same_text(model, kinds=KINDS, ways=("generate",), config=SMALL):
