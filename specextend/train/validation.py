@@ -93,6 +93,10 @@ def count_rounds(draft: Draft, continuation: Continuation, config: SpecConfig) -
         )
     text, first = continuation.text, continuation.first
     total = text.shape[1]
+    if draft.max_length is not None and total > draft.max_length:
+        raise ValueError(
+            f"the draft takes in {draft.max_length} tokens at most, but the text has {total}"
+        )
     continuation.commit(0)
     draft.begin(text[:, : first + 1], total, continuation.cache, Graphs())
     for start in range(0, first, PART):
