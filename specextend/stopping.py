@@ -68,7 +68,15 @@ class Stop:
         return self.done
 
     def take(self, tokens: list[int], scores: tuple[Tensor, ...] = ()) -> int:
-        """Take tokens in up to the last one of the text, and return how many they are."""
+        """Take the next tokens in, up to the last one of the text.
+
+        Args:
+            tokens: their ids.
+            scores: [1, V] of each, or none, as for :meth:`add`.
+
+        Returns:
+            How many of the tokens belong to the text.
+        """
         for i, token in enumerate(tokens):
             if self.add(token, scores[i] if scores else None):
                 return i + 1

@@ -25,7 +25,8 @@ def underlying(model: nn.Module, role: str = "model") -> PreTrainedModel:
     inner = getattr(model, "_orig_mod", model)
     check_adapters(inner)
     if hasattr(inner, "get_base_model"):
-        inner = getattr(inner.get_base_model(), "_orig_mod", inner.get_base_model())
+        inner = inner.get_base_model()
+        inner = getattr(inner, "_orig_mod", inner)
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"{role} must be a transformers model, got {type(model).__name__}")
     return inner

@@ -21,7 +21,9 @@ ASKING = "specextend_asking"
 #: that the forward which is asked has
 TOKENS = 2
 
-_FIRST = 1000  # marks masks, as no mask of `transformers` would
+# Marks masks, as no mask of `transformers` would; with their numbers exact in every dtype. An
+# attention that does not go through the interface may add them, and is found out by the trial.
+_FIRST = 64
 
 
 @dataclass
@@ -64,10 +66,11 @@ def cache_windows(model: PreTrainedModel) -> dict[int, int]:
     return kept
 
 
-def _make_mask(*args, mask_function, **kwargs) -> Tensor:
+def _make_mask(*args, mask_function, dtype: torch.dtype = torch.float32, **kwargs) -> Tensor:
     state, device = current_pass(), current_pass().cache.lens.device
     state.masks.append(_reach(mask_function, state.farthest, device))
-    return torch.full((1, 1, TOKENS, TOKENS), _FIRST + len(state.masks) - 1, device=device)
+    mark = float(_FIRST + len(state.masks) - 1)
+    return torch.full((1, 1, TOKENS, TOKENS), mark, dtype=dtype, device=device)
 
 
 def _reach(mask_function, position: int, device: torch.device) -> int | None:

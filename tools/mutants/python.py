@@ -48,7 +48,7 @@ MUTANTS = [
         VERIFY,
         "positions = self.cache.lens[:, None].long() + depths\n        with",
         "positions = self.cache.lens[:, None].long() + torch.arange("
-        "depths.shape[1], device=depths.device)\n        logits",
+        "depths.shape[1], device=depths.device)\n        with",
         (*GREEDY, *FULL_DEPTH),
     ),
     Mutant(
