@@ -48,6 +48,7 @@ from specextend.gate import break_even
 from specextend.generation import Generation
 from specextend.stats import PHASES
 from specextend.testing import Spread
+from specextend.verify import Outcome
 
 GOAL = 1.25  # of the time of a round's bytes, on an H200
 TURN = 8  # tokens
@@ -94,11 +95,12 @@ class Stretched(Generation):
         self.request = replace(whole, prompt=whole.prompt[:, : PART + 1])
         super().prefill()
         self.request = whole
-        caches = [self.cache]
+        stretch(self.cache, whole.prompt.shape[1] - 1)
+
+    def _finish_prefill(self, outcome: Outcome) -> None:
+        super()._finish_prefill(outcome)
         if self.draft is not None:
-            caches.append(self.draft.caches.full)
-        for cache in caches:
-            stretch(cache, whole.prompt.shape[1] - 1)
+            stretch(self.draft.caches.full, self.request.prompt.shape[1] - 1)
 
 
 def stretch(cache: KVCache, length: int) -> None:

@@ -36,7 +36,7 @@ from specextend.testing import Spread, time_calls, time_graphs  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 #: A line's numbers are divided by these to be printed.
-UNITS = {"us": 1e-6, "ms": 1e-3, "MiB": 2.0**20, "tokens": 1.0}
+UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "MiB": 2.0**20, "tokens": 1.0}
 READ_BYTES = 256 << 20  # so much is read to measure a CPU's bandwidth, more with large caches
 
 

@@ -26,6 +26,10 @@ from .switches import Undo, switched
 from .windows import TOKENS, question
 
 
+class _KeysWritten(Exception):
+    """Ends a forward of which only keys and values are wanted."""
+
+
 def _attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -47,6 +51,8 @@ def _attention(
             f"{type(module).__name__} brings an attention mask of its own; specextend serves "
             "models whose attention is causal, with or without a sliding window"
         )
+    if state.keys_only and len(state.calls) == len(state.cache.layers):
+        raise _KeysWritten  # those of the last layer too: nothing that follows is wanted
     layer = state.cache.layers[layer_idx]
     window = state.layer_windows.get(layer_idx, sliding_window or 0)
     if state.window:
@@ -260,6 +266,22 @@ class PatchedModel:
                 hook.remove()
 
         return remove
+
+    def read(self, tokens: Tensor, positions: Tensor, state: Pass) -> None:
+        """Run the model over ``tokens`` for their keys, values and features, without logits.
+
+        The last layer's attention and all that follows it is left out, where it can be.
+
+        Args:
+            tokens, positions, state: as of :meth:`forward`.
+        """
+        state.keys_only = self.num_layers not in state.feature_layers and not any(
+            # Left by an exception, they would not put weights back, or would compile once more.
+            hasattr(m, "_hf_hook") or hasattr(m, "_orig_mod") or m._compiled_call_impl is not None
+            for m in self.model.modules()
+        )
+        with contextlib.suppress(_KeysWritten):
+            self.forward(tokens, positions, state, last_only=True)
 
     def forward(
         self,

@@ -148,6 +148,7 @@ class Pass:
         window: a window for every layer, besides the layer's own; 0: none.
         score_layers: layers that record what chunk scores need.
         chunk_size: of the recorded log-sum-exps.
+        keys_only: the forward ends once every layer's keys are written.
         fused: tree attention by our kernel. False: SDPA with a dense mask.
         attention: the name of the attention that the model is to call.
         layer_windows: of layers whose window is known better than they say; 0: none.
@@ -167,6 +168,7 @@ class Pass:
     window: int = 0
     score_layers: frozenset[int] = frozenset()
     chunk_size: int = 0
+    keys_only: bool = False
     fused: bool = True
     attention: str = ATTENTION
     layer_windows: dict[int, int] = field(default_factory=dict)

@@ -53,8 +53,8 @@ class SpecConfig:
             Scores of several layers are averaged.
         score_reduce: heads of a layer are averaged (``"mean"``) or the largest counts (``"max"``).
         draft_prefill_window: tokens that each token sees in the draft's prefill; None: all before
-            it. A draft trained on short inputs makes better keys from a window. Without effect on
-            ``draft_cache="full"``, which is the standard way throughout.
+            it that are read. A draft trained on short inputs makes better keys from a window.
+            Without effect on ``draft_cache="full"``, which is the standard way throughout.
 
     Running:
         prefill_chunk: tokens per forward in prefill; None: the whole prompt at once.

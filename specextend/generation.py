@@ -131,6 +131,7 @@ class Generation:
         self._gate = gate or Gate(config.max_depth, config.gate == "auto" and draft is not None)
         self._depth = config.max_depth  # OPT-Tree's
         self._first = True  # the round to come is the prompt's last token alone
+        self._outcome: Outcome | None = None  # of the last round
         self._ahead: Tree | None = None  # of the round to come, launched in the last one
         self._from_draft = False  # the draft made the last tree
         self._unsettled = False  # the draft took in tokens by a count that it has yet to learn
@@ -179,7 +180,7 @@ class Generation:
         with self.stats.phase("prefill"):
             layers = self._verifier.feature_layers
             state = Pass(self.cache, [(self.cache, self.cache.lens)], count, feature_layers=layers)
-            self.target.forward(part, positions, state, last_only=True)
+            self.target.read(part, positions, state)
             self.cache.advance(count)
         return state.features
 
@@ -208,15 +209,16 @@ class Generation:
         if self.cache.length == self._edge and self.cache.rotary_length <= self._edge:
             self._pass_edge()
         tree, self._ahead = self._ahead or self._propose(), None
-        outcome = self._verify(tree)
+        self._outcome = outcome = self._verify(tree)
         self._launch_ahead(tree, outcome)
-        step = self._accept(tree, outcome)
-        self._retrieve(outcome)
-        self._first = False
-        return step
+        return self._accept(tree, outcome)
 
     def _propose(self) -> Tree:
         """Have a tree made below the root, whose length the host knows."""
+        if self._outcome is not None:
+            if self._first:
+                self._finish_prefill(self._outcome)
+            self._retrieve(self._outcome)
         tree = self._next_tree(self.cache.length)
         self._settle_draft(self._num_emitted)
         return tree
@@ -265,6 +267,13 @@ class Generation:
         if seconds is not None:
             self._gate.count(tree.depth, len(step.tokens), seconds)
         return step
+
+    def _finish_prefill(self, outcome: Outcome) -> None:
+        """Let the draft read of the prompt what could wait for the first token."""
+        self._first = False
+        if self.draft is not None:
+            with self.stats.phase("draft_prefill"):
+                self.draft.finish_prefill(outcome.chunk_scores)
 
     def _retrieve(self, outcome: Outcome) -> None:
         """Let the draft choose what it attends to by the target's attention, where it was scored

@@ -189,7 +189,7 @@ def _tree_logits(patched: PatchedModel, prefix: Tensor, tree: Tree, num_layers: 
     cache = KVCache(num_layers, _PREFIX + 4, 1, device)
     positions = torch.arange(_PREFIX, device=device)[None]
     state = Pass(cache, [(cache, cache.lens)], _PREFIX)
-    patched.forward(prefix, positions, state, last_only=True)
+    patched.read(prefix, positions, state)
     _check_calls(patched.model, state, num_layers)
     cache.advance(_PREFIX)
     state = Pass(

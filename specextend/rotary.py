@@ -127,5 +127,5 @@ def _keys(patched: PatchedModel, first: int, length: int) -> list[Tensor]:
     cache.rotary_length = length
     tokens = torch.arange(1, _TOKENS + 1, device=device)[None] * 7919 % config.vocab_size
     positions = torch.arange(first, first + _TOKENS, device=device)[None]
-    patched.forward(tokens, positions, Pass(cache, [(cache, cache.lens)], _TOKENS), last_only=True)
+    patched.read(tokens, positions, Pass(cache, [(cache, cache.lens)], _TOKENS))
     return [layer.k for layer in cache.layers]

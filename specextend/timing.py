@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,18 +23,42 @@ class Timed:
     Attributes:
         tokens: what was written.
         first: how many of them came first; their time is the prefill's.
-        prefill: seconds to the first token, our draft's prefill apart.
-        decode: seconds from then to the last.
+        to_first: seconds to these.
+        to_last: seconds to the last one.
         rounds: times that tokens came after the first.
+        draft_prefill: seconds that our draft took to read the prompt, before and after the first
+            token.
         stats: of our own loop.
     """
 
-    tokens: list[int]
-    first: int
-    prefill: float
-    decode: float
-    rounds: int
+    tokens: list[int] = field(default_factory=list)
+    first: int = 0
+    to_first: float = 0.0
+    to_last: float = 0.0
+    rounds: int = 0
+    draft_prefill: tuple[float, float] = (0.0, 0.0)
     stats: SpecStats | None = None
+
+    def add(self, step: Step, took: float) -> None:
+        """Add a step of our loop that took so many seconds."""
+        read = self.stats.seconds["draft_prefill"]
+        if self.tokens:
+            self.rounds += 1
+            self.draft_prefill = self.draft_prefill[0], read - self.draft_prefill[0]
+        else:
+            self.first, self.to_first, self.draft_prefill = len(step.tokens), took, (read, 0.0)
+        self.to_last += took
+        self.tokens += step.tokens
+
+    @property
+    def prefill(self) -> float:
+        """Give the seconds to the first token, without the draft's."""
+        return self.to_first - self.draft_prefill[0]
+
+    @property
+    def decode(self) -> float:
+        """Give the seconds from then to the last token, without the draft's reading."""
+        return self.to_last - self.to_first - self.draft_prefill[1]
 
     @property
     def rate(self) -> float:
@@ -84,7 +108,7 @@ def time_hugging_face(
     first, last = clock.times[0], clock.times[-1]
     tokens = out[0, ids.shape[1] :].tolist()
     rounds = len(clock.times) - 1
-    return Timed(tokens, min(clock.counts[0], len(tokens)), first - start, last - first, rounds)
+    return Timed(tokens, min(clock.counts[0], len(tokens)), first - start, last - start, rounds)
 
 
 def time_loop(
@@ -98,16 +122,12 @@ def time_loop(
         show: given each step and the number of tokens so far; its time does not count.
         **options: for ``spec.stream``.
     """
-    tokens: list[int] = []
-    seconds: list[float] = []
-    first = 0
+    timed = Timed()
     for step, took in timed_steps(spec.stream(ids, max_new_tokens=new, **options)):
-        tokens += step.tokens
-        seconds.append(took)
-        first = first or len(tokens)
-        show(step, len(tokens))
-    prefill = seconds[0] - spec.stats.seconds.get("draft_prefill", 0.0)
-    return Timed(tokens, first, prefill, sum(seconds[1:]), len(seconds) - 1, spec.stats)
+        timed.stats = spec.stats
+        timed.add(step, took)
+        show(step, len(timed.tokens))
+    return timed
 
 
 def timed_steps(steps: Iterator[Step]) -> Iterator[tuple[Step, float]]:

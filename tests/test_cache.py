@@ -87,12 +87,12 @@ def test_prefill_of_a_draft_stays_in_its_window(own):
     """As if its model had sliding windows, or shorter ones than its own."""
     target, draft = tiny_model("llama"), tiny_model("mistral", seed=1, sliding_window=own)
     ids, kept = prompt(100), []
-    spec = SpecExtend(target, draft, CONFIG.replace(draft_cache="window"))
+    spec = SpecExtend(target, draft, CONFIG.replace(draft_cache="window", budget=128))
     spec.draft.end = lambda: kept.append(spec.draft.caches.full)
-    spec.generate(ids, max_new_tokens=1, do_sample=False)
+    spec.generate(ids, max_new_tokens=3, do_sample=False)
     window = min(own or 16, CONFIG.draft_prefill_window)
     sliding = tiny_model("mistral", seed=1, sliding_window=window)
-    assert kept[0].length == 99
+    assert kept[0].length > 99
     assert_same(kept[0], fresh_cache(sliding, ids), 99)
 
 

@@ -456,7 +456,9 @@ class TestRetrieval:
         spec = SpecExtend(target, draft, config)
         spec.generate(prompt(150), max_new_tokens=30, do_sample=False)
         stats = spec.stats
-        assert stats.num_retrievals == len(stats.retrieved_chunks) == 1 + -(-stats.num_rounds // 3)
+        # Behind the last round nobody needs one.
+        expected = 1 + -(-(stats.num_rounds - 1) // 3)
+        assert stats.num_retrievals == len(stats.retrieved_chunks) == expected
         for ids in stats.retrieved_chunks:
             assert len(ids) == 4 and ids == sorted(set(ids)) and ids[0] == 0  # sink
 
@@ -469,17 +471,17 @@ class TestRetrieval:
         monkeypatch.setattr(
             spec.draft, "retrieve", lambda scores: given.append(scores) or retrieve(scores)
         )
+        before = 0  # tokens that were committed before the round that was scored
         for step in spec.stream(text, max_new_tokens=40, do_sample=False):
+            if given:  # by the round before
+                # The root stands behind all that was seen by then.
+                seen = target(text[:, :-1], output_attentions=True).attentions[layers[0]][0, :, -1]
+                whole = before // 8  # chunks; the next one has the tree's share
+                mass = seen[:, : 8 * whole].unflatten(-1, (whole, 8)).sum(-1).mean(0)
+                torch.testing.assert_close(given.pop()[0, :whole], mass, rtol=1e-4, atol=1e-6)
             text, before = torch.cat([text, torch.tensor([step.tokens])], 1), text.shape[1] - 1
             accepted += step.num_accepted
-            if not given:
-                continue
-            # The root stands behind all that was seen by then.
-            seen = target(text[:, :-1], output_attentions=True).attentions[layers[0]][0, :, -1]
-            whole = before // 8  # chunks; the next one has the tree's share
-            mass = seen[:, : 8 * whole].unflatten(-1, (whole, 8)).sum(-1).mean(0)
-            torch.testing.assert_close(given.pop()[0, :whole], mass, rtol=1e-4, atol=1e-6)
-        assert accepted > 3 and spec.stats.num_retrievals > 5
+        assert accepted >= 3 and spec.stats.num_retrievals > 5
 
     def test_short_inputs_are_not_scored(self, target, draft):
         spec = SpecExtend(target, draft, SMALL, budget=256)

@@ -179,14 +179,14 @@ def test_turns_by_time():
     class Column:
         def __init__(self, name, took, rounds):
             self.name, self.took, self.left = name, took, rounds
-            self.timed = Timed([], 0, 0.0, 0.0, 0)
+            self.timed = Timed()
 
         def round(self):
             if not self.left:
                 return None
             self.left -= 1
             if self.timed.tokens:
-                self.timed.decode += self.took
+                self.timed.to_last += self.took
             self.timed.tokens.append(0)
             return self.name
 

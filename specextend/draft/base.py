@@ -161,6 +161,15 @@ class Draft(ABC):
             decided: all of its tokens count.
         """
 
+    def finish_prefill(self, scores: Tensor | None) -> None:  # noqa: B027
+        """Do what can wait until the first token is out; once, before the first tree.
+
+        Args:
+            scores: [B, C] fp32, the target's attention mass per chunk behind the prompt, where
+                ``wants_scores`` and the prompt is longer than the budget; None otherwise. They are
+                given to ``retrieve`` next.
+        """
+
     @abstractmethod
     def propose(self, decided: Decided, depth: int) -> Tree:
         """Take in the decided tokens and grow a tree of at most ``depth`` levels per sequence.

@@ -22,6 +22,7 @@ from ..tokenizers import differing_ids
 from .base import Decided, Source, Tokenizers
 from .cached import CachedDraft
 from .checkpoint import Checkpoint
+from .prompt_reader import choose_chunks, read_chunks
 
 
 class CausalLMDraft(CachedDraft):
@@ -123,18 +124,30 @@ class CausalLMDraft(CachedDraft):
         max_length = min(max_length, self.max_length or max_length)
         self._begin(self.patched.num_layers, max_length, prompt.device, self.rotary, graphs)
         self._last_position = max_length - 1
+        self._prompt = prompt[:, :-1]
         foreign = torch.zeros(self._vocab, dtype=torch.bool)
         foreign[list(self._differing)] = True
         self._foreign = foreign.to(prompt.device)
 
-    def prefill(self, decided) -> None:
-        self._fill(decided)
+    def finish_prefill(self, scores) -> None:
+        tokens, config, caches = self._prompt, self.config, self.caches
+        caches.chosen = choose_chunks(scores, tokens.shape[1], config)
+        if caches.chosen is not None:
+            read_chunks(tokens, caches.chosen, caches.full, config, self._keys)
+            return
+        width = config.prefill_chunk or max(tokens.shape[1], 1)
+        for start in range(0, tokens.shape[1], width):
+            self._fill(Decided(tokens[:, start : start + width]))
+
+    def _keys(self, tokens: Tensor, positions: Tensor, state: Pass) -> None:
+        """Run tokens for their keys alone."""
+        self.patched.read(self._known(tokens), positions, state)
 
     def _fill(self, decided: Decided) -> None:
         """Run tokens into the full cache alone, without logits that anybody reads."""
         full, count = self.caches.full, len(decided)
         state = self.caches.fill(count)
-        self.logits(decided.tokens, self._positions(count), state, last_only=True)
+        self._keys(decided.tokens, self._positions(count), state)
         full.advance(count)
 
     def _take_in(self, tokens, features, last) -> Tensor:
@@ -158,15 +171,18 @@ class CausalLMDraft(CachedDraft):
         row: Tensor | None = None,
     ) -> Tensor:
         """Run the model in a pass; arguments and result as of :meth:`PatchedModel.forward`."""
+        logits = self.patched.forward(self._known(tokens), positions, state, last_only, row)
+        logits = logits[..., : self._vocab]
+        return logits.masked_fill(self._foreign, -torch.inf) if self._differing else logits
+
+    def _known(self, tokens: Tensor) -> Tensor:
+        """Put the stand-in in the place of tokens that the draft does not know."""
         # An id below 0 is of a row that does not count, one beyond the draft's vocabulary of an
         # added token or the target's padding.
         unknown = (tokens < 0) | (tokens >= self._vocab)
         if self._differing:
             unknown |= self._foreign[tokens.clamp(0, self._vocab - 1)]
-        tokens = tokens.masked_fill(unknown, self._stand_in)
-        logits = self.patched.forward(tokens, positions, state, last_only, row)
-        logits = logits[..., : self._vocab]
-        return logits.masked_fill(self._foreign, -torch.inf) if self._differing else logits
+        return tokens.masked_fill(unknown, self._stand_in)
 
 
 def _read(checkpoint: Checkpoint, target: Target) -> PreTrainedModel:

@@ -72,7 +72,7 @@ class SelfDraft(CausalLMDraft):
         # Rows of the target's cache that the working cache stands for; known on the device alone.
         self._copied = torch.zeros_like(cache.lens)
 
-    def prefill(self, decided) -> None:
+    def finish_prefill(self, scores) -> None:
         """Do nothing: the target's prefill has filled its cache."""
 
     def retrieve(self, scores: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import ops
 from ..cache import KVCache, Pass
@@ -30,6 +31,7 @@ class WorkingCache:
 
     Attributes:
         work: what the draft attends to; empty until the first :meth:`refill`.
+        chosen: [C] bool, the prompt's chunks that the full cache has; None: all of them.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class WorkingCache:
             capacity = config.budget + room + config.tree_keys
             self.work = KVCache(len(full.layers), capacity, 1, full.lens.device)
             self.work.rotary_length = full.rotary_length
+        self.chosen: Tensor | None = None
         self._scores: Tensor | None = None
 
     @property
@@ -137,6 +140,9 @@ class WorkingCache:
             num_chunks = -(-full.capacity // config.chunk_size)
             scores = torch.zeros(1, num_chunks, device=full.lens.device)
             recent = config.budget_chunks - config.sink_chunks
+        elif self.chosen is not None:
+            missing = F.pad(~self.chosen, (0, scores.shape[1] - len(self.chosen)))
+            scores = scores.masked_fill(missing, -torch.inf)
         return ops.select_chunks(
             scores,
             full.lens,

@@ -107,7 +107,7 @@ class Column:
 
     def __init__(self, name: str, spec: SpecExtend, tokenizer, ids: Tensor, options: dict):
         self.name, self.spec = name, spec
-        self.timed = Timed([], first=0, prefill=0.0, decode=0.0, rounds=0)
+        self.timed = Timed()
         self.over = False
         self.steps: Iterator[Step] = spec.stream(ids, **options)
         self._timed_steps = timed_steps(self.steps)
@@ -122,12 +122,8 @@ class Column:
             self.over = True
             return None
         timed, stats, first = self.timed, self.spec.stats, not self.timed.tokens
-        if not first:
-            timed.decode += took
-            timed.rounds += 1
-        else:
-            timed.prefill, timed.first = took, len(step.tokens)
-        timed.tokens += step.tokens
+        timed.stats = stats
+        timed.add(step, took)
         event = {
             "event": "round",
             "column": self.name,

@@ -16,11 +16,11 @@ CACHE, ATTENTION, ROTARY, LONGROPE, WINDOWS = (
 GUARD, GATE, GRAPHS, SWITCHES, TERMINAL, EXACT = (
     f"specextend/{name}.py" for name in ("guard", "gate", "graphs", "switches", "terminal", "exact")
 )
-CACHED, CAUSAL, NGRAM, LONGSPEC, EAGLE, HEAD, EAGLE_FILES, WORKING, SELF = (
+CACHED, CAUSAL, NGRAM, LONGSPEC, EAGLE, HEAD, EAGLE_FILES, WORKING, SELF, READER = (
     f"specextend/draft/{name}.py"
     for name in (
         "cached", "causal_lm", "ngram", "longspec", "eagle", "eagle_head", "eagle_checkpoint",
-        "working_cache", "self_draft",
+        "working_cache", "self_draft", "prompt_reader",
     )
 )  # fmt: skip
 
@@ -887,6 +887,35 @@ MUTANTS = [
         "windows * length**2",
         "windows * length",
         ("tests/test_train_memory.py::test_what_a_step_holds",),
+    ),
+    # ---- what a draft reads of a prompt ----
+    Mutant(
+        "reading: gaps between what is read are not known to the window",
+        READER,
+        "k_depths=positions[:, start - kept : end].contiguous(),",
+        "k_depths=torch.arange(end - kept - len(part), end, dtype=torch.int32)[None],",
+        ("tests/test_prompt_reader.py::TestReading",),
+    ),
+    Mutant(
+        "reading: the rows that the next part sees are not the last ones",
+        READER,
+        "first = max(0, kept + len(part) - memory)",
+        "first = 0",
+        ("tests/test_prompt_reader.py::TestReading",),
+    ),
+    Mutant(
+        "reading: chunks are retrieved that were not read",
+        WORKING,
+        "scores = scores.masked_fill(missing, -torch.inf)",
+        "scores = scores.masked_fill(missing & ~missing, -torch.inf)",
+        ("tests/test_prompt_reader.py::TestGeneration",),
+    ),
+    Mutant(
+        "reading: the last layer is run to its end",
+        ATTENTION,
+        "raise _KeysWritten",
+        "pass",
+        ("tests/test_prompt_reader.py::TestGeneration",),
     ),
     # ---- exact ----
     Mutant(

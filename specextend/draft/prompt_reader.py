@@ -1,0 +1,104 @@
+"""Reads of a prompt what a draft with a bounded cache can come to hold.
+
+A draft attends to ``budget`` tokens, whatever the length of the text. Of a long prompt it reads the
+chunks that the target's attention points at behind the prompt, more than it holds at a time, each
+with the chunk before it, so that it begins in no thin air. Later retrievals choose among these.
+Positions are those of the prompt; what was left out is neither read nor attended to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..cache import KVCache, Pass
+from ..config import SpecConfig
+
+#: of a long prompt's chunks, those that later retrievals can choose from
+SHARE = 0.25
+
+#: runs a draft's model over tokens and positions [1, n], in a pass
+Read = Callable[[Tensor, Tensor, Pass], None]
+
+
+def choose_chunks(scores: Tensor | None, length: int, config: SpecConfig) -> Tensor | None:
+    """Choose the chunks of a prompt that a draft's cache may come to hold.
+
+    Args:
+        scores: [1, C] fp32, the target's attention mass per chunk; None: the last ones are wanted.
+        length: tokens of the prompt.
+        config: of the draft's cache.
+
+    Returns:
+        [ceil(length / chunk_size)] bool; None: all.
+    """
+    count = -(-length // config.chunk_size)
+    recent = max(1, config.recent_chunks)
+    wanted = config.budget_chunks
+    if config.draft_cache == "full" or count <= wanted:
+        return None
+    if scores is None:
+        scores, recent = torch.zeros(1, count), wanted - config.sink_chunks
+    else:
+        scores, wanted = scores[:, :count].contiguous(), max(wanted, round(SHARE * count))
+    ids, _ = ops.select_chunks(
+        scores,
+        torch.tensor([length], dtype=torch.int32, device=scores.device),
+        chunk_size=config.chunk_size,
+        budget=wanted,
+        num_sinks=config.sink_chunks,
+        num_recent=recent,
+    )
+    chosen = torch.zeros(count, dtype=torch.bool, device=scores.device)
+    chosen[ids[0].long()] = True
+    return chosen
+
+
+def read_chunks(
+    tokens: Tensor, chosen: Tensor, full: KVCache, config: SpecConfig, read: Read
+) -> None:
+    """Read some chunks of a prompt, and the one before each, to their rows of a draft's full cache.
+
+    A token sees ``draft_prefill_window`` positions, as far as they are read.
+
+    Args:
+        tokens: [1, L] int64, the prompt.
+        chosen: [C] bool, which chunks.
+        full: the draft's cache, empty; L rows are committed.
+        config: of chunks and windows.
+        read: runs the draft's model.
+    """
+    length, window = tokens.shape[1], config.draft_prefill_window
+    with_before = chosen.clone()
+    with_before[:-1] |= chosen[1:]
+    rows = with_before.repeat_interleave(config.chunk_size)[:length].nonzero()[:, 0]
+    positions = rows.to(torch.int32)[None]
+    width = config.prefill_chunk or len(rows)
+    memory = len(rows) if window is None else min(window - 1, len(rows))
+    # What is read stands side by side here, the last `memory` rows of it first; only the window
+    # knows that there are gaps between them.
+    beside = KVCache(len(full.layers), memory + width, 1, tokens.device)
+    beside.rotary_length = full.rotary_length
+    for start in range(0, len(rows), width):
+        part = rows[start : start + width]
+        kept, end = min(start, memory), start + len(part)
+        state = Pass(
+            beside,
+            [(beside, beside.lens + kept)],
+            kept + len(part),
+            window=window or 0,
+            q_depths=positions[:, start:end].contiguous(),
+            k_depths=positions[:, start - kept : end].contiguous(),
+        )
+        read(tokens[:, part], part[None], state)
+        for ours, theirs in zip(full.layers, beside.layers, strict=True):
+            if not ours.is_initialized:
+                ours.like(theirs)
+            for to, new in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+                to.index_copy_(2, part, new[:, :, kept : kept + len(part)])
+                first = max(0, kept + len(part) - memory)
+                new[:, :, : kept + len(part) - first] = new[:, :, first : kept + len(part)].clone()
+    full.advance(length)
