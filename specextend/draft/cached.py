@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..cache import KVCache
 from ..config import SpecConfig
 from ..graphs import Graphs
+from ..products import FewRows
 from ..rotary import Rotary
 from ..tree import Tree, grow_tree
 from .base import Decided, Draft
@@ -21,6 +22,7 @@ class CachedDraft(Draft):
 
     Args:
         config: tree and cache options.
+        *models: whose linear layers it runs.
 
     Attributes:
         caches: of the generation under way, None outside of one.
@@ -31,8 +33,9 @@ class CachedDraft(Draft):
     #: [V] int64, the target's id of each entry of the logits; None: the same ids
     vocabulary: Tensor | None = None
 
-    def __init__(self, config: SpecConfig):
+    def __init__(self, config: SpecConfig, *models: nn.Module):
         self.config = config
+        self._few_rows = FewRows(*models)
         self.wants_scores = config.draft_cache == "retrieval"
 
     def _begin(
@@ -60,10 +63,11 @@ class CachedDraft(Draft):
     def propose(self, decided, depth) -> Tree:
         decided = self._make_room(decided)
         given = decided.tokens, decided.features, decided.counts
-        if decided.counts is not None:
-            key = ("propose", len(decided), depth)
-            return self._graphs.call(key, lambda *given: self._grow(depth, *given), *given)
-        tree = self._grow(depth, *given)
+        with self._few_rows.drafting():
+            if decided.counts is not None:
+                key = ("propose", len(decided), depth)
+                return self._graphs.call(key, lambda *given: self._grow(depth, *given), *given)
+            tree = self._grow(depth, *given)
         self.settle([len(decided)])
         return tree
 

@@ -35,7 +35,7 @@ class EagleDraft(CachedDraft):
     """
 
     def __init__(self, head: EagleHead, config: SpecConfig):
-        super().__init__(config)
+        super().__init__(config, head, *head.shared)
         self.head = head
         self.kind = f"eagle{head.config.version}"
         self.feature_layers = head.config.feature_layers

@@ -212,7 +212,7 @@ class EagleHead(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, size) if own_embedding else None
         self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False) if own_head else None
         # A tuple registers nothing: the target's parameters are not the head's.
-        self._shared = (target.get_input_embeddings(), target.get_output_embeddings())
+        self.shared = (target.get_input_embeddings(), target.get_output_embeddings())
 
         self.embed_norm = has.norm("embed_norm", size, eps)
         count = len(config.feature_layers)
@@ -248,7 +248,7 @@ class EagleHead(nn.Module):
 
     def obstacle(self) -> str | None:
         """Say why its forward cannot be captured in CUDA graphs; None if it can."""
-        if any(hasattr(module, "_hf_hook") for module in self._shared):
+        if any(hasattr(module, "_hf_hook") for module in self.shared):
             return "accelerate's hooks move the target's embedding or head on the host's command"
         return None
 
@@ -292,7 +292,7 @@ class EagleHead(nn.Module):
         Returns:
             What :meth:`logits` takes, and the next rows' ``hidden``, both [B, M, H].
         """
-        embeds = (self._shared[0] if self.embed_tokens is None else self.embed_tokens)(tokens)
+        embeds = (self.shared[0] if self.embed_tokens is None else self.embed_tokens)(tokens)
         if self.embed_norm is not None:
             embeds = self.embed_norm(embeds)
         rope = self.rope(tokens.device)
@@ -314,6 +314,6 @@ class EagleHead(nn.Module):
         if self.lm_head is not None:
             return self.lm_head(out)
         if not self.config.tied:
-            return self._shared[1](out)
-        embedding = self._shared[0] if self.embed_tokens is None else self.embed_tokens
+            return self.shared[1](out)
+        embedding = self.shared[0] if self.embed_tokens is None else self.embed_tokens
         return nn.functional.linear(out, embedding.weight)

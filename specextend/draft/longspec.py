@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from .. import ops
 from ..attention import device_of
 from ..config import SpecConfig
+from ..products import FewRows
 from ..target import Target
 from ..tree import Tree, grow_tree
 from .base import Draft, Source, Tokenizers
@@ -117,6 +118,7 @@ class LongSpecDraft(Draft):
         self._model = model
         self.rotation = Rotation(model)
         self.embedding, self.head = model.get_input_embeddings(), model.get_output_embeddings()
+        self._few_rows = FewRows(block, self.head)
         self.device = device_of(model)
         self._vocab = model.config.get_text_config().vocab_size
         fixed = config.tree_shape == "fixed"
@@ -173,8 +175,9 @@ class LongSpecDraft(Draft):
             k = self.rotation(k, self.rotation.angles(positions[:, :-1]))
             self.ring.write(slots[:-1], positions[:, :-1], k, v)
         root = new[:, -1:]
-        logits = self.logits(root, positions[:, -1:], slots[-1:], root.new_zeros(1, 1, 0))
-        return grow_tree(root, logits, self.step, self.config, min(depth, len(self._widths)))
+        with self._few_rows.drafting():
+            logits = self.logits(root, positions[:, -1:], slots[-1:], root.new_zeros(1, 1, 0))
+            return grow_tree(root, logits, self.step, self.config, min(depth, len(self._widths)))
 
     def step(
         self, tokens: Tensor, level: int, mask: Tensor, num_keys: int, parents: Tensor

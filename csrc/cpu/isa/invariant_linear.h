@@ -69,8 +69,9 @@ struct Product {
   using M = Math<T>;
   static constexpr int kStep = M::kStep, kParts = M::kParts;
   static constexpr int kStepFloats = kParts * kLanes;
+  static constexpr int kSums = kLanes == 16 ? 16 : 8;  // what the registers hold
   static constexpr int kColumns = 4;                   // computed together
-  static constexpr int kRows = kLanes == 16 ? 4 : 2;   // what the registers hold
+  static constexpr int kRows = kSums / kColumns;
   static constexpr int kPerWord = 4 / int(sizeof(T));  // elements
 
   static int64_t num_steps(int64_t depth) { return (depth + kStep - 1) / kStep; }
@@ -130,14 +131,29 @@ struct Product {
         memcpy(rest[c], w + c * w_stride + whole * kStep, size_t(left) * sizeof(T));
       add_step(rest[0], kStep, x + whole * kStepFloats, x_stride, sums);
     }
+    alignas(64) float totals[kSums];
+    add_lanes(sums, totals);
     const T* bias = static_cast<const T*>(p.bias);
     T* y = static_cast<T*>(p.y) + (item.b * p.num_rows + item.row_begin + row) * p.num_columns +
            column;
     for (int r = 0; r < kR; ++r, y += p.num_columns)
       for (int c = 0; c < kC; ++c) {
-        const float sum = simd::reduce_add(sums[c][r]);
+        const float sum = totals[c * kR + r];
         simd::from_float(bias ? sum + simd::to_float(bias[column + c]) : sum, y + c);
       }
+  }
+
+  // Adds up the lanes of each sum. Many at a time take a third of the instructions.
+  template <int kC, int kR>
+  SPECEXTEND_ALWAYS_INLINE static void add_lanes(const Floats (&sums)[kC][kR], float* totals) {
+    if constexpr (kLanes == 16 && 2 * kC * kR > kLanes) {
+      alignas(64) float all[kLanes * kLanes];
+      for (int i = 0; i < kC * kR; ++i) simd::store(all + i * kLanes, sums[i / kR][i % kR]);
+      for (int i = kC * kR; i < kLanes; ++i) simd::store(all + i * kLanes, Floats{});
+      simd::store(totals, simd::reduce_add_each(all));
+    } else {
+      for (int i = 0; i < kC * kR; ++i) totals[i] = simd::reduce_add(sums[i / kR][i % kR]);
+    }
   }
 
   template <int kC>
@@ -145,7 +161,12 @@ struct Product {
     int64_t row = 0;
     for (; row + kRows <= item.num_rows; row += kRows)
       run_tile<kC, kRows>(item, w, w_stride, column, row);
-    for (; row < item.num_rows; ++row) run_tile<kC, 1>(item, w, w_stride, column, row);
+    const int64_t left = item.num_rows - row;  // together, too: a weight is loaded once
+    if (left == 1) run_tile<kC, 1>(item, w, w_stride, column, row);
+    if constexpr (kRows > 2) {
+      if (left == 2) run_tile<kC, 2>(item, w, w_stride, column, row);
+      if (left == 3) run_tile<kC, 3>(item, w, w_stride, column, row);
+    }
   }
 
   static void run(const LinearItem& item) {

@@ -1,0 +1,112 @@
+"""Tests the products of a draft's few rows."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack
+
+import pytest
+import torch
+from drafts import KINDS, SMALL, draft, target
+from models import prompt, tiny_model
+from torch import nn
+from torch.nn import functional as F
+
+from specextend import SpecExtend, ops, products
+from specextend.products import FewRows
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def ours(monkeypatch):
+    """Count the rows of our products."""
+    rows = []
+
+    class Ops:
+        @staticmethod
+        def invariant_linear(x, *rest):
+            rows.append(x.numel() // x.shape[-1])
+            return ops.invariant_linear(x, *rest)
+
+    monkeypatch.setattr(products, "ops", Ops)
+    return rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_values(dtype, bias, ours):
+    layer, (least, most) = nn.Linear(70, 33, bias=bias).to(dtype), products._AHEAD[dtype]
+    few = FewRows(nn.Sequential(layer))
+    for shape in ((1, 1), (1, 2), (3,), (1, 4), (2, 3), (7,), (0,), ()):
+        x = torch.randn(*shape, 70).to(dtype)
+        with torch.inference_mode(), few.drafting():
+            got = layer(x)
+        rows = x.numel() // 70
+        assert ours == ([rows] if least <= rows <= most else [])
+        ours.clear()
+        exact = F.linear(x.double(), *(p.double() for p in layer.parameters()))
+        assert got.dtype == dtype and got.shape == exact.shape
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def test_only_while_drafting(ours):
+    layer = nn.Linear(8, 8)
+    few, x = FewRows(layer), torch.randn(1, 8)
+    layer(x)
+    with torch.inference_mode(), few.drafting():
+        thread = threading.Thread(target=lambda: layer(torch.randn(1, 8)))
+        thread.start(), thread.join()
+        assert not ours
+        layer(x)
+        assert ours == [1]
+    with pytest.raises(ZeroDivisionError), few.drafting():
+        1 / 0  # noqa: B018
+    layer(x)
+    assert ours == [1] and "forward" not in vars(layer)
+
+
+def test_what_somebody_changed_stays(ours):
+    class Other(nn.Linear):
+        pass
+
+    other, hooked = Other(8, 8), nn.Linear(8, 8)
+    hooked.forward = lambda x: x + 1
+    few, x = FewRows(nn.ModuleList([other, hooked])), torch.randn(1, 8)
+    with torch.inference_mode(), few.drafting():
+        other(x)
+        assert torch.equal(hooked(x), x + 1)
+    assert not ours and torch.equal(hooked(x), x + 1)
+
+
+def test_two_drafts_of_one_model(ours):
+    layer = nn.Linear(8, 8)
+    one, two = FewRows(layer), FewRows(layer)
+    with torch.inference_mode(), ExitStack() as both:
+        both.enter_context(one.drafting())
+        with two.drafting():
+            layer(torch.randn(1, 8))
+        layer(torch.randn(1, 8))
+    assert ours == [1, 1] and "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("none", "ngram")])
+def test_drafts_use_them(kind, ours, tmp_path):
+    """Every kind with a model, and the target never."""
+    ids = prompt(60)
+    spec = SpecExtend(target(), draft(kind, SMALL, tmp_path), SMALL)
+    ours.clear()
+    out = spec.generate(ids, max_new_tokens=20, do_sample=False)
+    assert len(ours) > 20
+    assert torch.equal(out, target().generate(ids, max_new_tokens=20, do_sample=False))
+    plain = SpecExtend(target(), None, SMALL)
+    ours.clear()
+    plain.generate(ids, max_new_tokens=5, do_sample=False)
+    assert not ours
+
+
+def test_a_model_of_its_own():
+    """Not the layers of another model."""
+    one, other = tiny_model("llama"), tiny_model("llama", seed=1)
+    assert {id(m) for m in FewRows(one)._layers}.isdisjoint(other.modules())
