@@ -12,11 +12,11 @@ namespace simd {
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
 
-// Returns the words whose lower halves are the nearest bf16 numbers.
+// Returns the words whose lower halves are the nearest bf16 numbers. NaN stays NaN if its lower half
+// is zeros, as that of every NaN is that comes of bf16 numbers.
 SPECEXTEND_ALWAYS_INLINE Words nearest_bfloat16(Floats x) {
   const Words bits = reinterpret_cast<Words>(x);
-  const Words nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  return x != x ? bits >> 16 | 0x40 : nearest;
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
 SPECEXTEND_ALWAYS_INLINE Floats load_elements(const float* p) { return load(p); }
@@ -69,7 +69,7 @@ SPECEXTEND_ALWAYS_INLINE Floats rounded<BFloat16>(Floats x) {
   return reinterpret_cast<Floats>(nearest_bfloat16(x) << 16);
 }
 
-// These do the same for the first `count` elements, of at most a register; 0 is loaded behind them.
+// Loads or stores the first `count` elements, of at most a register; 0 is loaded behind them.
 template <typename T>
 SPECEXTEND_ALWAYS_INLINE Floats load_elements(const T* p, int64_t count) {
   if (count >= kLanes) return load_elements(p);
@@ -83,6 +83,14 @@ SPECEXTEND_ALWAYS_INLINE void store_elements(T* p, Floats x, int64_t count) {
   T elements[kLanes];
   store_elements(elements, x);
   memcpy(p, elements, size_t(count) * sizeof(T));
+}
+
+// Calls f(i, count) for elements [i, i + count) of `length`, a register at a time.
+template <typename F>
+SPECEXTEND_ALWAYS_INLINE void for_elements(int64_t length, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= length; i += kLanes) f(i, kLanes);
+  if (i < length) f(i, length - i);
 }
 
 }  // namespace simd

@@ -93,22 +93,20 @@ SPECEXTEND_ALWAYS_INLINE float sum_of_squares(const T* x, int64_t length) {
 
 template <typename T>
 SPECEXTEND_ALWAYS_INLINE void add_rows(const T* a, const T* b, T* total, int64_t length) {
-  for (int64_t i = 0; i < length; i += kLanes) {
-    const int64_t count = length - i;
+  simd::for_elements(length, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
     const Floats sum = simd::load_elements(a + i, count) + simd::load_elements(b + i, count);
     simd::store_elements(total + i, sum, count);
-  }
+  });
 }
 
 template <typename T, bool kRoundFirst>
 SPECEXTEND_ALWAYS_INLINE void scale_row(const T* x, const T* weight, float scale, float offset,
                                         T* out, int64_t length) {
-  for (int64_t i = 0; i < length; i += kLanes) {
-    const int64_t count = length - i;
+  simd::for_elements(length, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
     const Floats h = simd::load_elements(x + i, count) * scale;
     const Floats w = simd::load_elements(weight + i, count) + offset;
     simd::store_elements(out + i, w * (kRoundFirst ? simd::rounded<T>(h) : h), count);
-  }
+  });
 }
 
 template <typename T>

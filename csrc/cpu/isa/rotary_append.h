@@ -24,15 +24,15 @@ void rotate_row(const RotateRowItem& item) {
   for (int64_t head = 0; head < item.num_heads; ++head) {
     const T* x = reinterpret_cast<const T*>(static_cast<const char*>(item.x) + head * item.x_stride);
     T* y = reinterpret_cast<T*>(static_cast<char*>(item.y) + head * item.y_stride);
-    for (int64_t i = 0; i < pairs; i += simd::kLanes) {
-      const int64_t count = pairs - i, j = pairs + i;
+    simd::for_elements(pairs, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+      const int64_t j = pairs + i;
       const Floats a = simd::load_elements(x + i, count), b = simd::load_elements(x + j, count);
       const auto at = [&](const T* p, int64_t k) __attribute__((always_inline)) {
         return simd::load_elements(p + k, count);
       };
       simd::store_elements(y + i, turned<T>(a, at(cos, i), -b, at(sin, i)), count);
       simd::store_elements(y + j, turned<T>(b, at(cos, j), a, at(sin, j)), count);
-    }
+    });
     memcpy(y + 2 * pairs, x + 2 * pairs, size_t(item.row_bytes) - size_t(2 * pairs) * sizeof(T));
   }
 }
