@@ -548,10 +548,14 @@ def main() -> None:
     before = (lambda: None) if gpu else cache_emptier()
     quick = arguments.quick
     attention = gpu_attention_lines(quick, arguments.flex) if gpu else attention_lines(quick)
-    for make in goal_lines(quick) if arguments.goals else (
-        *attention,
-        *other_lines(),
-        *forward_lines(),
+    for make in (
+        goal_lines(quick)
+        if arguments.goals
+        else (
+            *attention,
+            *other_lines(),
+            *forward_lines(),
+        )
     ):
         line = make()
         if results.wants(line.name):

@@ -437,6 +437,73 @@ MUTANTS = [
         tests("select_chunks", "random"),
         op("select_chunks"),
     ),
+    # ---- rms_norm, rotary_append, silu_mul ----
+    Mutant(
+        "rms_norm: a partial sum counts in the next one, too",
+        f"{ISA}/rms_norm.h",
+        "      levels[level - 1] = {};\n",
+        "",
+        tests("rms_norm", "a_cpu_has_the_bits_of_torch"),
+        KERNELS,
+    ),
+    Mutant(
+        "rms_norm: what is behind whole lanes is added last",
+        f"{ISA}/rms_norm.h",
+        "  for (; i < length; ++i) sum += square(x[i]);\n"
+        "  for (int lane = 0; lane < kSumLanes; ++lane) sum += lanes[lane];\n",
+        "  for (int lane = 0; lane < kSumLanes; ++lane) sum += lanes[lane];\n"
+        "  for (; i < length; ++i) sum += square(x[i]);\n",
+        tests("rms_norm", "a_cpu_has_the_bits_of_torch"),
+        KERNELS,
+    ),
+    Mutant(
+        "rms_norm: a weight of -0 becomes 0",
+        "csrc/ops/rms_norm.cpp",
+        "options.offset == 0 ? -0.f",
+        "options.offset == 0 ? 0.f",
+        tests("rms_norm", "extremes"),
+        ("csrc/ops/rms_norm.cpp",),
+    ),
+    Mutant(
+        "rotary_append: products are not rounded",
+        f"{ISA}/rotary_append.h",
+        "simd::rounded<T>(x * cos) + simd::rounded<T>(other * sin)",
+        "x * cos + other * sin",
+        tests("rotary_append", "bits_of_transformers"),
+        KERNELS,
+    ),
+    Mutant(
+        "rotary_append: both halves have the sines of the first",
+        f"{ISA}/rotary_append.h",
+        "at(sin, j)",
+        "at(sin, i)",
+        tests("rotary_append", "layouts"),
+        KERNELS,
+    ),
+    Mutant(
+        "rotary_append: a key behind the cache is written",
+        f"{CPU}/rotary_append.cpp",
+        "if (row >= append_count(a, b)) continue;",
+        "if (row > append_count(a, b)) continue;",
+        tests("rotary_append", "rows_that_do_not_fit_are_dropped"),
+        op("rotary_append"),
+    ),
+    Mutant(
+        "silu_mul: exponentials of large numbers wrap around",
+        f"{ISA}/silu_mul.h",
+        "return x > 88.7f ? broadcast(INFINITY) : p;",
+        "return p;",
+        tests("silu_mul", "every_number_has_torchs_bits"),
+        KERNELS,
+    ),
+    Mutant(
+        "silu_mul: silu is not rounded before the product",
+        f"{ISA}/silu_mul.h",
+        "simd::rounded<T>(x / (exp(-x) + 1.f))",
+        "x / (exp(-x) + 1.f)",
+        tests("silu_mul", "a_cpu_has_the_bits_of_torch"),
+        KERNELS,
+    ),
     # ---- invariant_linear ----
     Mutant(
         "invariant_linear: rows that are computed together add up from the other end",
