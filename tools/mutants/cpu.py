@@ -368,14 +368,14 @@ MUTANTS = [
     Mutant(
         "gather_chunks: the sine's sign in whole registers",
         f"{ISA}/rotate.h",
-        "store_key(to_b + i, y * c + x * s);",
-        "store_key(to_b + i, y * c - x * s);",
+        "store_elements(to_b + i, y * c + x * s);",
+        "store_elements(to_b + i, y * c - x * s);",
         tests("gather_chunks", "rotary_dims"),
         KERNELS,
     ),
     Mutant(
         "gather_chunks: bf16 ties are rounded up",
-        f"{ISA}/rotate.h",
+        f"{ISA}/elements.h",
         "(bits + 0x7fff + (bits >> 16 & 1)) >> 16",
         "(bits + 0x8000) >> 16",
         tests("gather_chunks", "ties_round_to_even"),
@@ -481,7 +481,7 @@ MUTANTS = [
         KERNELS,
     ),
     Mutant(
-        "rotary_append: a key behind the cache is written",
+        "rotary_append: the row behind the last that fits is written",
         f"{CPU}/rotary_append.cpp",
         "if (row >= append_count(a, b)) continue;",
         "if (row > append_count(a, b)) continue;",
