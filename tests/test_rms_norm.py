@@ -57,6 +57,18 @@ def test_a_cpu_has_the_bits_of_torch_by_any_number_of_threads(threads):
     run_with_threads(threads, check)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_cpu_has_the_bits_of_torch_in_any_layout(layout):
+    for dtype in DTYPES:
+        for shape in ((5, 901), (2, 3, 128), (2, 6, 4, 64), (1, 7, 2, 80)):
+            x = rows(layout, shape, dtype)
+            weight = rows("contiguous", shape[-1:], dtype, seed=1)
+            for offset, first in KINDS:
+                options = dict(eps=1e-6, offset=offset, round_first=first)
+                want = by_torch(x, weight, **options).contiguous()
+                assert same_bits(ops.rms_norm(x, weight, **options), want), (dtype, shape)
+
+
 def test_rows_of_four_levels():
     check_bits(2, 16**3 * 32 + 5000, torch.float32)
     check_bits(2, 3 * 16**3 * 32 + 16**2 * 32 * 5 + 999, torch.float32)

@@ -493,7 +493,7 @@ MUTANTS = [
         f"{ISA}/silu_mul.h",
         "return x > 88.7f ? broadcast(INFINITY) : p;",
         "return p;",
-        tests("silu_mul", "every_number_has_torchs_bits"),
+        tests("silu_mul", "every_number_behind_whole_vectors"),
         KERNELS,
     ),
     Mutant(
