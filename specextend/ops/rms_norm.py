@@ -30,8 +30,8 @@ def rms_norm(
         [..., N] of x's dtype, contiguous. A row's bits depend on the row alone. On a CPU they are
         those of torch's operators, whose order of additions this follows: lanes of 8, four abreast,
         16 terms to a partial sum (as long as torch sums a row by one thread: a single row of 32,768
-        elements it gives to all of them). On a GPU the order is fixed, but its own: the mean, and with it
-        the result, can differ from torch's in the last bit.
+        elements it gives to all of them). On a GPU the order is fixed, but its own: the mean, and
+        with it the result, can differ from torch's in the last bit.
 
     Does not synchronise.
 
