@@ -64,6 +64,40 @@ struct InvariantLinearParams {
   int64_t batch, num_rows, num_columns, depth;  // B, M, N, K
 };
 
+// Rows [.., N], with at most kRowDims dimensions before the last; sizes of those that are not there
+// are 1.
+constexpr int kRowDims = 3;
+struct RowShape {
+  int64_t sizes[kRowDims];
+  int64_t num_rows;  // the product of the sizes
+  int64_t length;    // N
+};
+struct Rows {
+  const void* data;
+  int64_t strides[kRowDims];
+};
+
+// rms_norm, add_rms_norm: rows are divided by the root of the mean of their squares. All results
+// are contiguous.
+struct RmsNormParams {
+  RowShape shape;
+  Rows x;
+  Rows residual;       // is added to x before; data may be null: nothing is
+  const void* weight;  // [N]
+  void* out;
+  void* total;  // residual + x; null if there is none
+  float eps;
+  float offset;      // is added to the weight
+  bool round_first;  // to the dtype, before the product with the weight
+};
+
+// silu_mul: silu(gate) * up.
+struct SiluMulParams {
+  RowShape shape;
+  Rows gate, up;
+  void* out;  // contiguous
+};
+
 // compact_kv: rows P + path[i] move to P + i, i <= num_accepted, in every cache (K and V of all
 // layers).
 struct CompactKvParams {
@@ -92,6 +126,17 @@ struct AppendKvParams {
   const int32_t* lens;   // [B]
   int64_t capacity;      // S
   int batch, num_rows, num_kv_heads;
+};
+
+// rotary_append: q and the new keys are rotated, and the latter appended with their values. All are
+// of one dtype.
+struct RotaryAppendParams {
+  AppendKvParams append;
+  KvRows q, out;  // [B, M, Hq, D]
+  KvRows cos;     // [B, M, 1, R]
+  KvRows sin;
+  int num_heads;   // Hq
+  int rotary_dim;  // R, even
 };
 
 // gather_chunks: these are the caches of one layer. Each pair is keys, values.

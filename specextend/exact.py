@@ -102,12 +102,12 @@ def refusal(model: torch.nn.Module) -> str | None:
 def _handler(func: torch._ops.OpOverload) -> Callable | None:
     """Return what computes an operator; None for one that is to be seen in its parts."""
     name = func.overloadpacket.__name__
-    if func.namespace == "specextend":
-        return _plainly
     if any(argument.is_out for argument in func._schema.arguments):
         return _plainly if name in _EXACT else _refuse
     if name in _SPECIAL:
         return _SPECIAL[name]
+    if func.namespace == "specextend":
+        return _plainly
     if func.namespace in ("aten", "prims"):
         plain = name.removesuffix("_")
         if plain in _BY_ARGUMENTS:
@@ -236,6 +236,14 @@ def _elementwise(func, args, kwargs):
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[:count].view(x.shape)
 
 
+def _silu_mul(func, args, kwargs):
+    """Call torch's silu where the operator would, but on whole vectors."""
+    gate, up = args
+    if gate.is_cuda or gate.dtype != torch.float32:
+        return func(*args, **kwargs)
+    return _elementwise(torch.ops.aten.silu.default, (gate,), {}).mul_(up)
+
+
 def _functional(func: torch._ops.OpOverload) -> torch._ops.OpOverload:
     """Return the operator that gives what this one writes in place."""
     packet = getattr(torch.ops.aten, func.overloadpacket.__name__.removesuffix("_"))
@@ -344,6 +352,7 @@ _SPECIAL = {
     "linear": _linear,
     "mm": _mm,
     "mv": _mv,
+    "silu_mul": _silu_mul,
     "view_as_complex": _refuse,  # products of complex numbers round more than once
 }
 _BY_ARGUMENTS = {

@@ -300,6 +300,54 @@ def append_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tens
         v_cache[b, length : length + count] = v[b, :count]
 
 
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float, offset: float = 0.0, round_first: bool = True
+) -> Tensor:
+    """Normalise in fp32; round before the product with the weight, or after it."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    h = x.to(wide)
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    if round_first:
+        return weight * h.to(x.dtype)
+    scale = offset + weight.to(wide) if offset else weight.to(wide)  # a weight of -0 stays -0
+    return (scale * h).to(x.dtype)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, **options: float
+) -> tuple[Tensor, Tensor]:
+    """Add, then normalise."""
+    total = residual + x
+    return rms_norm(total, weight, **options), total
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """Apply silu, then multiply."""
+    return torch.nn.functional.silu(gate) * up
+
+
+def rotary_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lens: Tensor,
+) -> Tensor:
+    """Turn the first columns of every head, and append what that makes of the keys."""
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+
+    def rotate(x: Tensor) -> Tensor:
+        turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+        a, b = turned.chunk(2, -1) if turned.shape[-1] else (turned, turned)
+        return torch.cat([turned * cos + torch.cat([-b, a], -1) * sin, rest], -1)
+
+    append_kv(k_cache, v_cache, rotate(k), v, lens)
+    return rotate(q)
+
+
 def compact_kv(
     caches: list[Tensor], prefix_lens: Tensor, path: Tensor, num_accepted: Tensor
 ) -> None:

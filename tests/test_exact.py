@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from specextend import SpecConfig, SpecExtend, assets
+from specextend import SpecConfig, SpecExtend, assets, ops
 from specextend.cache import KVCache, Pass
 from specextend.exact import RowInvariant, refusal
 from specextend.target import Target
@@ -112,6 +112,18 @@ def per_head(x, w):
     return (heads(x)[None].transpose(1, 2) @ w[:40]).transpose(1, 2)[0]
 
 
+def our_norms(x, w):
+    total = ops.add_rms_norm(x, x, w[1], eps=1e-6, offset=1.0, round_first=False)[0]
+    return total + ops.rms_norm(x, w[0], eps=1e-6)
+
+
+def our_rotation(x, w):
+    q, cache = heads(x)[None], x.new_zeros(2, 1, len(x), 5, 40)
+    factors = w[:2, :40].unsqueeze(1).expand(2, len(x), 40)
+    given = (q, q, q, *factors[:, None], *cache, torch.zeros(1, dtype=torch.int32))
+    return ops.rotary_append(*given)[0] + cache[0, 0]
+
+
 FUNCTIONS = {
     "linear": lambda x, w: F.linear(x, w, w[0]),
     "matmul": lambda x, w: x @ w,
@@ -140,6 +152,9 @@ FUNCTIONS = {
     "sums": lambda x, w: heads(x).sum(1) + x.view(-1, 40, 5).mean(-1) + heads(x).mean(1),
     "add": lambda x, w: torch.add(x, w[0], alpha=0.3) - torch.sub(x, w[1], alpha=0.7),
     "moves": lambda x, w: torch.cat([x[:, 7:], x.flip(-1)], -1).clamp(-2, 2),
+    "our norms": our_norms,
+    "our silu": lambda x, w: ops.silu_mul(x, w[0].expand_as(x)),
+    "our rotation": our_rotation,
     "masks": lambda x, w: x.masked_fill(x > 1, 0).where(x > -1, x.argsort(-1) << 1),
 }
 

@@ -12,6 +12,10 @@ void invariant_linear(const InvariantLinearParams& p, DType dtype);
 
 void merge_states(const MergeStatesParams& p, DType dtype);
 
+void rms_norm(const RmsNormParams& p, DType dtype);
+void rotary_append(const RotaryAppendParams& p, DType dtype);
+void silu_mul(const SiluMulParams& p, DType dtype);  // fp16, bf16
+
 void verify_tree(const VerifyTreeParams& p);
 void sample_nodes(const SampleNodesParams& p, DType dtype);
 void expand_tree(const ExpandTreeParams& p, DType dtype);

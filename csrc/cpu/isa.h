@@ -82,6 +82,23 @@ struct LinearKernels {
   void (*run)(const LinearItem& item);
 };
 
+// Compute rows [begin, end) of an op on rows (csrc/cpu/isa/rms_norm.h, silu_mul.h).
+using RmsNormKernel = void (*)(const RmsNormParams& p, int64_t begin, int64_t end);
+using SiluMulKernel = void (*)(const SiluMulParams& p, int64_t begin, int64_t end);
+
+// The heads of one row, which are rotated (csrc/cpu/isa/rotary_append.h): with the first R elements
+// x and with h the same whose halves have changed places, the first one negated,
+// y = x cos + h sin. x and y do not overlap.
+struct RotateRowItem {
+  const void* x;
+  void* y;
+  int64_t x_stride, y_stride;  // bytes from head to head
+  const void *cos, *sin;       // [R] each
+  int64_t row_bytes;           // of one head
+  int num_heads, rotary_dim;   // R
+};
+using RotateRowKernel = void (*)(const RotateRowItem& item);
+
 // One table per instruction set, filled in csrc/cpu/isa/<name>.cpp. Functions see raw pointers and
 // PODs only and work on one item each; threads are handed out by their callers in
 // csrc/cpu/<op>.cpp.
@@ -92,6 +109,9 @@ struct Isa {
   ChunkMassKernel chunk_mass[2];  // sum, largest
   RotateKernels rotate[3];        // by DType
   LinearKernels linear[3];        // by DType
+  RmsNormKernel rms_norm[3];      // by DType
+  RotateRowKernel rotate_row[3];  // by DType
+  SiluMulKernel silu_mul[2];      // fp16, bf16
 };
 
 // Returns the table in use: the best that this machine runs, or the one that SPECEXTEND_CPU_ISA

@@ -47,4 +47,38 @@ inline KvRows kv_rows(const Tensor& t) {
 
 inline int64_t kv_row_bytes(const Tensor& t) { return t.size(3) * int64_t(t.element_size()); }
 
+// Checks the arguments of an op that appends, and returns its parameters.
+inline AppendKvParams append_params(const char* op, const Tensor& k_cache, const Tensor& v_cache,
+                                    const Tensor& k, const Tensor& v, const Tensor& lens) {
+  check_kv(op, "k_cache", k_cache, "[B, S, Hkv, D]");
+  check_kv(op, "v_cache", v_cache, "[B, S, Hkv, D]");
+  check_kv(op, "k", k, "[B, M, Hkv, D]");
+  check_kv(op, "v", v, "[B, M, Hkv, D]");
+  const int64_t batch = k_cache.size(0), capacity = k_cache.size(1), heads = k_cache.size(2);
+  const int64_t rows = k.size(1);
+  check_shape(op, "v_cache", v_cache, {batch, capacity, heads, v_cache.size(3)});
+  check_range(op, "the number of rows M", rows, 0, INT32_MAX);
+  check_shape(op, "k", k, {batch, rows, heads, k_cache.size(3)});
+  check_shape(op, "v", v, {batch, rows, heads, v_cache.size(3)});
+  check_dtype(op, "k", k, k_cache.scalar_type());
+  check_dtype(op, "v", v, v_cache.scalar_type());
+  check_row_size(op, "k_cache", k_cache);
+  check_row_size(op, "v_cache", v_cache);
+  check_not_expanded(op, "k_cache", k_cache);
+  check_not_expanded(op, "v_cache", v_cache);
+  check_same_device(op, "v_cache", v_cache, "k_cache", k_cache);
+  check_same_device(op, "k", k, "k_cache", k_cache);
+  check_same_device(op, "v", v, "k_cache", k_cache);
+  check_ints(op, "lens", lens, {batch}, "k_cache", k_cache);
+
+  return {{kv_rows(k_cache), kv_rows(v_cache)},
+          {kv_rows(k), kv_rows(v)},
+          {kv_row_bytes(k), kv_row_bytes(v)},
+          lens.const_data_ptr<int32_t>(),
+          capacity,
+          int(batch),
+          int(rows),
+          int(heads)};
+}
+
 }  // namespace specextend

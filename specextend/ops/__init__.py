@@ -15,12 +15,16 @@ from .finalize_tree import finalize_tree
 from .gather_chunks import gather_chunks
 from .invariant_linear import invariant_linear
 from .merge_states import merge_states
+from .rms_norm import add_rms_norm, rms_norm
+from .rotary_append import rotary_append
 from .sample_nodes import sample_nodes
 from .select_chunks import select_chunks
+from .silu_mul import silu_mul
 from .tree_attention import tree_attention
 from .verify_tree import verify_tree
 
 __all__ = [
+    "add_rms_norm",
     "append_kv",
     "chunk_scores",
     "chunk_scores_keys",
@@ -30,8 +34,11 @@ __all__ = [
     "gather_chunks",
     "invariant_linear",
     "merge_states",
+    "rms_norm",
+    "rotary_append",
     "sample_nodes",
     "select_chunks",
+    "silu_mul",
     "tree_attention",
     "verify_tree",
 ]

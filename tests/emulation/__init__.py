@@ -35,7 +35,10 @@ PER_INSTRUCTION_SET = [  # these ops have kernels for each, on the CPU
     "expand_tree",
     "gather_chunks",
     "invariant_linear",
+    "rms_norm",
+    "rotary_append",
     "sample_nodes",
+    "silu_mul",
     "tree_attention",
 ]
 RUNTIME = sorted(set(HERE.glob("*.cpp")) - {HERE / "namespace.cpp"})

@@ -4,7 +4,10 @@
 #include "cpu/isa.h"
 #include "cpu/isa/chunk_mass.h"
 #include "cpu/isa/invariant_linear.h"
+#include "cpu/isa/rms_norm.h"
+#include "cpu/isa/rotary_append.h"
 #include "cpu/isa/rotate.h"
+#include "cpu/isa/silu_mul.h"
 #include "cpu/isa/tree_attention.h"
 #include "cpu/isa/vocab.h"
 
@@ -24,6 +27,9 @@ const Isa SPECEXTEND_CONCAT(isa_, SPECEXTEND_ISA) = {
     {vocab::chunk_mass<false>, vocab::chunk_mass<true>},
     {rotary::kernels<float>(), rotary::kernels<simd::Half>(), rotary::kernels<simd::BFloat16>()},
     {linear::kernels<float>(), linear::kernels<simd::Half>(), linear::kernels<simd::BFloat16>()},
+    {rows::rms_norm<float>, rows::rms_norm<simd::Half>, rows::rms_norm<simd::BFloat16>},
+    {rotary::rotate_row<float>, rotary::rotate_row<simd::Half>, rotary::rotate_row<simd::BFloat16>},
+    {rows::silu_mul<simd::Half>, rows::silu_mul<simd::BFloat16>},
 };
 
 }  // namespace specextend::cpu
