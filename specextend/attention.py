@@ -155,7 +155,10 @@ def _in_passes(own: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
 # What is known of models. It is found anew whenever a model is tried, as it may have changed.
 _windows: WeakKeyDictionary[PreTrainedModel, dict[int, int]] = WeakKeyDictionary()
-_fusions: WeakKeyDictionary[PreTrainedModel, tuple[Fusion, ...]] = WeakKeyDictionary()
+# With the dtype and the device that it was tried in.
+_fusions: WeakKeyDictionary[PreTrainedModel, tuple[object, tuple[Fusion, ...]]] = (
+    WeakKeyDictionary()
+)
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
@@ -244,8 +247,14 @@ class PatchedModel:
         with torch.inference_mode(), self._installed(state):
             with calls_of(self.model, state) as calls:
                 self.model(tokens, use_cache=True, logits_to_keep=1, **{CACHE: cache})
-            _fusions[self.model] = tried(self.model, calls, state)
-        return _fusions[self.model]
+            found = tried(self.model, calls, state)
+        _fusions[self.model] = self._computed_in, found
+        return found
+
+    @property
+    def _computed_in(self) -> tuple[torch.device, torch.dtype]:
+        weight = self.model.get_input_embeddings().weight
+        return weight.device, weight.dtype
 
     def _collect(self, state: Pass) -> Undo:
         """Hook the model, so that ``state.hidden`` gets the layers of ``state.feature_layers``."""
@@ -300,10 +309,10 @@ class PatchedModel:
         keep = row if row is not None else int(last_only)
         if self.model not in _windows:
             self.find_windows()
-        if self.model not in _fusions:
+        if _fusions.get(self.model, (None,))[0] != self._computed_in:
             self.find_fusions()
         state.layer_windows = _windows[self.model]
-        state.fusions = None if is_off() else _fusions[self.model]
+        state.fusions = None if is_off() else _fusions[self.model][1]
         with self._installed(state):
             return self.model(
                 input_ids=tokens,

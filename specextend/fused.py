@@ -122,21 +122,13 @@ class _Norm:
 
     module: nn.Module
     options: dict[str, object]
-    dtype: torch.dtype  # in which it was tried: where nothing is rounded, variants are one
 
     def __call__(self, x: Tensor) -> Tensor:
-        weight = self.module.weight
-        if not x.dtype == weight.dtype == self.dtype:
-            return type(self.module).forward(self.module, x)
-        return ops.rms_norm(x, weight, **self.options)
+        return ops.rms_norm(x, self.module.weight, **self.options)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Return (the norm of the sum, the sum)."""
-        weight = self.module.weight
-        if not x.dtype == residual.dtype == weight.dtype == self.dtype:
-            total = residual + x
-            return self.module(total), total
-        return ops.add_rms_norm(x, residual, weight, **self.options)
+        return ops.add_rms_norm(x, residual, self.module.weight, **self.options)
 
 
 def _norms(module: nn.Module, known) -> Iterator[Fusion]:
@@ -147,7 +139,7 @@ def _norms(module: nn.Module, known) -> Iterator[Fusion]:
     if isinstance(eps, float) and not module._modules:
         for offset, round_first in (0.0, True), (1.0, False), (0.0, False):
             options = dict(eps=eps, offset=offset, round_first=round_first)
-            yield Fusion("norm", module, module.forward, _Norm(module, options, weight.dtype))
+            yield Fusion("norm", module, module.forward, _Norm(module, options))
 
 
 def _gated(module: nn.Module, known) -> Iterator[Fusion]:
@@ -352,7 +344,7 @@ def _with_random_weight(fusion: Fusion) -> Fusion:
     draw = torch.Generator().manual_seed(1)
     module = copy.copy(fusion.module)
     module._parameters = {"weight": torch.randn(weight.shape, generator=draw).to(weight)}
-    forward = _Norm(module, fusion.forward.options, weight.dtype)
+    forward = _Norm(module, fusion.forward.options)
     return Fusion("norm", module, MethodType(type(module).forward, module), forward)
 
 
