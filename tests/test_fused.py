@@ -11,9 +11,9 @@ import torch
 from models import FAMILIES, prompt, tiny_model
 from tape import Tapes, launches
 
-from specextend import SpecConfig, SpecExtend
+from specextend import SpecConfig, SpecExtend, fused
 from specextend.attention import PatchedModel
-from specextend.cache import KVCache, Pass
+from specextend.cache import KVCache, Pass, current_pass
 from specextend.fused import Fusion, unfused
 
 PREFIX = 9
@@ -197,6 +197,59 @@ class TestPasses:
             with pytest.raises(ZeroDivisionError):
                 read(model)
         assert not any("forward" in vars(m) for m in model.modules())
+
+
+class TestTrial:
+    @pytest.mark.parametrize("spoilt", [None, "keys", "values", "out", "error"])
+    def test_what_is_written_counts(self, monkeypatch, spoilt):
+        """Also the last bit of what no other row has read by then."""
+
+        def attentions(module, known):
+            def forward(*args, **kwargs):
+                out, weights = own(*args, **kwargs)
+                if spoilt == "error":
+                    raise TypeError
+                layer = current_pass().cache.layers[module.layer_idx]
+                wrong = dict(keys=layer.keys, values=layer.values, out=out).get(spoilt)
+                if wrong is not None:
+                    last = wrong.view(-1)[-1:]
+                    last.copy_(torch.nextafter(last, last + 1))
+                return out, weights
+
+            own = module.forward
+            if hasattr(module, "layer_idx") and hasattr(module, "q_proj"):
+                yield Fusion("attention", module, own, forward)
+
+        monkeypatch.setattr(fused, "_KINDS", (attentions,))
+        assert fusions(tiny_model("llama")) == ({} if spoilt else dict(attention=2))
+
+    def test_each_form_is_tried_once(self, monkeypatch):
+        tried = []
+        passes = fused._Trial.passes
+        monkeypatch.setattr(
+            fused._Trial, "passes", lambda *a: (tried.append(a[1].kind), passes(*a))[1]
+        )
+        assert fusions(tiny_model("llama", num_hidden_layers=6))["layer"] == 6
+        assert tried == ["norm", "gated", "attention", "layer"]
+        tried.clear()
+        model = tiny_model("gemma3_text")  # of two kinds of layers
+        assert fusions(model)["layer"] == 2
+        assert Counter(tried) == dict(norm=2 * 2, gated=1, attention=2, layer=2)
+
+    def test_a_model_is_tried_once(self, monkeypatch):
+        """And again where it computes otherwise."""
+        model, tried = tiny_model("llama"), []
+        find = PatchedModel.find_fusions
+        monkeypatch.setattr(
+            PatchedModel, "find_fusions", lambda self: (tried.append(1), find(self))[1]
+        )
+        for _ in range(2):
+            read(model)
+        assert len(tried) == 1
+        read(model.to(torch.bfloat16))
+        assert len(tried) == 2
+        SpecExtend(model)
+        assert len(tried) == 3
 
 
 class TestWhatOthersChange:
