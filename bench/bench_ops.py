@@ -386,6 +386,74 @@ def other_lines() -> Iterator[Callable[[], Line]]:
     yield from (lambda: sample_nodes(False), lambda: sample_nodes(True), compact_kv, append_kv)
 
 
+def forward_lines() -> Iterator[Callable[[], Line]]:
+    """Yield the operators of a layer around its attention and its products, beside torch's own."""
+    bf16, size = torch.bfloat16, 2
+
+    def rows(count, length, *, times=1):
+        return [torch.randn(1, count, length).to(bf16) for _ in range(times)]
+
+    def plain_norm(x, weight):
+        h = x.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return weight * h.to(x.dtype)
+
+    def rms_norm(count, length):
+        (x,), weight = rows(count, length), torch.randn(length).to(bf16)
+        return Line(
+            "rms_norm", f"{count} x {length}", "bf16",
+            lambda: ops.rms_norm(x, weight, eps=1e-6), 2 * x.numel() * size,
+            peers={"torch": [lambda: plain_norm(x, weight)]},
+        )  # fmt: skip
+
+    def add_rms_norm(count, length):
+        (x, residual), weight = rows(count, length, times=2), torch.randn(length).to(bf16)
+        return Line(
+            "add_rms_norm", f"{count} x {length}", "bf16",
+            lambda: ops.add_rms_norm(x, residual, weight, eps=1e-6), 4 * x.numel() * size,
+            peers={"torch": [lambda: plain_norm(residual + x, weight)]},
+        )  # fmt: skip
+
+    def silu_mul(count, length):
+        gate, up = rows(count, length, times=2)
+        return Line(
+            "silu_mul", f"{count} x {length}", "bf16",
+            lambda: ops.silu_mul(gate, up), 3 * gate.numel() * size,
+            peers={"torch": [lambda: F.silu(gate) * up]},
+        )  # fmt: skip
+
+    def rotary_append(count, heads):
+        q, k, v = (
+            rows(count, h * heads.dim)[0].view(1, count, h, heads.dim)
+            for h in (heads.q, heads.kv, heads.kv)
+        )
+        cos, sin = rows(count, heads.dim, times=2)
+        shape = (2, 1, heads.kv, 1024 + count, heads.dim)
+        k_cache, v_cache = torch.zeros(shape, dtype=bf16).transpose(2, 3)
+        lens = torch.tensor([1000], dtype=torch.int32)
+
+        def turn(x):
+            a, b = x.chunk(2, -1)
+            return x * cos[:, :, None] + torch.cat([-b, a], -1) * sin[:, :, None]
+
+        def plain():
+            ops.append_kv(k_cache, v_cache, turn(k), v, lens)
+            return turn(q)
+
+        return Line(
+            "rotary_append", f"{heads}, {count} rows", "bf16",
+            lambda: ops.rotary_append(q, k, v, cos, sin, k_cache, v_cache, lens),
+            2 * (q.numel() + 2 * k.numel()) * size, peers={"torch": [plain]},
+        )  # fmt: skip
+
+    for count in (1, 9, 33, 1024):
+        for make in (rms_norm, add_rms_norm, silu_mul):
+            for length in (896, 1536, 4096):
+                yield lambda make=make, length=length, count=count: make(count, length)
+        for heads in LAYERS[:1]:
+            yield lambda heads=heads, count=count: rotary_append(count, heads)
+
+
 def alternately(calls: Sequence[Call]) -> Call:
     turns = itertools.cycle(calls)
     return lambda: next(turns)()
@@ -480,7 +548,15 @@ def main() -> None:
     before = (lambda: None) if gpu else cache_emptier()
     quick = arguments.quick
     attention = gpu_attention_lines(quick, arguments.flex) if gpu else attention_lines(quick)
-    for make in goal_lines(quick) if arguments.goals else (*attention, *other_lines()):
+    for make in (
+        goal_lines(quick)
+        if arguments.goals
+        else (
+            *attention,
+            *other_lines(),
+            *forward_lines(),
+        )
+    ):
         line = make()
         if results.wants(line.name):
             report(line, make, results, seconds, before)

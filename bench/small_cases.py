@@ -114,6 +114,7 @@ def other_cases(few: bool) -> Iterator[Case]:
     yield Case("compact_kv", ops.compact_kv, (kv(6, 40), ints(20, 31), path, ints(3, 1)), {})
     cache, new = kv(2, 40), kv(2, 9)
     yield Case("append_kv", ops.append_kv, (*cache, *new, ints(20, 35)), {})
+    yield from forward_cases()
     for dtype in (torch.float32, bf16):
         logits = torch.randn(2, 3, vocab).to(dtype)
         options = dict(top_k=7, width=5)
@@ -127,6 +128,26 @@ def other_cases(few: bool) -> Iterator[Case]:
     yield Case("finalize_tree", ops.finalize_tree, (logp, parents), dict(num_nodes=66))
     tokens = torch.randint(0, 4, (2, 80))
     yield Case("verify_tree", ops.verify_tree, (tokens, parents, tokens.roll(1, 1)), {})
+
+
+def forward_cases() -> Iterator[Case]:
+    """Yield the operators of a layer around its attention."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for length in (40, 128, 900, 5001):
+            merged = torch.randn(2, 3, 2 * length).to(dtype)
+            x, residual = merged.chunk(2, -1)
+            given = (x, residual, residual[0, 0])
+            options = dict(eps=1e-6, offset=float(length > 128), round_first=length <= 128)
+            name = f"{length} {dtype}"
+            yield Case(f"rms_norm {name}", ops.rms_norm, given[::2], options)
+            yield Case(f"rms_norm, added, {name}", ops.add_rms_norm, given, options)
+            yield Case(f"silu_mul {name}", ops.silu_mul, (x, residual), {})
+        for dim, rotated in ((64, 64), (80, 20), (6, 2)):
+            rows = [torch.randn(2, 9, heads, dim).to(dtype) for heads in (6, 2, 2)]
+            cos, sin = torch.randn(2, 1, 9, rotated).to(dtype)
+            caches = torch.randn(2, 2, 2, 40, dim).to(dtype).transpose(2, 3).unbind()
+            given = (*rows, cos, sin, *caches, ints(20, 35))
+            yield Case(f"rotary_append {dim} {rotated} {dtype}", ops.rotary_append, given, {})
 
 
 def cases(few: bool) -> Iterator[Case]:

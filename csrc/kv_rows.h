@@ -66,6 +66,13 @@ inline int append_alignment(const AppendKvParams& p) {
   return alignment_of(bits);
 }
 
+// rotary_append: returns the same for all of its arguments, a rotated half of a row among them.
+inline int rotary_alignment(const RotaryAppendParams& p, int64_t element_size) {
+  return alignment_of(uint64_t(append_alignment(p.append)) | address_bits(p.q) |
+                      address_bits(p.out) | address_bits(p.cos) | address_bits(p.sin) |
+                      uint64_t(p.rotary_dim / 2 * element_size));
+}
+
 // gather_chunks: returns how many slots of the working cache are filled.
 SPECEXTEND_HOST_DEVICE int gather_count(const GatherChunksParams& p, int b) {
   const int count = p.counts[b];

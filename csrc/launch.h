@@ -15,6 +15,15 @@ namespace specextend {
 template <typename T>
 cudaError_t launch_merge_states(const MergeStatesParams& p, cudaStream_t stream);
 
+template <typename T>
+cudaError_t launch_rms_norm(const RmsNormParams& p, cudaStream_t stream);
+
+template <typename T>
+cudaError_t launch_silu_mul(const SiluMulParams& p, cudaStream_t stream);
+
+template <typename T>
+cudaError_t launch_rotary_append(const RotaryAppendParams& p, cudaStream_t stream);
+
 cudaError_t launch_append_kv(const AppendKvParams& p, cudaStream_t stream);
 
 template <typename T>

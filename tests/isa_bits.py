@@ -81,11 +81,53 @@ def _gather_chunks():
                 yield work[0].view(torch.int32 if dtype == torch.float32 else torch.int16)
 
 
+def _bits(t):
+    return t.view(torch.int32 if t.dtype == torch.float32 else torch.int16)
+
+
+def _rms_norm():
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for length in (1, 5, 8, 31, 100, 600, 9001):
+            generator = torch.Generator().manual_seed(length)
+            x, residual = torch.randn(2, 4, length, generator=generator).to(dtype)
+            x[1] *= 1e-4
+            x[2, length // 2] = torch.inf
+            for offset, first in ((0.0, True), (0.0, False), (1.0, False)):
+                options = dict(eps=1e-6, offset=offset, round_first=first)
+                yield _bits(ops.rms_norm(x, residual[0], **options))
+                yield from map(_bits, ops.add_rms_norm(x, residual, residual[0], **options))
+
+
+def _rotary_append():
+    lens = torch.tensor([3], dtype=torch.int32)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for dim in (2, 14, 64, 66):
+            generator = torch.Generator().manual_seed(dim)
+            q = torch.randn(1, 9, 3, dim + 1, generator=generator).to(dtype)
+            q *= 10.0 ** torch.arange(-5, 4)[:, None, None]  # subnormal to infinite in fp16
+            cos, sin = torch.randn(2, 1, 9, dim, generator=generator).to(dtype)
+            caches = torch.zeros(2, 1, 20, 3, dim + 1, dtype=dtype)
+            yield _bits(ops.rotary_append(q, q, q, cos, sin, *caches, lens))
+            yield _bits(caches)
+
+
+def _silu_mul():
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        gate = numbers.view(dtype)
+        gate = gate[~gate.isnan()]
+        for up in (1.0, -0.3):
+            yield _bits(ops.silu_mul(gate, torch.full_like(gate, up)).nan_to_num(7.0))
+
+
 OPS = {
     "gather_chunks": _gather_chunks,
     "sample_nodes": _sample_nodes,
     "expand_tree": _expand_tree,
     "chunk_scores": _chunk_scores,
+    "rms_norm": _rms_norm,
+    "rotary_append": _rotary_append,
+    "silu_mul": _silu_mul,
 }
 
 

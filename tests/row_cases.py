@@ -1,9 +1,8 @@
 """Makes rows [.., N] in every layout, with NaN around them, and says how near a result is."""
 
 import torch
-from torch import Tensor
-
 from kv_cases import same_bits
+from torch import Tensor
 
 LAYOUTS = ["contiguous", "merged", "padded", "heads first"]
 

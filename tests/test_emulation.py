@@ -16,6 +16,7 @@ import test_chunk_scores
 import test_compact_kv
 import test_gather_chunks
 import test_merge_states
+import test_rotary_append
 import test_tree_attention
 import torch
 from backends import Scheduler, build_or_skip, emulated, for_each
@@ -699,6 +700,7 @@ def test_one_block_for_all_sequences():
             "cuda/chunk_scores.cu",
             "cuda/compact_kv.cu",
             "cuda/gather_chunks.cu",
+            "cuda/rotary_append.cu",
         ),
         gather_chunks_of,
     ).library()
@@ -708,6 +710,7 @@ def test_one_block_for_all_sequences():
             chunk_scores_of(schedule.seed)
             compact_kv_of(schedule.seed)
             test_append_kv.check("bshd", "bhsd", [0, 7, 13, 19], 5)
+            test_rotary_append.check("bshd", "bhsd", [0, 7, 13, 19], 5)
 
 
 def notices(library, mutation, schedule):

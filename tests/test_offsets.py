@@ -136,6 +136,29 @@ def append(dtype) -> Call:
     )
 
 
+def rotated_append(dtype) -> Call:
+    appended = append(dtype).arguments
+    appended["v_cache"], appended["v"] = (
+        normal(*appended[name].shape, dtype=dtype) for name in ("v_cache", "v")
+    )
+    factors = {name: normal(2, 4, 16, dtype=dtype) + 1 for name in ("cos", "sin")}
+    q = normal(2, 4, 6, 16, dtype=dtype)
+    strided = ("q", "k", "v", "cos", "sin", "k_cache", "v_cache")
+    return Call({"q": q, **factors, **appended}, strided=strided, written=("k_cache", "v_cache"))
+
+
+def norm(dtype, residual: bool) -> Call:
+    arguments = {"x": normal(2, 3, 5, 40, dtype=dtype), "weight": normal(40, dtype=dtype)}
+    if residual:
+        arguments["residual"] = normal(2, 3, 5, 40, dtype=dtype) + 1
+    return Call(arguments, strided=("x", "residual"), options={"eps": 1e-6})
+
+
+def silu(dtype) -> Call:
+    gate = normal(2, 3, 5, 64, dtype=dtype)
+    return Call({"gate": gate, "up": gate + 1}, strided=("gate", "up"))
+
+
 def compact(dtype) -> Call:
     return Call(
         {
@@ -195,6 +218,7 @@ SCORES = {"scores": normal(2, 5), "lens": int32([40, 20])}
 STATES = {name: normal(2, 3, *[8] * (name[0] == "o")) for name in ("o_a", "lse_a", "o_b", "lse_b")}
 UNIFORMS = torch.linspace(0, 0.9, 6).view(2, 3)
 CALLS: list[tuple[str, tuple[torch.dtype, ...], Callable[[torch.dtype], Call]]] = [
+    ("add_rms_norm", ANY, lambda dtype: norm(dtype, True)),
     ("append_kv", ANY, append),
     ("chunk_scores", FLOAT, scores),
     ("chunk_scores_keys", ANY, scores_of_keys),
@@ -204,9 +228,12 @@ CALLS: list[tuple[str, tuple[torch.dtype, ...], Callable[[torch.dtype], Call]]] 
     ("gather_chunks", ANY, gather),
     ("invariant_linear", ANY, linear),
     ("merge_states", FLOAT, contiguous(STATES)),
+    ("rms_norm", ANY, lambda dtype: norm(dtype, False)),
+    ("rotary_append", ANY, rotated_append),
     ("sample_nodes", ANY, lambda dtype: sample(dtype, None)),
     ("sample_nodes", ANY, lambda dtype: sample(dtype, UNIFORMS)),
     ("select_chunks", FLOAT, contiguous(SCORES, chunk_size=8, budget=2)),
+    ("silu_mul", ANY, silu),
     ("tree_attention", ANY, lambda dtype: attention(dtype, 3)),
     ("tree_attention", ANY, lambda dtype: attention(dtype, 20)),
     ("verify_tree", FLOAT, contiguous(TREE)),

@@ -39,7 +39,7 @@ def check_bits(count, length, dtype, seed=0):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_cpu_has_the_bits_of_torch(dtype):
-    """All lengths around what torch adds up apart: lanes, groups of them, levels of partial sums."""
+    """All lengths around what torch adds up apart: lanes, groups of them, partial sums."""
     for length in range(1, 301):
         check_bits(1 + length % 3, length, dtype)
     for length in WIDTHS:
@@ -83,7 +83,7 @@ def test_layouts(layout, dtype, device):
             assert same_bits(out, other[0]) and same_bits(total, other[1])
 
 
-@pytest.mark.parametrize("length", [1, 2, 8, 31, 64, 100, 128, 256, 257, 513, 4100])
+@pytest.mark.parametrize("length", [1, 2, 8, 31, 64, 100, 256, 257, 513, 4100, 9001])
 def test_lengths(length, device):
     for dtype in (torch.float32, torch.bfloat16):
         x = rows("contiguous", (3, length), dtype, device)
@@ -91,6 +91,9 @@ def test_lengths(length, device):
         got = ops.rms_norm(x, weight, eps=1e-6)
         exact = reference.rms_norm(x.double(), weight.double(), eps=1e-6)
         check_near(got, exact, reference.rms_norm(x, weight, eps=1e-6))
+        out, total = ops.add_rms_norm(x, x.flip(0), weight, eps=1e-6)
+        assert same_bits(total, x.flip(0) + x)
+        assert same_bits(out, ops.rms_norm(total, weight, eps=1e-6))
 
 
 @pytest.mark.parametrize("length", [40, 64, 896, 1031])
@@ -165,10 +168,7 @@ ERRORS = [
     ({"weight": W.half()}, "weight must be float32, got float16"),
     ({"weight": torch.zeros(16)[::2]}, "weight must have a last stride of 1, got 2"),
     ({"offset": 1.0}, "offset must be 0 with round_first, got 1"),
-    (
-        {"x": X[:1, :1, :1].expand(1, 1, 2**24)},
-        r"the length of a row N must be in \[0, 16777215\], got 16777216|a last stride of 1",
-    ),
+    ({"x": torch.zeros(2**24)}, r"the length of a row N must be in \[0, 16777215\], got 16777216"),
 ]
 ERRORS_OF_BOTH = [
     ({"residual": X[0]}, r"residual must have the shape of x \[2, 3, 8\], got \[3, 8\]"),
@@ -184,7 +184,7 @@ def test_errors(changed, message):
         ops.rms_norm(**{"x": X, "weight": W, "eps": 1e-6, **changed})
 
 
-@pytest.mark.parametrize(("changed", "message"), [*ERRORS[4:-1], *ERRORS_OF_BOTH])
+@pytest.mark.parametrize(("changed", "message"), [*ERRORS[4:8], *ERRORS_OF_BOTH])
 def test_errors_with_a_residual(changed, message):
     arguments = {"x": X, "residual": X, "weight": W, "eps": 1e-6}
     with pytest.raises(RuntimeError, match=f"add_rms_norm: {message}"):

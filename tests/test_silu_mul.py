@@ -34,7 +34,7 @@ def test_every_number_has_torchs_bits(dtype):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_cpu_has_the_bits_of_torch(threads, dtype):
     def check():
-        for shape in ((5,), (1, 1, 4864), (3, 77), (9, 4864), (33, 1000), (200, 513), (2, 3, 4, 70)):
+        for shape in ((5,), (1, 1, 4864), (3, 77), (9, 4864), (33, 1000), (200, 513), (2, 3, 4, 7)):
             for layout in LAYOUTS:
                 gate = rows(layout, shape, dtype, scale=4.0)
                 up = rows(layout, shape, dtype, seed=1)

@@ -17,6 +17,7 @@ from steps import Step, main
 CASES = (
     "merge_states", "invariant_linear", "chunk_scores", "select_chunks", "gather_chunks",
     "compact_kv", "append_kv", "expand_tree", "finalize_tree", "sample_nodes", "verify_tree",
+    "rms_norm", "rotary_append", "silu_mul",
 )  # fmt: skip
 PROFILED = (("16384", "8"), ("16384", "32"), ("65536", "64"))  # prefix, rows; and the combine
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "WarpStateStats", "LaunchStats", "Occupancy")
@@ -38,7 +39,7 @@ def plan(results: Path, device: str) -> list[Step]:
         cases("no early launches", "tree_attention", 20, "--few", SPECEXTEND_PDL="0"),
     ]
     if cuda:
-        steps += [cases(name, name, 18) for name in CASES]
+        steps += [cases(name, name, 14) for name in CASES]
     else:
         steps.append(cases("the others", "", 60, "--few"))
     hopper = "cuda" if cuda else "test_one_block and random and heads0"

@@ -36,7 +36,7 @@ def plan(results: Path, device: str) -> list[Step]:
     if not cuda:
         return [*steps, tests("graphs", 60, "test_buckets or TestRecorder")]
     ops = sorted(path.stem for path in (ROOT / "csrc/ops").glob("*.cpp"))
-    limits = dict.fromkeys(ops, 20) | {"tree_attention": 60}
+    limits = dict.fromkeys(ops, 18) | {"tree_attention": 60}
     return [*steps, tests("graphs", 60), *(tests(op, limits[op]) for op in ops)]
 
 

@@ -1,3 +1,4 @@
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -7,6 +8,10 @@
 #include "cpu/cpu.h"
 #include "ops/dtype.h"
 #include "ops/rows.h"
+#ifdef SPECEXTEND_HAS_CUDA
+#include "launch.h"
+#include "stream.h"
+#endif
 
 namespace specextend {
 namespace {
@@ -39,7 +44,9 @@ Prepared prepare(const char* op, const Tensor& x, const Tensor* residual, const 
   STD_TORCH_CHECK(options.offset == 0 || !options.round_first, op,
                   ": offset must be 0 with round_first, got ", options.offset);
 
-  Prepared r{allocate_rows(x), residual != nullptr ? allocate_rows(x) : Tensor(), {},
+  Prepared r{allocate_rows(x),
+             residual != nullptr ? allocate_rows(x) : Tensor(),
+             {},
              to_dtype(x.scalar_type())};
   RmsNormParams& p = r.params;
   p.shape = row_shape(x);
@@ -72,6 +79,32 @@ std::tuple<Tensor, Tensor> add_rms_norm_cpu(const Tensor& x, const Tensor& resid
   return {r.out, r.total};
 }
 
+#ifdef SPECEXTEND_HAS_CUDA
+void launch_prepared(const char* op, const Prepared& r) {
+  const int32_t device = r.out.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+  check_launch(op, by_device_type(r.dtype, [&](auto x) {
+                 return launch_rms_norm<decltype(x)>(r.params, stream);
+               }));
+}
+
+Tensor rms_norm_cuda(const Tensor& x, const Tensor& weight, double eps, double offset,
+                     bool round_first) {
+  Prepared r = prepare("rms_norm", x, nullptr, weight, {eps, offset, round_first});
+  launch_prepared("rms_norm", r);
+  return r.out;
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm_cuda(const Tensor& x, const Tensor& residual,
+                                             const Tensor& weight, double eps, double offset,
+                                             bool round_first) {
+  Prepared r = prepare("add_rms_norm", x, &residual, weight, {eps, offset, round_first});
+  launch_prepared("add_rms_norm", r);
+  return {r.out, r.total};
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(specextend, m) {
@@ -86,5 +119,11 @@ STABLE_TORCH_LIBRARY_IMPL(specextend, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm_cpu));
   m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm_cpu));
 }
+#ifdef SPECEXTEND_HAS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(specextend, CUDA, m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm_cuda));
+  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm_cuda));
+}
+#endif
 
 }  // namespace specextend

@@ -1,3 +1,4 @@
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -6,6 +7,10 @@
 #include "ops/allocate.h"
 #include "ops/dtype.h"
 #include "ops/kv.h"
+#ifdef SPECEXTEND_HAS_CUDA
+#include "launch.h"
+#include "stream.h"
+#endif
 
 namespace specextend {
 namespace {
@@ -57,8 +62,8 @@ Prepared prepare(const Arguments& a) {
   p.num_heads = int(a.q.size(2));
   p.rotary_dim = int(rotary_dim);
 
-  Prepared r{allocate(a.q, {a.q.size(0), a.q.size(1), a.q.size(2), dim}, a.q.scalar_type()),
-             p, to_dtype(a.q.scalar_type())};
+  Prepared r{allocate(a.q, {a.q.size(0), a.q.size(1), a.q.size(2), dim}, a.q.scalar_type()), p,
+             to_dtype(a.q.scalar_type())};
   r.params.out = kv_rows(r.out);
   return r;
 }
@@ -71,6 +76,21 @@ Tensor rotary_append_cpu(const Tensor& q, const Tensor& k, const Tensor& v, cons
   return r.out;
 }
 
+#ifdef SPECEXTEND_HAS_CUDA
+Tensor rotary_append_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos,
+                          const Tensor& sin, const Tensor& k_cache, const Tensor& v_cache,
+                          const Tensor& lens) {
+  Prepared r = prepare({q, k, v, cos, sin, k_cache, v_cache, lens});
+  const int32_t device = k_cache.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+  check_launch(kOp, by_device_type(r.dtype, [&](auto x) {
+                 return launch_rotary_append<decltype(x)>(r.params, stream);
+               }));
+  return r.out;
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(specextend, m) {
@@ -81,5 +101,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(specextend, m) {
 STABLE_TORCH_LIBRARY_IMPL(specextend, CPU, m) {
   m.impl("rotary_append", TORCH_BOX(&rotary_append_cpu));
 }
+#ifdef SPECEXTEND_HAS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(specextend, CUDA, m) {
+  m.impl("rotary_append", TORCH_BOX(&rotary_append_cuda));
+}
+#endif
 
 }  // namespace specextend

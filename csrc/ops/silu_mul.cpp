@@ -1,3 +1,4 @@
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -9,6 +10,10 @@
 #include "cpu/cpu.h"
 #include "ops/dtype.h"
 #include "ops/rows.h"
+#ifdef SPECEXTEND_HAS_CUDA
+#include "launch.h"
+#include "stream.h"
+#endif
 
 namespace specextend {
 namespace {
@@ -26,8 +31,7 @@ SiluMulParams params(const Tensor& gate, const Tensor& up, const Tensor& out) {
 }
 
 Tensor call_torch(const char* name, const char* overload, std::array<StableIValue, 2> stack) {
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -47,11 +51,29 @@ Tensor silu_mul_cpu(const Tensor& gate, const Tensor& up) {
   return out;
 }
 
+#ifdef SPECEXTEND_HAS_CUDA
+Tensor silu_mul_cuda(const Tensor& gate, const Tensor& up) {
+  check(gate, up);
+  const Tensor out = allocate_rows(gate);
+  const SiluMulParams p = params(gate, up, out);
+  const int32_t device = gate.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+  check_launch(kOp, by_device_type(to_dtype(gate.scalar_type()), [&](auto x) {
+                 return launch_silu_mul<decltype(x)>(p, stream);
+               }));
+  return out;
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(specextend, m) {
   m.def("silu_mul(Tensor gate, Tensor up) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(specextend, CPU, m) { m.impl("silu_mul", TORCH_BOX(&silu_mul_cpu)); }
+#ifdef SPECEXTEND_HAS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(specextend, CUDA, m) { m.impl("silu_mul", TORCH_BOX(&silu_mul_cuda)); }
+#endif
 
 }  // namespace specextend

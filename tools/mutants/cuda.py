@@ -13,6 +13,7 @@ MERGE, COMPACT, SM90, APPEND, GATHER, SCORES, SELECT, CHUNKS, SAMPLE, VOCAB, EXP
     )
 )  # fmt: skip
 FINALIZE, VERIFY = (f"{KERNELS}/{name}.cuh" for name in ("finalize_tree", "verify_tree"))
+NORM, ROTARY, SILU = (f"{KERNELS}/{name}.cuh" for name in ("rms_norm", "rotary_append", "silu_mul"))
 FLOAT, SOFTMAX, MASKS, SEGMENTS, CHUNK_LSE, COMBINE = (
     f"{KERNELS}/attention/{name}.cuh"
     for name in ("float", "softmax", "masks", "segments", "chunks", "combine")
@@ -224,6 +225,71 @@ MUTANTS = [
         "done + kAppendThreads < count; done += kAppendThreads * kAppendInFlight) {",
         tests("append_kv", "layouts"),
         cuda("append_kv"),
+    ),
+    # ---- rms_norm, rotary_append, silu_mul ----
+    Mutant(
+        "rms_norm: chunks that a thread does not keep are not summed",
+        NORM,
+        "for (int64_t c = first + kNormKept * step; c < chunks; c += step) take(c);",
+        "",
+        tests("rms_norm", "lengths"),
+        cuda("rms_norm"),
+    ),
+    Mutant(
+        "rms_norm: vectors of 16 bytes at any multiple of 8",
+        NORM,
+        "bits % 16 == 0 ?",
+        "bits % 8 == 0 ?",
+        tests("rms_norm", "rows_have_the_bits_that_they_have_alone"),
+        cuda("rms_norm"),
+    ),
+    Mutant(
+        "rms_norm: what is read again lacks the residual",
+        NORM,
+        "load_chunk<kWide>(adds ? total : x, c, length)",
+        "load_chunk<kWide>(x, c, length)",
+        tests("rms_norm", "lengths"),
+        cuda("rms_norm"),
+    ),
+    Mutant(
+        "rotary_append: a key behind the cache is written",
+        ROTARY,
+        "if (!of_query && row >= append_count(a, b)) continue;",
+        "if (!of_query && row > append_count(a, b)) continue;",
+        tests("rotary_append", "rows_that_do_not_fit_are_dropped"),
+        cuda("rotary_append"),
+    ),
+    Mutant(
+        "rotary_append: vectors begin in the middle of a rotated half",
+        "csrc/kv_rows.h",
+        "address_bits(p.sin) |\n                      uint64_t(p.rotary_dim / 2 * element_size)",
+        "address_bits(p.sin) |\n                      uint64_t(p.rotary_dim * element_size)",
+        tests("rotary_append", "partial_rotation"),
+        cuda("rotary_append"),
+    ),
+    Mutant(
+        "rotary_append: the last key head is taken for the first value",
+        ROTARY,
+        "if (n >= num_rotated) {",
+        "if (n >= num_rotated - per_head) {",
+        tests("rotary_append", "layouts"),
+        cuda("rotary_append"),
+    ),
+    Mutant(
+        "silu_mul: a row's part of a chunk is left out",
+        SILU,
+        "if (c * kElements >= length) return;",
+        "if ((c + 1) * kElements > length) return;",
+        tests("silu_mul", "layouts"),
+        cuda("silu_mul"),
+    ),
+    Mutant(
+        "silu_mul: all parts of a row are its first",
+        SILU,
+        "int64_t(blockIdx.x % parts) * kSiluThreads + threadIdx.x",
+        "int64_t(threadIdx.x)",
+        tests("silu_mul", "layouts"),
+        cuda("silu_mul"),
     ),
     # ---- gather_chunks ----
     Mutant(

@@ -12,8 +12,8 @@ namespace simd {
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
 
-// Returns the words whose lower halves are the nearest bf16 numbers. NaN stays NaN if its lower half
-// is zeros, as that of every NaN is that comes of bf16 numbers.
+// Returns the words whose lower halves are the nearest bf16 numbers. NaN stays NaN if its lower
+// half is zeros, as that of every NaN is that comes of bf16 numbers.
 SPECEXTEND_ALWAYS_INLINE Words nearest_bfloat16(Floats x) {
   const Words bits = reinterpret_cast<Words>(x);
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;

@@ -22,7 +22,8 @@ void rotate_row(const RotateRowItem& item) {
   const int64_t pairs = item.rotary_dim / 2;
   const T *cos = static_cast<const T*>(item.cos), *sin = static_cast<const T*>(item.sin);
   for (int64_t head = 0; head < item.num_heads; ++head) {
-    const T* x = reinterpret_cast<const T*>(static_cast<const char*>(item.x) + head * item.x_stride);
+    const T* x =
+        reinterpret_cast<const T*>(static_cast<const char*>(item.x) + head * item.x_stride);
     T* y = reinterpret_cast<T*>(static_cast<char*>(item.y) + head * item.y_stride);
     simd::for_elements(pairs, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
       const int64_t j = pairs + i;

@@ -1,7 +1,7 @@
 #pragma once
 
-// silu(gate) * up of 16-bit numbers, compiled once per instruction set by table.h. Exponentials have
-// the last bits of their instruction set; rounded to 16 bits, silu has none: it is torch's.
+// silu(gate) * up of 16-bit numbers, compiled once per instruction set by table.h. Exponentials
+// have the last bits of their instruction set; rounded to 16 bits, silu has none: it is torch's.
 
 #include "cpu/isa.h"
 #include "cpu/isa/elements.h"
@@ -18,8 +18,7 @@ SPECEXTEND_ALWAYS_INLINE simd::Floats exp(simd::Floats x) {
   using simd::broadcast, simd::fma, simd::Floats;
   const Floats shifted = fma(x, broadcast(Exp32::kLog2E), broadcast(Exp32::kRound));
   const Floats n = shifted - Exp32::kRound;
-  const Floats r =
-      fma(n, broadcast(-Exp32::kLn2Low), fma(n, broadcast(-Exp32::kLn2High), x));
+  const Floats r = fma(n, broadcast(-Exp32::kLn2Low), fma(n, broadcast(-Exp32::kLn2High), x));
   Floats p = fma(r, broadcast(Exp32::kP4), broadcast(Exp32::kP3));
   p = fma(p, r, broadcast(Exp32::kP2));
   p = fma(p, r, broadcast(Exp32::kP1));
