@@ -253,8 +253,7 @@ class PatchedModel:
 
     @property
     def _computed_in(self) -> tuple[torch.device, torch.dtype]:
-        weight = self.model.get_input_embeddings().weight
-        return weight.device, weight.dtype
+        return self.device, self.model.dtype
 
     def _collect(self, state: Pass) -> Undo:
         """Hook the model, so that ``state.hidden`` gets the layers of ``state.feature_layers``."""

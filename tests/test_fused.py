@@ -223,6 +223,28 @@ class TestTrial:
         monkeypatch.setattr(fused, "_KINDS", (attentions,))
         assert fusions(tiny_model("llama")) == ({} if spoilt else dict(attention=2))
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("width", [32, 4096])
+    def test_norms_on_a_gpu(self, width, dtype):
+        """The order of a sum is told from another form: a sum with its last bits moved stands in
+        for it."""
+        x, weight = torch.randn(fused.TOKENS, width).to(dtype), torch.randn(width).to(dtype)
+
+        def norm(offset: float, round_first: bool, moved: float = 0.0) -> torch.Tensor:
+            h = x.float()
+            h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) * (1 + moved) + 1e-6)
+            if round_first:
+                return weight * h.to(dtype)
+            return ((offset + weight.float()) * h).to(dtype)
+
+        forms = [(0.0, True), (1.0, False), (0.0, False)]
+        for ours in forms:
+            for theirs in forms:
+                alike = ours == theirs or (dtype == torch.float32 and ours[0] == theirs[0])
+                for moved in (-3e-7, 0.0, 3e-7):
+                    got = fused._same_but_for_order(norm(*ours, moved), norm(*theirs))
+                    assert got == alike
+
     def test_each_form_is_tried_once(self, monkeypatch):
         tried = []
         passes = fused._Trial.passes

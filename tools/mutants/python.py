@@ -907,8 +907,8 @@ MUTANTS = [
     Mutant(
         "fused: modules with hooks are passed over",
         FUSED,
-        "return bool(module._forward_hooks or module._forward_pre_hooks)",
-        "return False",
+        "for module in self.skipped:",
+        "for module in ():",
         ("tests/test_fused.py::TestWhatOthersChange::test_hooks_run",),
     ),
     Mutant(
@@ -921,8 +921,8 @@ MUTANTS = [
     Mutant(
         "fused: other threads' forwards run ours",
         FUSED,
-        "if state is None or state.fusions is None or any",
-        "if any",
+        "if state is None or state.fusions is None:",
+        "if False:",
         ("tests/test_fused.py::TestPasses::test_other_forwards_are_the_models_own",),
     ),
     Mutant(
@@ -931,6 +931,13 @@ MUTANTS = [
         "            if left is None:\n                ops.append_kv",
         "            if left is None or self._rotated:\n                ops.append_kv",
         ("tests/test_fused.py::TestPasses::test_two_caches",),
+    ),
+    Mutant(
+        "fused: on a GPU a norm may round anywhere",
+        FUSED,
+        "(a.dtype == torch.float32 or float((a != b).double().mean()) < 1 / 64)",
+        "True",
+        ("tests/test_fused.py::TestTrial::test_norms_on_a_gpu",),
     ),
     Mutant(
         "fused: layers are not tried",
