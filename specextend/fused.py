@@ -79,7 +79,8 @@ class Fusion:
         module: whose it is.
         own: its own forward, as it was when it was tried.
         forward: ours.
-        skipped: modules below it that it does not call. It is not used while they have hooks.
+        skipped: modules below it that it does not call. It is not used while they have hooks, or
+            a forward that somebody else has put there.
     """
 
     kind: str
@@ -93,7 +94,8 @@ class Fusion:
         if state is None or state.fusions is None:
             return self.own(*args, **kwargs)
         for module in self.skipped:
-            if module._forward_hooks or module._forward_pre_hooks:
+            changed = type(vars(module).get("forward", self)) is not Fusion
+            if changed or module._forward_hooks or module._forward_pre_hooks:
                 return self.own(*args, **kwargs)
         return self.forward(*args, **kwargs)
 

@@ -291,6 +291,19 @@ class TestWhatOthersChange:
         assert_same_bits(model)
         assert len(called) == 4 * 3  # two forwards, with our operators and without
 
+    @pytest.mark.parametrize("after", [False, True])
+    @pytest.mark.parametrize("part", ["post_attention_layernorm", "mlp.act_fn"])
+    def test_a_forward_in_what_is_skipped(self, part, after):
+        model = tiny_model("llama")
+        if after:
+            assert fusions(model) == ALL
+        module = model.model.layers[0].get_submodule(part)
+        own = module.forward
+        module.forward = lambda x: own(x) * 2
+        assert_same_bits(model)
+        module.forward = lambda x: own(x) * 3  # the trial of the one before does not count
+        assert_same_bits(model)
+
     def test_a_class_of_ones_own(self):
         """It has the attributes, but computes something else."""
 

@@ -940,6 +940,13 @@ MUTANTS = [
         ("tests/test_fused.py::TestTrial::test_norms_on_a_gpu",),
     ),
     Mutant(
+        "fused: a forward in what is passed over is passed over",
+        FUSED,
+        'changed = type(vars(module).get("forward", self)) is not Fusion',
+        "changed = False",
+        ("tests/test_fused.py::TestWhatOthersChange::test_a_forward_in_what_is_skipped",),
+    ),
+    Mutant(
         "fused: layers are not tried",
         FUSED,
         "_KINDS = _norms, _gated, _attentions, _layers",
