@@ -243,10 +243,17 @@ class PatchedModel:
         """Try which of the model's modules our operators may compute (:mod:`specextend.fused`)."""
         cache = KVCache(self.num_layers, TRIAL, 1, self.device)
         state = Pass(cache, [(cache, cache.lens)], TRIAL, layer_windows=_windows[self.model])
-        tokens = torch.arange(TRIAL, device=self.device)[None]
+        padding = self.model.config.get_text_config().pad_token_id  # of which some would warn
+        positions = torch.arange(TRIAL, device=self.device)[None]
         with torch.inference_mode(), self._installed(state):
             with calls_of(self.model, state) as calls:
-                self.model(tokens, use_cache=True, logits_to_keep=1, **{CACHE: cache})
+                self.model(
+                    input_ids=torch.full_like(positions, int(padding == 0)),
+                    position_ids=positions,
+                    use_cache=True,
+                    logits_to_keep=1,
+                    **{CACHE: cache},
+                )
             found = tried(self.model, calls, state)
         _fusions[self.model] = self._computed_in, found
         return found

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
+import weakref
 from collections import Counter
 
 import pytest
@@ -272,6 +274,15 @@ class TestTrial:
         assert len(tried) == 2
         SpecExtend(model)
         assert len(tried) == 3
+
+
+    def test_models_are_let_go(self):
+        model = tiny_model("llama")
+        read(model)
+        left = weakref.ref(model), weakref.ref(model.model.layers[0])
+        del model
+        gc.collect()
+        assert [reference() for reference in left] == [None, None]
 
 
 class TestWhatOthersChange:
