@@ -275,7 +275,6 @@ class TestTrial:
         SpecExtend(model)
         assert len(tried) == 3
 
-
     def test_models_are_let_go(self):
         model = tiny_model("llama")
         read(model)
