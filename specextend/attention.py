@@ -19,9 +19,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from . import ops
-from .cache import ATTENTION, Pass, current_pass, in_pass, running
+from .cache import ATTENTION, KVCache, Pass, current_pass, in_pass, running
 from .compat import CACHE
+from .fused import TOKENS as TRIAL
+from .fused import Fusion, calls_of, install, is_off, tried
 from .longrope import changing_modules, redirect
+from .products import FewRows
 from .switches import Undo, switched
 from .windows import TOKENS, question
 
@@ -57,7 +60,7 @@ def _attention(
     window = state.layer_windows.get(layer_idx, sliding_window or 0)
     if state.window:
         window = min(window, state.window) if window else state.window
-    q = query.transpose(1, 2)
+    q = state.queries(query)
     scored = layer_idx in state.score_layers
     if not state.fused:
         if softcap or s_aux is not None:
@@ -66,7 +69,7 @@ def _attention(
             )
         if scored:
             state.recorded[layer_idx] = (q, scaling)
-        return _dense_attention(state, layer, query, scaling, window), None
+        return _dense_attention(state, layer, q.transpose(1, 2), scaling, window), None
     out, lse, chunk_lse = ops.tree_attention(
         q,
         layer.k,
@@ -157,9 +160,12 @@ def _in_passes(own: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     return type(own.__name__, (own,), body)
 
 
-# What is known of models' windows. It is found anew whenever a model is tried, as its configuration
-# may have changed.
+# What is known of models. It is found anew whenever a model is tried, as it may have changed.
 _windows: WeakKeyDictionary[PreTrainedModel, dict[int, int]] = WeakKeyDictionary()
+# With the dtype and the device that it was tried in.
+_fusions: WeakKeyDictionary[PreTrainedModel, tuple[object, tuple[Fusion, ...]]] = (
+    WeakKeyDictionary()
+)
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
@@ -199,6 +205,7 @@ class PatchedModel:
         configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
         self._configs = [c for c in configs.values() if isinstance(c, PreTrainedConfig)]
         self._changing = changing_modules(model)
+        self._few_rows = FewRows(model)
 
     @property
     def num_layers(self) -> int:
@@ -214,9 +221,11 @@ class PatchedModel:
     def _installed(self, state: Pass):
         changes = {("name", id(c)): partial(_rename, c) for c in self._configs}
         changes |= {("rotary", id(m)): partial(redirect, m) for m in self._changing}
+        if state.fusions:
+            changes["fusions", id(self.model)] = partial(install, state.fusions)
         if state.feature_layers:
             changes["features", id(state)] = partial(self._collect, state)
-        with switched(changes), evaluating(self.model), running(state):
+        with switched(changes), evaluating(self.model), self._few_rows.active(), running(state):
             yield
 
     @property
@@ -237,6 +246,29 @@ class PatchedModel:
             self.model(input_ids=tokens, attention_mask=seen, use_cache=False, logits_to_keep=1)
         _windows[self.model] = asked.windows
         return asked.windows
+
+    def find_fusions(self) -> tuple[Fusion, ...]:
+        """Try which of the model's modules our operators may compute (:mod:`specextend.fused`)."""
+        cache = KVCache(self.num_layers, TRIAL, 1, self.device)
+        state = Pass(cache, [(cache, cache.lens)], TRIAL, layer_windows=_windows[self.model])
+        padding = self.model.config.get_text_config().pad_token_id  # of which some would warn
+        positions = torch.arange(TRIAL, device=self.device)[None]
+        with torch.inference_mode(), self._installed(state):
+            with calls_of(self.model, state) as calls:
+                self.model(
+                    input_ids=torch.full_like(positions, int(padding == 0)),
+                    position_ids=positions,
+                    use_cache=True,
+                    logits_to_keep=1,
+                    **{CACHE: cache},
+                )
+            found = tried(self.model, calls, state)
+        _fusions[self.model] = self._computed_in, found
+        return found
+
+    @property
+    def _computed_in(self) -> tuple[torch.device, torch.dtype]:
+        return self.device, self.model.dtype
 
     def _collect(self, state: Pass) -> Undo:
         """Hook the model, so that ``state.hidden`` gets the layers of ``state.feature_layers``."""
@@ -307,7 +339,10 @@ class PatchedModel:
         keep = row if row is not None else int(last_only)
         if self.model not in _windows:
             self.find_windows()
+        if _fusions.get(self.model, (None,))[0] != self._computed_in:
+            self.find_fusions()
         state.layer_windows = _windows[self.model]
+        state.fusions = None if is_off() else _fusions[self.model][1]
         with self._installed(state):
             return self.model(
                 input_ids=tokens,

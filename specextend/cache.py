@@ -152,6 +152,8 @@ class Pass:
         fused: tree attention by our kernel. False: SDPA with a dense mask.
         attention: the name of the attention that the model is to call.
         layer_windows: of layers whose window is known better than they say; 0: none.
+        fusions: what our operators compute of the model (:mod:`specextend.fused`); None: attention
+            alone.
         feature_layers: hidden states to hand out, counted as `transformers` does: i is the input of
             layer i, and the number of layers is what the head reads.
         recorded: per scored layer (chunk_lse, lse) when fused, else (queries, scale).
@@ -172,11 +174,14 @@ class Pass:
     fused: bool = True
     attention: str = ATTENTION
     layer_windows: dict[int, int] = field(default_factory=dict)
+    fusions: tuple | None = None
     feature_layers: tuple[int, ...] = ()
     recorded: dict[int, tuple] = field(default_factory=dict)
     calls: list[int] = field(default_factory=list)
     hidden: dict[int, Tensor] = field(default_factory=dict)
     _index: int = 0
+    _left: tuple[Tensor, ...] | None = None
+    _rotated: tuple[Tensor, Tensor] | None = None
 
     @property
     def features(self) -> Tensor | None:
@@ -186,19 +191,53 @@ class Pass:
         return torch.cat([self.hidden[i] for i in self.feature_layers], -1)
 
     def write(self, layer: KVLayer, keys: Tensor, values: Tensor) -> None:
-        """Store [B, Hkv, M, D] keys and values of ``layer`` in every cache of ``writes``."""
+        """Store [B, Hkv, M, D] keys and values of ``layer`` in every cache of ``writes``.
+
+        Keys that :meth:`leave_rotation` got are rotated on their way, and so are the queries.
+        """
         if not layer.is_initialized:
             layer.lazy_initialization(keys, values)
         index = self._index % len(self.cache.layers)
         if self.cache.layers[index] is not layer:  # a model may not ask in order
             index = self.cache.layers.index(layer)
         self._index = index + 1
+        left, self._left = self._left, None
+        if left is not None and left[1] is not keys:
+            raise RuntimeError("a layer stores other keys than those that it rotated")
         k, v = keys.transpose(1, 2), values.transpose(1, 2)
         for cache, lens in self.writes:
             target = cache.layers[index]
             if not target.is_initialized:
                 target.like(layer)
-            ops.append_kv(target.k, target.v, k, v, lens)
+            if left is None:
+                ops.append_kv(target.k, target.v, k, v, lens)
+                continue
+            q = left[0].transpose(1, 2)
+            rotated = ops.rotary_append(q, k, v, *left[2:], target.k, target.v, lens)
+            self._rotated = left[0], rotated
+
+    def leave_rotation(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Note a rotation that is to be made with the next write.
+
+        Args:
+            q, k: [B, heads, M, D], queries and keys.
+            cos, sin: [B or 1, M, R], as of ``rotary_append``.
+        """
+        if self._left or self._rotated:
+            raise RuntimeError("a layer rotates twice what it has not yet attended with")
+        self._left = q, k, cos, sin
+
+    def queries(self, query: Tensor) -> Tensor:
+        """Return the rows [B, M, Hq, D] of a layer's queries [B, Hq, M, D], rotated if that was
+        left to the pass."""
+        if self._left:
+            raise RuntimeError("a layer attends with keys that it has not stored")
+        rotated, self._rotated = self._rotated, None
+        if rotated is None:
+            return query.transpose(1, 2)
+        if rotated[0] is not query:
+            raise RuntimeError("a layer attends with other queries than those that it rotated")
+        return rotated[1]
 
     def dense_mask(self, rows: int, length: int, window: int, device: torch.device) -> Tensor:
         """Make the mask of SDPA: [B, 1, rows, P + N] bool; ``length`` is P. Batch 1."""

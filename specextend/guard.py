@@ -116,6 +116,7 @@ def self_check(patched: PatchedModel) -> None:
     )
     try:
         _check_windows(model, patched.find_windows())
+        patched.find_fusions()
         ours = _tree_logits(patched, prefix, tree, config.num_hidden_layers)
         paths = [(0, 1, 3), (0, 2)]
         own = {}

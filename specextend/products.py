@@ -1,9 +1,9 @@
-"""Multiplies few rows of a draft by weights as fast as the machine reads them.
+"""Multiplies few rows by weights as fast as the machine reads them.
 
-A step of a draft is a handful of rows, whose products take the time of their weights' bytes at
-best. On a CPU, torch's libraries are made for many rows and take up to three times as long; our own
-product (``invariant_linear``) is ahead where the table says so. Its sums come in another order:
-that may change what a draft proposes, and never the text.
+A step of a draft, a plain round, a tree: a handful of rows, whose products take the time of their
+weights' bytes at best. On a CPU, torch's libraries are made for many rows and take up to six times
+as long; our own product (``invariant_linear``) is ahead for as many rows as the table says. Its
+sums are fp32, as theirs, and come in another order.
 """
 
 from __future__ import annotations
@@ -19,52 +19,53 @@ from torch.nn import functional as F
 from . import _C, ops
 from .switches import Undo, switched
 
-# Rows, from and to, in which our product was measured ahead of torch's (docs/measured.md). For one
-# row torch has a way of its own in fp16, and in bf16 where the processor multiplies no bf16; where
-# it does, more rows gain less.
+# Rows up to which our product was measured ahead of torch's (docs/measured.md). Where the processor
+# multiplies bf16, torch catches up sooner.
 _BF16_PRODUCTS = _C.cpu_isa() not in ("baseline", "avx2", "avx512")
-_AHEAD = {
-    torch.float32: (1, 6),
-    torch.bfloat16: (1, 4) if _BF16_PRODUCTS else (2, 6),
-    torch.float16: (2, 6),
-}
+_MOST = {torch.float32: 16, torch.float16: 16, torch.bfloat16: 12 if _BF16_PRODUCTS else 16}
 
-_drafting: contextvars.ContextVar[bool] = contextvars.ContextVar("specextend_few", default=False)
+_active: contextvars.ContextVar[bool] = contextvars.ContextVar("specextend_few", default=False)
 
 
 class FewRows:
-    """Has the linear layers of models multiply few rows by our product while they draft.
+    """Has the linear layers of models multiply few rows by our product.
 
-    Only layers of exactly torch's own class whose forward nobody has changed take part, and only in
-    threads that are in :meth:`drafting`.
+    Layers of exactly torch's own class and weights take part, if nobody has changed their forward;
+    and only threads that are in :meth:`active`, on a CPU and without gradients.
     """
 
     def __init__(self, *models: nn.Module):
         self._layers = [m for x in models for m in x.modules() if type(m) is nn.Linear]
-        self._changes = {("few rows", id(m)): partial(_install, m) for m in self._layers}
+        key = ("few rows", *(id(x) for x in models))
+        self._changes = {key: partial(_install, self._layers)}
 
     @contextlib.contextmanager
-    def drafting(self):
-        """Draft, for a ``with`` block without gradients."""
-        token = _drafting.set(True)
+    def active(self):
+        """Multiply so for a ``with`` block."""
+        token = _active.set(True)
         try:
             with switched(self._changes):
                 yield
         finally:
-            _drafting.reset(token)
+            _active.reset(token)
 
 
-def _install(layer: nn.Linear) -> Undo:
-    if "forward" in vars(layer):
-        return lambda: None
-    vars(layer)["forward"] = partial(_forward, layer)
-    return partial(vars(layer).pop, "forward")
+def _install(layers: list[nn.Linear]) -> Undo:
+    changed = [m for m in layers if "forward" not in vars(m)]
+    for layer in changed:
+        vars(layer)["forward"] = partial(_forward, layer)
+
+    def undo() -> None:
+        for layer in changed:
+            vars(layer).pop("forward", None)
+
+    return undo
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     weight, bias = layer.weight, layer.bias
-    if _drafting.get() and weight.device.type == "cpu" and x.dtype == weight.dtype:
-        least, most = _AHEAD.get(x.dtype, (1, 0))
-        if least <= x.numel() // max(x.shape[-1], 1) <= most:
+    few = _active.get() and x.numel() <= _MOST.get(x.dtype, 0) * x.shape[-1]
+    if few and type(weight) is nn.Parameter and x.device == weight.device:
+        if x.is_cpu and x.dtype == weight.dtype and not torch.is_grad_enabled():
             return ops.invariant_linear(x, weight, bias)
     return F.linear(x, weight, bias)

@@ -70,17 +70,38 @@ def _storages(values) -> set[int]:
     }
 
 
+def launches(tape: list) -> list[str]:
+    """Name the kernels of a tape's ops on a GPU: none for views and for memory that is not filled;
+    attention has two."""
+    names = []
+    for func, args, kwargs, out in tape:
+        name = str(func).rsplit(".", 1)[0]
+        if name == "specextend.invariant_linear":  # as few rows are multiplied on a CPU
+            name = "aten.linear"
+        view = not func._schema.is_mutable and _storages(out) <= _storages((args, kwargs))
+        if not view and "empty" not in name:
+            names += [name] * (2 if name == "specextend.tree_attention" else 1)
+    return names
+
+
 class TapeRecorder:
-    """Has the interface of ``specextend.graphs.CudaRecorder``."""
+    """Has the interface of ``specextend.graphs.CudaRecorder``.
+
+    Attributes:
+        records, replays: how often each was done.
+        tapes: what was recorded, in order.
+    """
 
     def __init__(self):
         self.records, self.replays = 0, 0
+        self.tapes: list[list] = []
 
     def record(self, function: Callable[[], object]):
         self.records += 1
         tape: list = []
         with _no_lists(), _Recording(tape):
             outputs = function()
+        self.tapes.append(tape)
         fresh = True  # recording has run the function once, which a capture does not
 
         def replay() -> None:

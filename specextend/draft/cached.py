@@ -5,12 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..cache import KVCache
 from ..config import SpecConfig
 from ..graphs import Graphs
-from ..products import FewRows
 from ..rotary import Rotary
 from ..tree import Tree, grow_tree
 from .base import Decided, Draft
@@ -22,7 +21,6 @@ class CachedDraft(Draft):
 
     Args:
         config: tree and cache options.
-        *models: whose linear layers it runs.
 
     Attributes:
         caches: of the generation under way, None outside of one.
@@ -33,9 +31,8 @@ class CachedDraft(Draft):
     #: [V] int64, the target's id of each entry of the logits; None: the same ids
     vocabulary: Tensor | None = None
 
-    def __init__(self, config: SpecConfig, *models: nn.Module):
+    def __init__(self, config: SpecConfig):
         self.config = config
-        self._few_rows = FewRows(*models)
         self.wants_scores = config.draft_cache == "retrieval"
 
     def _begin(
@@ -63,11 +60,10 @@ class CachedDraft(Draft):
     def propose(self, decided, depth) -> Tree:
         decided = self._make_room(decided)
         given = decided.tokens, decided.features, decided.counts
-        with self._few_rows.drafting():
-            if decided.counts is not None:
-                key = ("propose", len(decided), depth)
-                return self._graphs.call(key, lambda *given: self._grow(depth, *given), *given)
-            tree = self._grow(depth, *given)
+        if decided.counts is not None:
+            key = ("propose", len(decided), depth)
+            return self._graphs.call(key, lambda *given: self._grow(depth, *given), *given)
+        tree = self._grow(depth, *given)
         self.settle([len(decided)])
         return tree
 

@@ -53,7 +53,7 @@ class CausalLMDraft(CachedDraft):
         rotary: Rotary | None = None,
         differing: Sequence[int] = (),
     ):
-        super().__init__(config, model)
+        super().__init__(config)
         self.patched = PatchedModel(model)
         try:
             self.rotary = rotary or probe_rotary(model)

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..cache import Pass
 from ..config import SpecConfig
+from ..products import FewRows
 from ..rotary import Rotary
 from ..target import Target
 from ..tree import Tree
@@ -35,8 +36,9 @@ class EagleDraft(CachedDraft):
     """
 
     def __init__(self, head: EagleHead, config: SpecConfig):
-        super().__init__(config, head, *head.shared)
+        super().__init__(config)
         self.head = head
+        self._few_rows = FewRows(head, *head.shared)
         self.kind = f"eagle{head.config.version}"
         self.feature_layers = head.config.feature_layers
         self.vocabulary = head.vocabulary
@@ -78,7 +80,8 @@ class EagleDraft(CachedDraft):
             self._fill(decided)
 
     def propose(self, decided, depth) -> Tree:
-        return super().propose(self._from_features(decided), depth)
+        with self._few_rows.active():
+            return super().propose(self._from_features(decided), depth)
 
     def _from_features(self, decided: Decided) -> Decided:
         """Return the tokens that were decided from features: all but the first of all."""

@@ -175,7 +175,7 @@ class LongSpecDraft(Draft):
             k = self.rotation(k, self.rotation.angles(positions[:, :-1]))
             self.ring.write(slots[:-1], positions[:, :-1], k, v)
         root = new[:, -1:]
-        with self._few_rows.drafting():
+        with self._few_rows.active():
             logits = self.logits(root, positions[:, -1:], slots[-1:], root.new_zeros(1, 1, 0))
             return grow_tree(root, logits, self.step, self.config, min(depth, len(self._widths)))
 

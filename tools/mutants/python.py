@@ -10,8 +10,9 @@ DECODE, GENERATION, VERIFY, HF, TARGET, TREE, SAMPLING, STOPPING = (
         "decode", "generation", "verify", "hf", "target", "tree", "sampling", "stopping",
     )
 )  # fmt: skip
-CACHE, ATTENTION, ROTARY, LONGROPE, WINDOWS = (
-    f"specextend/{name}.py" for name in ("cache", "attention", "rotary", "longrope", "windows")
+CACHE, ATTENTION, ROTARY, LONGROPE, WINDOWS, FUSED = (
+    f"specextend/{name}.py"
+    for name in ("cache", "attention", "rotary", "longrope", "windows", "fused")
 )
 GUARD, GATE, GRAPHS, SWITCHES, TERMINAL, EXACT = (
     f"specextend/{name}.py" for name in ("guard", "gate", "graphs", "switches", "terminal", "exact")
@@ -916,6 +917,73 @@ MUTANTS = [
         "raise _KeysWritten",
         "pass",
         ("tests/test_prompt_reader.py::TestGeneration",),
+    ),
+    # ---- fused forwards ----
+    Mutant(
+        "fused: a norm is tried with its own weight",
+        FUSED,
+        'if candidate.kind == "norm":\n            candidate',
+        "if False:\n            candidate",
+        ("tests/test_fused.py::TestWhatOthersChange::test_weights_that_hide_the_form",),
+    ),
+    Mutant(
+        "fused: a trial looks at what is given, not at what is written",
+        FUSED,
+        "for t in (*tree_leaves(out), *written) if",
+        "for t in (*tree_leaves(out), *written[:1]) if",
+        ("tests/test_fused.py::TestTrial::test_what_is_written_counts",),
+    ),
+    Mutant(
+        "fused: modules with hooks are passed over",
+        FUSED,
+        "for module in self.skipped:",
+        "for module in ():",
+        ("tests/test_fused.py::TestWhatOthersChange::test_hooks_run",),
+    ),
+    Mutant(
+        "fused: a forward that somebody else has put there is replaced",
+        FUSED,
+        "[f for f in fusions if f.module.forward == f.own]",
+        "list(fusions)",
+        ("tests/test_fused.py::TestWhatOthersChange::test_a_forward_in_the_instance",),
+    ),
+    Mutant(
+        "fused: other threads' forwards run ours",
+        FUSED,
+        "if state is None or state.fusions is None:",
+        "if False:",
+        ("tests/test_fused.py::TestPasses::test_other_forwards_are_the_models_own",),
+    ),
+    Mutant(
+        "fused: a second cache gets keys that are not rotated",
+        CACHE,
+        "            if left is None:\n                ops.append_kv",
+        "            if left is None or self._rotated:\n                ops.append_kv",
+        ("tests/test_fused.py::TestPasses::test_two_caches",),
+    ),
+    Mutant(
+        "fused: on a GPU a norm may round anywhere",
+        FUSED,
+        "(a.dtype == torch.float32 or float((a != b).double().mean()) < 1 / 64)",
+        "True",
+        ("tests/test_fused.py::TestTrial::test_norms_on_a_gpu",),
+    ),
+    Mutant(
+        "fused: a forward in what is passed over is passed over",
+        FUSED,
+        'changed = type(vars(module).get("forward", self)) is not Fusion',
+        "changed = False",
+        ("tests/test_fused.py::TestWhatOthersChange::test_a_forward_in_what_is_skipped",),
+    ),
+    Mutant(
+        "fused: layers are not tried",
+        FUSED,
+        "_KINDS = _norms, _gated, _attentions, _layers",
+        "_KINDS = _norms, _gated, _attentions",
+        (
+            "tests/test_fused.py::test_what_is_known",
+            "tests/test_fused.py::TestKernels::test_of_a_layer",
+        ),
     ),
     # ---- exact ----
     Mutant(

@@ -123,8 +123,11 @@ struct Product {
     const int64_t x_stride = prepared_floats(p.depth), whole = p.depth / kStep;
     const float* x = item.x + row * x_stride;
     Floats sums[kC][kR] = {};
-    for (int64_t s = 0; s < whole; ++s)
+    for (int64_t s = 0; s < whole; ++s) {
+      // The columns after these: what else is to be computed leaves no room to look ahead far.
+      for (int c = 0; c < kC; ++c) __builtin_prefetch(w + (kC + c) * w_stride + s * kStep);
       add_step(w + s * kStep, w_stride, x + s * kStepFloats, x_stride, sums);
+    }
     if (const int64_t left = p.depth - whole * kStep) {
       T rest[kC][kStep] = {};
       for (int c = 0; c < kC; ++c)
