@@ -22,7 +22,7 @@ import torch
 from backends import build_or_skip, emulated
 from emulation import Library, Schedule
 
-ISAS = ["avx512", "avx512_bf16"]
+ISAS = emulation.EMULATED_ISAS
 TESTS = Path(__file__).parent
 
 
