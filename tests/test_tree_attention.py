@@ -648,6 +648,19 @@ def test_few_rows(dim, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_prefill_row_invariance(dtype):
+    """A row of a chunk of the prompt has the bits of the same row, decoded alone."""
+    prefix = 130
+    for rows, heads in ((33, (2, 1)), (2048, (1, 1))):
+        case = Case((prefix,), rows, heads=heads, dtype=dtype, tree=False)
+        got = case.run()
+        for row in {0, 1, 15, 16, 31, 32, 255, 256, 1023, 1500, rows - 1} & set(range(rows)):
+            lens = torch.tensor([prefix + row], dtype=torch.int32)
+            alone = ops.tree_attention(case.q[:, row : row + 1], case.k, case.v, lens)
+            assert same_bits(alone[:2], [t[:, row : row + 1] for t in got[:2]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_window_row_invariance(dtype):
     """The same holds with a window: a tree's node at P + depth, plain decoding at its position."""
     for prefix, window in [(100, 50), (300, 150), (300, 4)]:

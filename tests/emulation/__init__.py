@@ -270,8 +270,8 @@ def build_ops(namespace: str, own: Sequence[Path] = (), options: Sequence[str] =
 def build_avx512(namespace: str, options: Sequence[str] = ()) -> Library:
     """Build the CPU branch of the ops that have kernels per instruction set, with EMULATED_ISAS'.
 
-    Their intrinsics are those of ``avx512/immintrin.h`` and ``amx/tiles.h``. They are not optimised, which would take
-    minutes.
+    Their intrinsics are those of ``avx512/immintrin.h`` and ``amx/tiles.h``. They
+    are not optimised, which would take minutes.
 
     Args:
         namespace, options: as for ``build_ops``.
