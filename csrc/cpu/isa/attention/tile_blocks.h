@@ -207,14 +207,14 @@ class TileBlocks {
     for (int at = begin; at < end; at += 2, to += scratch_.dim) {
       const BFloat16* const from[2] = {row(at), row(at + 1)};
       Math::pack_value_row(from, 0, p_.head_dim, scratch_.dim, to);
-      ahead.steps(2 * row_lines_);
+      ahead.steps(row_lines_);  // and as many in multiply_values
     }
     prefetch_ = ahead;
   }
 
   // Adds to the output of one or two tiles of rows.
   void multiply_values(const float* weights, int weight_stride, int tiles, int steps,
-                       const float* values, float* out) const {
+                       const float* values, float* out) {
     if (steps == 0) return;
     const int dim = scratch_.dim;
     for (int d = 0; d < dim; d += 2 * kTile) {
@@ -223,7 +223,7 @@ class TileBlocks {
                                  ? two ? multiply_value_tiles<2, 2> : multiply_value_tiles<2, 1>
                              : two ? multiply_value_tiles<1, 2>
                                    : multiply_value_tiles<1, 1>;
-      multiply(weights, int64_t(weight_stride) * 4, steps, values + d, dim, out + d);
+      multiply(weights, int64_t(weight_stride) * 4, steps, values + d, dim, out + d, &prefetch_);
     }
   }
 
@@ -253,7 +253,7 @@ class TileBlocks {
   }
 
   // Adds weights * own values to the output of at most kTile rows, in a tile that has no others.
-  void add_rows(int count, int steps, const float* weights, float* out) const {
+  void add_rows(int count, int steps, const float* weights, float* out) {
     constexpr int kWords = kBlock / 2;
     memset(own_.weights, 0, kTile * kWords * 4);
     for (int r = 0; r < count; ++r)
