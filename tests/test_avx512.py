@@ -86,6 +86,7 @@ def test_attention_extremes(isa):
     test_tree_attention.test_large_logits("cpu")
     test_tree_attention.test_softcap(0.5, torch.bfloat16, "cpu")
     test_tree_attention.test_nan_stays_in_its_row("cpu")
+    test_tree_attention.test_pairs_of_elements_are_no_numbers(torch.bfloat16)
 
 
 def test_invariant_products(isa):

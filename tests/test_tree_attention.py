@@ -773,6 +773,19 @@ def test_garbage_in_outputs_memory_of_unused_chunks(device):
     assert (got == -INF).all() and got.shape[-1] == -(-500 // 16)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pairs_of_elements_are_no_numbers(dtype):
+    """Two elements that are moved as one word may look like a denormal number."""
+    case = Case(rows=20, heads=(1, 1), dtype=dtype)
+    case.q[..., 1::2] = 0
+    expected = case.run()
+    try:
+        assert torch.set_flush_denormal(True)
+        assert same_bits(case.run(), expected)
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_nan_stays_in_its_row(device):
     case = Case((200,), 20, heads=(4, 2), dtype=torch.bfloat16)
     clean = case.run(device)

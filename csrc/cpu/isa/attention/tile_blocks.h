@@ -58,8 +58,8 @@ class TileBlocks {
            size_t(tiles_ * kTile - rows_.count) * size_t(words) * 4);
     for (int t = 0; t < tiles_; ++t)
       for (int w = 0; w < words; w += kTileWords)
-        transpose_to(scratch_.q + int64_t(t) * kTile * words + w, words, 1.f,
-                     queries(t) + int64_t(w) * kTile, kTile);
+        transpose_to(scratch_.q + int64_t(t) * kTile * words + w, words,
+                     queries(t) + int64_t(w) * kTile, kTile, [](Floats pairs) { return pairs; });
     // Rows that fill a tile up have no weights.
     memset(scratch_.weights, 0, size_t(kGroupRows) * size_t(scratch_.keys) * 4);
     configure_tiles();
@@ -127,13 +127,14 @@ class TileBlocks {
     return int(min_of(kGroupRows / kTile, tiles_ - first_row / kTile));
   }
 
-  // Writes scale * from^T, of kTile rows and kTileWords columns.
-  SPECEXTEND_ALWAYS_INLINE static void transpose_to(const float* from, int64_t stride, float scale,
-                                                    float* to, int64_t to_stride) {
+  // Writes f(from^T), of kTile rows and kTileWords columns.
+  template <typename F>
+  SPECEXTEND_ALWAYS_INLINE static void transpose_to(const float* from, int64_t stride, float* to,
+                                                    int64_t to_stride, const F& f) {
     Floats rows[kTileWords];
     load_transposed<Float32Math>(from, stride, kTile, kTileWords, rows);
 #pragma GCC unroll 8
-    for (int i = 0; i < kTileWords; ++i) store(to + i * to_stride, rows[i] * scale);
+    for (int i = 0; i < kTileWords; ++i) store(to + i * to_stride, f(rows[i]));
   }
 
   // Returns the block's keys where they lie if they are whole pairs of tiles, else in a copy that
@@ -191,7 +192,8 @@ class TileBlocks {
     const float* from = scores(first_row) + r;
     float* const to = scratch_.logits + int64_t(r) * scratch_.keys;
     for (int j = 0; j < columns; j += kTile)
-      transpose_to(from + int64_t(j) * kGroupRows, kGroupRows, scale, to + j, scratch_.keys);
+      transpose_to(from + int64_t(j) * kGroupRows, kGroupRows, to + j, scratch_.keys,
+                   [&](Floats sums) { return sums * scale; });
   }
 
   void rescale(float* out, float factor) const {
