@@ -34,8 +34,8 @@ def avx512_library() -> Library:
 
 @pytest.fixture(scope="session", autouse=True)
 def emulated_isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run all tests on the CPU by the kernels of SPECEXTEND_EMULATED_ISA=avx512|avx512_bf16; with
-    =own, by this processor's, in which tools/mutate.py plants faults."""
+    """Run all tests on the CPU by the kernels of SPECEXTEND_EMULATED_ISA=avx512|avx512_bf16|amx;
+    with =own, by this processor's, in which tools/mutate.py plants faults."""
     name = os.environ.get("SPECEXTEND_EMULATED_ISA")
     if not name:
         yield

@@ -1,7 +1,8 @@
-"""Tests the CPU's AVX-512 kernels on processors with AVX2 alone: their intrinsics are emulated.
+"""Tests the CPU's AVX-512 and AMX kernels on processors with AVX2 alone: intrinsics are emulated.
 
-What tests/emulation/avx512/immintrin.h stands in for is the instructions, so that the kernels'
-sources run unchanged. What a compiler makes of them shows on a processor that has them only.
+What tests/emulation/avx512/immintrin.h and tests/emulation/amx/tiles.h stand in for is the
+instructions, so that the kernels' sources run unchanged. What a compiler makes of them shows on a
+processor that has them only.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import pytest
 import test_invariant_linear
 import test_tree_attention
 import torch
-from backends import build_or_skip, emulated
+from backends import Scheduler, build_or_skip, emulated
 from emulation import Library, Schedule
 
-ISAS = ["avx512", "avx512_bf16"]
+ISAS = emulation.EMULATED_ISAS
 TESTS = Path(__file__).parent
 
 
@@ -67,11 +68,25 @@ def test_attention_rows(dtype, isa):
     test_tree_attention.test_masked_keys_may_hold_anything(dtype, "cpu")
 
 
+def test_attention_of_a_prefill(avx512_library):
+    with by(avx512_library, "amx"):
+        test_tree_attention.test_prefill_row_invariance(torch.bfloat16)
+
+
+def test_attention_unrolled(isa):
+    """The last keys of a line are put together for each row of a tree where tiles are used."""
+    test_tree_attention.test_path_unrolling(torch.bfloat16, "cpu", Scheduler())
+    test_tree_attention.test_window_row_invariance(torch.bfloat16)
+    for group in (1, 7, 20):  # query heads of one row in one tile and in two
+        test_tree_attention.test_groups(group, "cpu")
+
+
 def test_attention_extremes(isa):
     test_tree_attention.test_chunk_lse_of_chunks_without_weight("cpu")
     test_tree_attention.test_large_logits("cpu")
     test_tree_attention.test_softcap(0.5, torch.bfloat16, "cpu")
     test_tree_attention.test_nan_stays_in_its_row("cpu")
+    test_tree_attention.test_pairs_of_elements_are_no_numbers(torch.bfloat16)
 
 
 def test_invariant_products(isa):
@@ -129,6 +144,13 @@ FAULTS = [
     Fault(
         "attention/math.h", "dim - begin - d > i * kTileWords", "dim - begin - d > 2 * kTileWords"
     ),
+    # A product of tiles less; tiles that nobody releases.
+    Fault(
+        "attention/tiles.h",
+        "    _tile_dpbf16ps(2, 5, 6);\n    if constexpr (Q == 2) {",
+        "    if constexpr (Q == 2) {",
+    ),
+    Fault("attention/tile_blocks.h", "void end() { _tile_release(); }", "void end() {}"),
     Fault("attention/math_bf16.h", "some >= 32 ? ~0u : (1u << some) - 1", "some >= 32 ? ~0u : 0u"),
     # Half of the lanes count twice.
     Fault("vocab.h", "_mm512_extractf32x8_ps(x, 1)", "_mm512_extractf32x8_ps(x, 0)"),
@@ -146,7 +168,7 @@ def test_faults_are_found(fault, native):
                 test_attention_fuzz(isa)
                 test_attention_head_dims(72, isa)
                 test_attention_rows(torch.bfloat16, isa)
-        except AssertionError:
+        except (AssertionError, RuntimeError):  # the latter by the emulation
             return True
         return False
 

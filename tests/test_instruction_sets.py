@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import isa_bits
+import pytest
+
+from specextend import _C
 
 ROOT = Path(__file__).resolve().parents[1]
+FORCED = [*_C.cpu_isas(), "sse9"]
 
 
 def test_same_bits():
@@ -26,3 +31,20 @@ def test_same_bits():
         assert run.returncode == 0, run.stderr
         found[isa] = json.loads(run.stdout)
     assert found == dict.fromkeys(found, {op: isa_bits.digest(op) for op in isa_bits.OPS})
+
+
+@pytest.mark.parametrize("name", FORCED[len(isa_bits.runnable()) :])
+def test_error_text_where_it_does_not_run(name):
+    run = subprocess.run(
+        [sys.executable, "-c", "from specextend import _C; _C.cpu_isa()"],
+        env={**os.environ, "SPECEXTEND_CPU_ISA": name},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0
+    runnable = ", ".join(isa_bits.runnable())
+    said = f"SPECEXTEND_CPU_ISA must be one of {runnable} on this machine, got {name}"
+    if name in _C.cpu_isas():
+        said += ": the (processor lacks|operating system)"
+    assert re.search(said, run.stderr), run.stderr

@@ -50,7 +50,7 @@ class TestLists:
                     assert f"def {name}(" in text or f"class {name}" in text, (mutant.name, test)
             for source in mutant.sources:
                 assert (mutants.ROOT / source).is_file(), (mutant.name, source)
-            compiled = area.name in ("cuda", "cpu")
+            compiled = area.name in ("cuda", "cpu", "amx")
             assert bool(mutant.sources) == compiled, mutant.name
             if mutant.file.endswith((".cpp", ".cu")):
                 assert mutant.file in mutant.sources, mutant.name

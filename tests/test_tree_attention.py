@@ -648,6 +648,19 @@ def test_few_rows(dim, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_prefill_row_invariance(dtype):
+    """A row of a chunk of the prompt has the bits of the same row, decoded alone."""
+    prefix = 130
+    for rows, heads in ((33, (2, 1)), (2048, (1, 1))):
+        case = Case((prefix,), rows, heads=heads, dtype=dtype, tree=False)
+        got = case.run()
+        for row in {0, 1, 15, 16, 31, 32, 255, 256, 1023, 1500, rows - 1} & set(range(rows)):
+            lens = torch.tensor([prefix + row], dtype=torch.int32)
+            alone = ops.tree_attention(case.q[:, row : row + 1], case.k, case.v, lens)
+            assert same_bits(alone[:2], [t[:, row : row + 1] for t in got[:2]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_window_row_invariance(dtype):
     """The same holds with a window: a tree's node at P + depth, plain decoding at its position."""
     for prefix, window in [(100, 50), (300, 150), (300, 4)]:
@@ -758,6 +771,19 @@ def test_masked_keys_may_hold_anything(dtype, device):
 def test_garbage_in_outputs_memory_of_unused_chunks(device):
     got = Case((0,), 2, 0, spare=500, tree=False).check(device, chunk_size=16)[2]
     assert (got == -INF).all() and got.shape[-1] == -(-500 // 16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pairs_of_elements_are_no_numbers(dtype):
+    """Two elements that are moved as one word may look like a denormal number."""
+    case = Case(rows=20, heads=(1, 1), dtype=dtype)
+    case.q[..., 1::2] = 0
+    expected = case.run()
+    try:
+        assert torch.set_flush_denormal(True)
+        assert same_bits(case.run(), expected)
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def test_nan_stays_in_its_row(device):

@@ -5,7 +5,7 @@ library built so registers ``torch.ops.<namespace>.<op>`` with the schemas of th
 tensors: checks, allocation, launch and kernel are those of a GPU. The threads of a block are fibers
 (``block.cpp``), and a schedule draws their order.
 
-``build_avx512`` does the same for the CPU branch by AVX-512 on a processor without it,
+``build_avx512`` does the same for the CPU branch by AVX-512 and AMX on a processor without them,
 ``build_cpu`` with this processor's own kernels.
 
 ``tools/mutate.py`` plants faults in these libraries: SPECEXTEND_MUTANT names a folder with changed
@@ -41,6 +41,7 @@ PER_INSTRUCTION_SET = [  # these ops have kernels for each, on the CPU
     "silu_mul",
     "tree_attention",
 ]
+EMULATED_ISAS = ["avx512", "avx512_bf16", "amx"]  # instruction sets of the CPU
 RUNTIME = sorted(set(HERE.glob("*.cpp")) - {HERE / "namespace.cpp"})
 
 
@@ -102,8 +103,11 @@ class Library:
         return self.handle.specextend_emulation_early_launches()
 
     def use_isa(self, name: str) -> None:
-        """Use ``"avx512"`` or ``"avx512_bf16"`` from now on, in what ``build_avx512`` built."""
-        self.handle.specextend_emulation_isa(int(name == "avx512_bf16"))
+        """Use an instruction set of EMULATED_ISAS from now on, in what ``build_avx512`` built."""
+        choose = self.handle.specextend_emulation_isa
+        choose.argtypes, choose.restype = [ctypes.c_char_p], ctypes.c_bool
+        if not choose(name.encode()):
+            raise ValueError(f"one of {EMULATED_ISAS} is wanted, got {name!r}")
 
     @contextlib.contextmanager
     def guarded_memory(self) -> Iterator[None]:
@@ -267,10 +271,10 @@ def build_ops(namespace: str, own: Sequence[Path] = (), options: Sequence[str] =
 
 
 def build_avx512(namespace: str, options: Sequence[str] = ()) -> Library:
-    """Build the CPU branch of the ops that have kernels per instruction set, with AVX-512's.
+    """Build the CPU branch of the ops that have kernels per instruction set, with EMULATED_ISAS'.
 
-    Their intrinsics are those of ``avx512/immintrin.h``. They are not optimised, which would take
-    minutes.
+    Their intrinsics are those of ``avx512/immintrin.h`` and ``amx/tiles.h``. They
+    are not optimised, which would take minutes.
 
     Args:
         namespace, options: as for ``build_ops``.
@@ -280,17 +284,18 @@ def build_avx512(namespace: str, options: Sequence[str] = ()) -> Library:
     """
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         raise ToolMissing("emulation: AVX-512 is emulated by AVX2, which this processor lacks")
-    folder = HERE / "avx512"
+    folders = [HERE / "avx512", HERE / "amx"]
+    own = sorted(path for folder in folders for path in folder.glob("*.cpp"))
     branches = [
         ROOT / "csrc" / b / f"{op}.cpp" for op in PER_INSTRUCTION_SET for b in ("ops", "cpu")
     ]
     path = build(
         namespace,
         RUNTIME,
-        [*sorted(folder.glob("*.cpp")), *branches, HERE / "namespace.cpp"],
+        [*own, *branches, HERE / "namespace.cpp"],
         [
             *options,
-            f"-I{folder} -mavx2 -mfma -mf16c -O0 -Wno-psabi -USPECEXTEND_HAS_CUDA",
+            f"-I{folders[0]} -mavx2 -mfma -mf16c -O0 -Wno-psabi -USPECEXTEND_HAS_CUDA",
             f'-DSPECEXTEND_EMULATION_NAMESPACE=\\"{namespace}\\"',
         ],
     )

@@ -69,5 +69,6 @@ def areas() -> list[Area]:
         Area("python", python.MUTANTS, on_the_cpu),
         Area("partition", cpu.PARTITION, "emulated or partition"),
         Area("cpu", cpu.MUTANTS, on_the_cpu, {"SPECEXTEND_EMULATED_ISA": "own"}),
+        Area("amx", cpu.AMX, on_the_cpu, {"SPECEXTEND_EMULATED_ISA": "amx"}),
         Area("cuda", cuda.MUTANTS, "emulat or hopper or bulk_copies"),
     ]

@@ -19,10 +19,11 @@ def tests(name: str, *functions: str) -> tuple[str, ...]:
     return tuple(f"{file}::test_{function}" for function in functions)
 
 
-ROW_BLOCK, ROWS, SLOTS, SOFTMAX, PARTIALS, CHUNK_SUMS = (
+ROW_BLOCK, ROWS, SLOTS, SOFTMAX, PARTIALS, CHUNK_SUMS, VECTOR_BLOCKS, TILE_BLOCKS = (
     f"{ISA}/attention/{name}.h"
     for name in (
         "row_block", "item_rows", "tree_slots", "softmax", "partial_softmax", "chunk_sums",
+        "vector_blocks", "tile_blocks",
     )
 )  # fmt: skip
 
@@ -110,9 +111,9 @@ MUTANTS = [
     ),
     Mutant(
         "tree_attention: a softcap of the unscaled logits",
-        ROW_BLOCK,
-        "p_.softcap > 0 ? p_.scale / p_.softcap : p_.scale * kLog2E",
-        "p_.softcap > 0 ? 1.f / p_.softcap : p_.scale * kLog2E",
+        ROWS,
+        "p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2E",
+        "p.softcap > 0 ? 1.f / p.softcap : p.scale * kLog2E",
         tests("tree_attention", "softcap"),
         KERNELS,
     ),
@@ -142,7 +143,7 @@ MUTANTS = [
     ),
     Mutant(
         "tree_attention: values that nobody sees count, times 0",
-        ROW_BLOCK,
+        VECTOR_BLOCKS,
         "block.masked ? slots_.seen() : nullptr",
         "nullptr",
         tests("tree_attention", "masked_keys_may_hold_anything"),
@@ -529,6 +530,43 @@ MUTANTS = [
         "x",
         tests("invariant_linear", "batches_have_the_bits_of_their_products"),
         op("invariant_linear"),
+    ),
+]
+
+# By the emulation of tests/emulation/amx/.
+TILES = ("tests/emulation/amx/amx.cpp",)
+AMX = [
+    Mutant(
+        "amx: a tile in which the tree begins is the same for all rows",
+        TILE_BLOCKS,
+        "block.masked ? block.prefix_keys / kStep",
+        "block.masked ? (block.prefix_keys + kStep - 1) / kStep",
+        tests("tree_attention", "trees"),
+        TILES,
+    ),
+    Mutant(
+        "amx: the values of a row's line are the first of the tree",
+        TILE_BLOCKS,
+        "rows_.prefix + slots[at - prefix_keys]",
+        "rows_.prefix + (at - prefix_keys)",
+        tests("tree_attention", "trees"),
+        TILES,
+    ),
+    Mutant(
+        "amx: the next group's scores take the place of this one's",
+        TILE_BLOCKS,
+        "own_.scores[first_row / kGroupRows % 2]",
+        "own_.scores[0]",
+        tests("tree_attention", "many_rows"),
+        TILES,
+    ),
+    Mutant(
+        "amx: nobody releases the tiles",
+        TILE_BLOCKS,
+        "void end() { _tile_release(); }",
+        "void end() {}",
+        tests("tree_attention", "prefixes"),
+        TILES,
     ),
 ]
 

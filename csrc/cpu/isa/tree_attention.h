@@ -12,8 +12,12 @@
 // ancestors stand.
 
 #include "cpu/isa/attention/row_block.h"
+#include "cpu/isa/attention/vector_blocks.h"
 #if defined(__AVX512BF16__)
 #include "cpu/isa/attention/math_bf16.h"
+#endif
+#if defined(__AMX_BF16__)
+#include "cpu/isa/attention/tile_blocks.h"
 #endif
 
 namespace specextend::cpu {
@@ -33,9 +37,21 @@ struct MathOf<BFloat16> {
 };
 #endif
 
+// How blocks of keys of type T are multiplied.
+template <typename T>
+struct BlocksOf {
+  using Type = VectorBlocks<typename MathOf<T>::Type, T>;
+};
+#if defined(__AMX_BF16__)
+template <>
+struct BlocksOf<BFloat16> {
+  using Type = TileBlocks;
+};
+#endif
+
 template <typename T>
 constexpr AttentionKernels kernels() {
-  using Block = RowBlock<typename MathOf<T>::Type, T>;
+  using Block = RowBlock<typename BlocksOf<T>::Type>;
   return {Block::scratch_floats, [](const AttentionItem& item) { Block(item).run(); },
           [](const AttentionItem& item) { Block(item).combine(); }, kLanes};
 }

@@ -3,9 +3,12 @@
 
 #include "cpu/isa.h"
 
+#include <cstring>
+#include <initializer_list>
+
 namespace specextend::cpu {
 
-extern const Isa isa_avx512, isa_avx512_bf16;
+extern const Isa isa_avx512, isa_avx512_bf16, isa_amx;
 
 namespace {
 
@@ -17,7 +20,13 @@ const Isa& isa() { return *chosen; }
 
 }  // namespace specextend::cpu
 
-extern "C" __attribute__((visibility("default"))) void specextend_emulation_isa(int bf16) {
+// Returns false if there is none of that name.
+extern "C" __attribute__((visibility("default"))) bool specextend_emulation_isa(const char* name) {
   using namespace specextend::cpu;
-  chosen = bf16 ? &isa_avx512_bf16 : &isa_avx512;
+  for (const Isa* isa : {&isa_avx512, &isa_avx512_bf16, &isa_amx}) {
+    if (std::strcmp(isa->name, name) != 0) continue;
+    chosen = isa;
+    return true;
+  }
+  return false;
 }

@@ -37,6 +37,10 @@ struct ItemRows {
     return (int64_t(item.b) * p.num_rows + tree_row(i)) * p.num_heads + head(i);
   }
 
+  // Returns what products of queries and keys are multiplied by: to logits of base 2, or by their
+  // softcap.
+  float logit_scale() const { return p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2E; }
+
   // Returns the position of tree row m.
   int64_t position(int m) const {
     return prefix + (p.q_depths ? p.q_depths[int64_t(item.b) * p.num_rows + m]
@@ -73,6 +77,13 @@ struct KeyBlock {
   bool masked;        // masks hide some of the tree keys in it
 };
 
+// What the size of an item's memory depends on, beside the call.
+struct ScratchShape {
+  int rows, words, per_word;  // words of a row of queries or keys, of so many elements each
+  int rows_at_once;           // rows whose logits and weights are there at a time
+  int64_t own;                // floats for the policy that multiplies blocks
+};
+
 // The memory of an item, of which arrays are given out; nothing in it is initialised.
 struct ItemScratch {
   int words, dim,
@@ -84,32 +95,34 @@ struct ItemScratch {
   float *out, *total;       // [rows, dim]: of a segment; of all before
   float* sum;               // [rows, kLanes]
   float* rescale;           // [rows]
-  RowState* states;         // [rows]
-  int32_t* slots;           // [tree rows, 1 + kBlock]
-  uint64_t* seen;           // bit per tree key
-  int64_t floats = 0;       // the size of all
+  float* own;
+  RowState* states;    // [rows]
+  int32_t* slots;      // [tree rows, 1 + kBlock]
+  uint64_t* seen;      // bit per tree key
+  int64_t floats = 0;  // the size of all
 
   // Without memory, it tells the size.
-  ItemScratch(const TreeAttentionParams& p, int rows, int per_word, int rows_at_once,
-              float* memory) {
+  ItemScratch(const TreeAttentionParams& p, const ScratchShape& shape, float* memory) {
+    const int rows = shape.rows;
     const auto take = [&](int64_t n) {
       float* const begin = memory ? memory + floats : nullptr;
       floats += (n + 15) / 16 * 16;
       return begin;
     };
-    words = p.head_dim / per_word;
+    words = shape.words;
     dim = p.out ? round_up(p.head_dim, kLanes) : 0;
     keys = round_up(kBlock + p.num_tree_keys, 2 * kLanes) + 2 * kLanes;
     q = take(int64_t(rows) * words);
     packed_keys = take(int64_t(keys) * words);
-    packed_values = take(int64_t(keys) * dim / per_word + dim);
-    logits = take(int64_t(rows_at_once) * keys);
-    weights = take(int64_t(rows_at_once) * keys);
+    packed_values = take(int64_t(keys) * dim / shape.per_word + dim);
+    logits = take(int64_t(shape.rows_at_once) * keys);
+    weights = take(int64_t(shape.rows_at_once) * keys);
     line = take(3 * keys);
     out = take(int64_t(rows) * dim);
     total = take(int64_t(rows) * dim);
     sum = take(int64_t(rows) * kLanes);
     rescale = take(rows);
+    own = take(shape.own);
     states = reinterpret_cast<RowState*>(take(int64_t(rows) * int64_t(sizeof(RowState) / 4)));
     slots = reinterpret_cast<int32_t*>(take(min_of(rows, p.num_rows) * (kBlock + 1)));
     seen = reinterpret_cast<uint64_t*>(take((p.num_tree_keys + 63) / 64 * 2));

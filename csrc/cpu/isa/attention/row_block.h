@@ -1,9 +1,17 @@
 #pragma once
 
 // Attention of one work item: a block of rows over some segments of their lines.
+//
+// How rows meet a block of keys is the policy Blocks, one of vector_blocks.h and tile_blocks.h:
+//
+//   Math, Element               of words; of queries, keys and values
+//   make_scratch(p, rows, at)   the item's memory; its size, if `at` is null
+//   set_query(i, q)             takes row i's query
+//   begin(), end()              are called around the blocks of an item, all queries being known
+//   run(block, first)           makes logits of all rows, their weights, and output = rescale *
+//                               output + weights * values; first: what the output holds is not read
 
-#include "cpu/isa/attention/direct.h"
-#include "cpu/isa/attention/pack.h"
+#include "cpu/isa/attention/item_cache.h"
 #include "cpu/isa/attention/partial_softmax.h"
 #include "cpu/isa/attention/softmax.h"
 
@@ -11,41 +19,36 @@ namespace specextend::cpu {
 namespace {
 namespace attention {
 
-constexpr int kPart = 64;  // keys that are packed at a time for a single tile of rows
-
-template <typename Math, typename T>
+template <typename Blocks>
 class RowBlock {
-  using Path = Direct<Math, T>;
+  using Math = typename Blocks::Math;
+  using T = typename Blocks::Element;
 
  public:
   explicit RowBlock(const AttentionItem& item)
       : item_(item),
         p_(*item.params),
         rows_(item),
-        scratch_(make_scratch(p_, item.num_rows, static_cast<float*>(item.scratch))),
+        scratch_(Blocks::make_scratch(p_, item.num_rows, static_cast<float*>(item.scratch))),
         slots_(rows_, scratch_.slots, scratch_.seen),
         chunks_(rows_, scratch_.states),
-        softmax_(rows_, scratch_, slots_, &chunks_) {
-    k_ = {static_cast<const T*>(p_.k) + item.b * p_.k_stride_b + item.kv_head * p_.k_stride_h,
-          p_.k_stride_s};
-    v_ = {nullptr, p_.v_stride_s};
-    if (p_.out)
-      v_.first =
-          static_cast<const T*>(p_.v) + item.b * p_.v_stride_b + item.kv_head * p_.v_stride_h;
-  }
+        softmax_(rows_, scratch_, slots_, &chunks_),
+        blocks_(rows_, scratch_, slots_, &softmax_) {}
 
   static int64_t scratch_floats(const TreeAttentionParams& p, int rows) {
-    return make_scratch(p, rows, nullptr).floats;
+    return Blocks::make_scratch(p, rows, nullptr).floats;
   }
 
   void run() {
     prepare_rows();
     slots_.prepare();
     chunks_.clear();
+    blocks_.begin();
     for (int segment = item_.segment_begin; segment < item_.segment_end; ++segment) {
       run_segment(segment);
       end_segment(segment);
     }
+    blocks_.end();
     chunks_.flush();
     if (item_.partials) return;
     for (int i = 0; i < rows_.count; ++i)
@@ -65,11 +68,6 @@ class RowBlock {
   }
 
  private:
-  static ItemScratch make_scratch(const TreeAttentionParams& p, int rows, float* memory) {
-    const int at_once = int(max_of(kTileRows, min_of(rows, Path::kRows)));
-    return ItemScratch(p, rows, Math::kPerWord, at_once, memory);
-  }
-
   // Returns where the results of row i in a segment go: maximum, sum, output.
   float* partial(int segment, int i) const {
     return item_.partials + (int64_t(segment) * rows_.count + i) * (scratch_.dim + 2);
@@ -88,7 +86,7 @@ class RowBlock {
       const int m = rows_.tree_row(i);
       const T* q = static_cast<const T*>(p_.q) + item_.b * p_.q_stride_b + m * p_.q_stride_m +
                    rows_.head(i) * p_.q_stride_h;
-      Math::copy_words(q, scratch_.q + int64_t(i) * scratch_.words, scratch_.words);
+      blocks_.set_query(i, q);
       RowState& s = scratch_.states[i];
       s.tree_row = m - rows_.tree_begin;
       s.begin = p_.window ? max_of(0, rows_.position(m) - p_.window + 1) : 0;
@@ -128,13 +126,7 @@ class RowBlock {
     const KeyBlock block = find_keys(at);
     if (block.keys == 0) return;
     chunks_.begin_block(at);
-    prefetch_ = {{}, 0, p_.head_dim * int(sizeof(T)), {}};
-    const bool full = !block.masked && block.keys == kBlock;
-    if (full && Path::takes(rows_.count, p_.head_dim)) {
-      run_direct(block);
-    } else {
-      run_packed(block);
-    }
+    blocks_.run(block, empty_);
     empty_ = false;
   }
 
@@ -158,99 +150,6 @@ class RowBlock {
     return block;
   }
 
-  // Returns the rows of a cache in the block behind that from `row` on, as far as this item reads
-  // it.
-  Prefetcher::Rows block_behind(const CacheRows<T>& cache, int64_t row, int most) const {
-    const int64_t begin = row + kBlock, end = int64_t(item_.segment_end) * kAttentionSegment;
-    const int64_t rows = min_of(most, min_of(end, rows_.prefix + p_.num_tree_keys) - begin);
-    return to_fetch(cache, begin, max_of(0, rows));
-  }
-
-  // Serves a full block for few rows. What it reads is fetched half a block ahead: not more, since
-  // what comes before the lead in an item is not fetched at all; not less, since values are read
-  // panel by panel of columns, and the first panel runs through the rows faster than whole rows are
-  // fetched.
-  void run_direct(const KeyBlock& block) {
-    constexpr int kLead = kBlock / 2;
-    const CacheRows<T> k = k_.from(block.row_begin);
-    prefetch_.append(to_fetch(k, kLead, kBlock - kLead));
-    if (v_.first) prefetch_.append(to_fetch(v_, block.row_begin, kBlock));
-    Path::logits(logits_product(kBlock), k, scratch_.packed_keys, &prefetch_);
-    for (int i = 0; i < rows_.count; ++i) run_softmax(i, i, block);
-    prefetch_.append(block_behind(k_, block.row_begin, kLead));
-    if (v_.first)
-      Path::values(values_product(kBlock, empty_ ? nullptr : scratch_.rescale),
-                   v_.from(block.row_begin), &prefetch_);
-  }
-
-  // Serves a block by packing it. Rows of one tile pass over what is packed once: in parts that
-  // stay in the L1 cache. Else all is packed for the tiles to share. The order of the sums is the
-  // same.
-  void run_packed(const KeyBlock& block) {
-    prefetch_.append(block_behind(k_, block.row_begin, kBlock));
-    if (v_.first) prefetch_.append(block_behind(v_, block.row_begin, kBlock));
-    const int part = num_tiles(rows_.count) == 1 ? kPart : block.columns;
-    for_each_tile(rows_.count, [&](int first, int count) {
-      multiply_keys(block, first, count, part);
-      for (int r = 0; r < count; ++r) run_softmax(first + r, r, block);
-      if (v_.first) multiply_values(block, first, count, part);
-    });
-  }
-
-  // Computes the logits of a tile of rows. The first tile packs the keys.
-  void multiply_keys(const KeyBlock& block, int first, int count, int part) {
-    for (int j = 0; j < block.keys; j += part) {
-      const int columns = int(min_of(part, block.columns - j));
-      if (first == 0)
-        pack_keys<Math>(k_.from(block.row_begin + j), int(min_of(part, block.keys - j)), columns,
-                        scratch_.words, scratch_.packed_keys, &prefetch_);
-      Product product = logits_product(columns);
-      product.rows = count;
-      product.a += int64_t(first) * scratch_.words;
-      product.c += j;  // each tile's logits take the place of the last one's
-      multiply<Math>(product, scratch_.packed_keys, &prefetch_);
-    }
-  }
-
-  // Adds the values of a tile of rows to their output. The first tile packs them.
-  void multiply_values(const KeyBlock& block, int first, int count, int part) {
-    constexpr float kOnes[kTileRows] = {1.f, 1.f, 1.f, 1.f, 1.f, 1.f};
-    for (int j = 0; j < block.keys; j += part) {
-      const int n = int(min_of(part, block.keys - j));
-      if (first == 0) {
-        const SeenKeys seen{block.tree_begin - j, block.masked ? slots_.seen() : nullptr};
-        pack_values<Math>(v_.from(block.row_begin + j), n, p_.head_dim, seen,
-                          scratch_.packed_values, &prefetch_);
-      }
-      const float* const rescale = j > 0 ? kOnes : empty_ ? nullptr : scratch_.rescale + first;
-      Product product = values_product(n, rescale);
-      product.rows = count;
-      product.a += j / Math::kPerWord;
-      product.c += int64_t(first) * scratch_.dim;
-      multiply<Math>(product, scratch_.packed_values, &prefetch_);
-    }
-  }
-
-  // Logits [rows, columns] = scale * queries * keys.
-  Product logits_product(int columns) const {
-    const float scale = p_.softcap > 0 ? p_.scale / p_.softcap : p_.scale * kLog2E;
-    return {rows_.count,     scratch_.words, columns, scratch_.q, scratch_.words,
-            scratch_.logits, scratch_.keys,  scale,   nullptr};
-  }
-
-  // Output [rows, dim] = rescale * output + weights * values.
-  Product values_product(int keys, const float* rescale) const {
-    const int steps = (keys + Math::kPerWord - 1) / Math::kPerWord;
-    return {rows_.count,  steps,        scratch_.dim, scratch_.weights, scratch_.keys,
-            scratch_.out, scratch_.dim, 1.f,          rescale};
-  }
-
-  // Turns row r of the logits into row r of the weights, for row i of the item.
-  void run_softmax(int i, int r, const KeyBlock& block) {
-    const int64_t at = int64_t(r) * scratch_.keys;
-    softmax_.run(i, block, scratch_.logits + at, scratch_.weights + at);
-  }
-
   const AttentionItem& item_;
   const TreeAttentionParams& p_;
   const ItemRows rows_;
@@ -258,10 +157,9 @@ class RowBlock {
   TreeSlots slots_;
   ChunkSums chunks_;
   Softmax<Math> softmax_;
-  CacheRows<T> k_, v_;
+  Blocks blocks_;
   int64_t first_begin_, last_end_;  // positions that any row sees
-  Prefetcher prefetch_;
-  bool empty_;  // no key of this segment was summed yet
+  bool empty_;                      // no key of this segment was summed yet
 };
 
 }  // namespace attention

@@ -34,29 +34,40 @@ class Softmax {
   // Returns the sum of row i's weights in this segment, relative to its maximum.
   float sum(int i) const { return reduce_add(load(sum_ + int64_t(i) * kLanes)); }
 
-  // Turns row i's logits of a block into words of weights, and leaves the factor for what was
-  // summed before in rescale[i].
+  // Turns row i's logits of a block into words of weights, key by key as they lie in the block, and
+  // leaves the factor for what was summed before in rescale[i].
   void run(int i, const KeyBlock& block, const float* logits, float* words) {
-    if (block.masked) {
-      run_masked(i, block, logits);
-    } else {
-      const RowState& s = states_[i];
-      const int begin = int(max_of(0, s.begin - block.at));
-      const int end = int(min_of(block.columns, s.end - block.at));
-      run_line(i, logits, begin, end, block.columns, block.prefix_keys, p_.softcap > 0);
-    }
+    weigh(i, block, logits);
+    if (block.masked) put_at_slots(i, block);
     Math::store_weights(weights_, words, block.columns);
   }
 
+  // Does the same, but leaves the weights in the order of the row's line, up to a whole pair of
+  // registers.
+  void run_in_line(int i, const KeyBlock& block, const float* logits, float* words) {
+    const int columns = weigh(i, block, logits);
+    store(weights_ + columns, Floats{});
+    Math::store_weights(weights_, words, columns);
+  }
+
  private:
-  // Serves a block where masks hide tree keys: its logits, given by slot, are put in line, and the
-  // weights of the line back to their slots.
-  void run_masked(int i, const KeyBlock& block, const float* logits) {
+  // Leaves the weights of row i's line in weights_: so many, a multiple of kLanes.
+  int weigh(int i, const KeyBlock& block, const float* logits) {
+    if (block.masked) return weigh_masked(i, block, logits);
+    const RowState& s = states_[i];
+    const int begin = int(max_of(0, s.begin - block.at));
+    const int end = int(min_of(block.columns, s.end - block.at));
+    run_line(i, logits, begin, end, block.columns, block.prefix_keys, p_.softcap > 0);
+    return block.columns;
+  }
+
+  // Serves a block where masks hide tree keys: its logits, given by slot, are put in line.
+  int weigh_masked(int i, const KeyBlock& block, const float* logits) {
     const RowState& s = states_[i];
     const int prefix_keys = block.prefix_keys, tree_begin = block.tree_begin;
     const int32_t* slots = slots_.slots(s.tree_row);
     const int tree_keys = slots_.count(s.tree_row), keys = prefix_keys + tree_keys;
-    float *in_line = in_line_, *by_slot = in_line_;
+    float* const in_line = in_line_;
     memcpy(in_line, logits, size_t(prefix_keys) * 4);
     for (int j = 0; j < tree_keys; ++j) in_line[prefix_keys + j] = logits[tree_begin + slots[j]];
     if (p_.softcap > 0)
@@ -64,10 +75,20 @@ class Softmax {
     for (int j = 0; j < prefix_keys && block.at + j < s.begin; ++j) in_line[j] = -INFINITY;
     for (int j = 0; p_.window && j < tree_keys; ++j)
       if (rows_.key_position(slots[j]) < s.begin) in_line[prefix_keys + j] = -INFINITY;
-    run_line(i, in_line, 0, keys, round_up(keys, kLanes), prefix_keys, false);
+    const int columns = round_up(keys, kLanes);
+    run_line(i, in_line, 0, keys, columns, prefix_keys, false);
+    return columns;
+  }
+
+  // Puts the weights of row i's line at their slots.
+  void put_at_slots(int i, const KeyBlock& block) {
+    const int prefix_keys = block.prefix_keys, tree_row = states_[i].tree_row;
+    const int32_t* slots = slots_.slots(tree_row);
+    float* const by_slot = in_line_;
     memset(by_slot, 0, size_t(block.columns) * 4);
     memcpy(by_slot, weights_, size_t(prefix_keys) * 4);
-    for (int j = 0; j < tree_keys; ++j) by_slot[tree_begin + slots[j]] = weights_[prefix_keys + j];
+    for (int j = 0; j < slots_.count(tree_row); ++j)
+      by_slot[block.tree_begin + slots[j]] = weights_[prefix_keys + j];
     memcpy(weights_, by_slot, size_t(block.columns) * 4);
   }
 
