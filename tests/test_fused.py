@@ -71,6 +71,37 @@ def test_bits_are_the_models_own(family, dtype):
     assert_same_bits(tiny_model(family, dtype=dtype))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_bits_at_real_widths(family, dtype, threads):
+    """Where torch shares rows and elements out among threads in its own way."""
+    model = tiny_model(
+        family, dtype=dtype, hidden_size=896, intermediate_size=4864, num_attention_heads=14,
+        head_dim=64, max_position_embeddings=1024,
+    )  # fmt: skip
+    assert fusions(model)["layer"] == 2
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for rows in (1, 7, 300, 1000):
+            got = prefill(model, rows)
+            with unfused():
+                assert torch.equal(got, prefill(model, rows))
+    finally:
+        torch.set_num_threads(before)
+
+
+def prefill(model, rows: int) -> torch.Tensor:
+    """Return the logits of a text."""
+    cache = KVCache(2, rows, 1, model.device)
+    with torch.inference_mode():
+        return PatchedModel(model).forward(
+            prompt(rows), torch.arange(rows)[None], Pass(cache, [(cache, cache.lens)], rows)
+        )
+
+
 ALL = dict(norm=5, gated=2, attention=2, layer=2)  # of two layers and the last norm
 
 
