@@ -218,7 +218,8 @@ class Generation:
         if self._outcome is not None:
             if self._first:
                 self._finish_prefill(self._outcome)
-            self._retrieve(self._outcome)
+            if self.draft is not None:
+                self._retrieve(self._outcome)
         tree = self._next_tree(self.cache.length)
         self._settle_draft(self._num_emitted)
         return tree
@@ -271,6 +272,8 @@ class Generation:
     def _finish_prefill(self, outcome: Outcome) -> None:
         """Let the draft read of the prompt what could wait for the first token."""
         self._first = False
+        if self._edge is None and self._room(self.cache.length) <= 0:
+            self.draft = None  # no tree will follow
         if self.draft is not None:
             with self.stats.phase("draft_prefill"):
                 self.draft.finish_prefill(outcome.chunk_scores)

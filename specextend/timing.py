@@ -41,7 +41,7 @@ class Timed:
 
     def add(self, step: Step, took: float) -> None:
         """Add a step of our loop that took so many seconds."""
-        read = self.stats.seconds["draft_prefill"]
+        read = self.stats.seconds.get("draft_prefill", 0.0)
         if self.tokens:
             self.rounds += 1
             self.draft_prefill = self.draft_prefill[0], read - self.draft_prefill[0]
