@@ -5,6 +5,7 @@ from .causal_lm import CausalLMDraft
 from .eagle import EagleDraft
 from .load import KINDS, WORDS, load_draft
 from .longspec import LongSpecDraft
+from .mixed import MixedDraft
 from .ngram import NGramDraft
 from .self_draft import SelfDraft
 
@@ -16,6 +17,7 @@ __all__ = [
     "Draft",
     "EagleDraft",
     "LongSpecDraft",
+    "MixedDraft",
     "NGramDraft",
     "SelfDraft",
     "load_draft",
