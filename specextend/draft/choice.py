@@ -18,7 +18,7 @@ from .lookup import Node
 
 _MEMORY = 16  # rounds after which an old one counts a third
 _PRIOR = 2  # rounds that what is expected beforehand counts for
-_FIRST = 0.75  # beforehand: chance that the target confirms a level of the model's tree
+_FIRST = 0.8  # beforehand: chance that the target confirms a level of the model's tree
 
 
 @dataclass(frozen=True)
@@ -67,42 +67,29 @@ class Confirmed:
 
 
 class VerifySeconds:
-    """Estimates what a verify pass takes by its nodes: a straight line through recent rounds."""
+    """Estimates what a verify pass takes by its nodes: a straight line through recent rounds, by
+    medians of slopes and rests (Theil and Sen), which rounds that others disturb do not move."""
 
     _SHARE = 1 / 40  # beforehand: a node's share of a pass of the root alone
-    _SPREAD = 100.0  # squared nodes that this counts for
+    _PRIOR = 16  # slopes that this counts for
 
     def __init__(self):
-        self._count = 0.0
-        self._nodes = self._seconds = 0.0  # means
-        self._variance = self._covariance = 0.0
+        self._rounds: deque[tuple[int, float]] = deque(maxlen=32)
+        self.root, self.per_node = 1.0, self._SHARE  # of a pass, as long as there was none
 
     def count(self, nodes: int, seconds: float) -> None:
         """Learn what a pass took."""
-        keep = 1 - 1 / (2 * _MEMORY)
-        self._count = keep * self._count + 1
-        aside, more = nodes - self._nodes, seconds - self._seconds
-        self._nodes += aside / self._count
-        self._seconds += more / self._count
-        self._variance = keep * self._variance + aside * (nodes - self._nodes)
-        self._covariance = keep * self._covariance + aside * (seconds - self._seconds)
-
-    @property
-    def known(self) -> bool:
-        """Tell whether there has been a pass."""
-        return self._count > 0
-
-    @property
-    def per_node(self) -> float:
-        """Return the seconds of a further node."""
-        prior = self._SHARE * self._seconds / (1 + self._SHARE * self._nodes)
-        slope = (self._covariance + self._SPREAD * prior) / (self._variance + self._SPREAD)
-        return max(slope, 0.0)
-
-    @property
-    def root(self) -> float:
-        """Return the seconds of a pass without nodes."""
-        return max(self._seconds - self.per_node * self._nodes, 0.2 * self._seconds)
+        self._rounds.append((nodes, seconds))
+        sizes, took = np.array(self._rounds).T
+        prior = self._SHARE * float(np.median(took / (1 + self._SHARE * sizes)))
+        one, other = np.triu_indices(len(sizes), 1)
+        wider = sizes[one] != sizes[other]
+        one, other = one[wider], other[wider]
+        slopes = (took[one] - took[other]) / (sizes[one] - sizes[other])
+        slope = np.median(np.concatenate([slopes, np.full(self._PRIOR, prior)]))
+        # More than four times as much is not a node's, but others' that disturbed some rounds.
+        self.per_node = float(np.clip(slope, 0.0, 4 * prior))
+        self.root = float(np.median(took / (1 + self.per_node / prior * self._SHARE * sizes)))
 
 
 class Choice:
@@ -139,7 +126,7 @@ class Choice:
         if plan.levels:
             self.confirmed.count(plan.levels, accepted)
         else:
-            self.confirmed.forget(1 / (4 * _MEMORY))  # so that it is tried again
+            self.confirmed.forget(1 / _MEMORY)  # so that it is tried again
         if seconds is None:
             return
         self.verify.count(nodes, seconds - drafting)
@@ -186,7 +173,7 @@ class Choice:
             model[row, :count] = self.confirmed.chances()[:count]
         # What one knows the other tends to know, too: together they reach as far as the better one.
         tokens = 1 + np.maximum(model[:, None], reach[None]).sum(-1)
-        root, node = (self.verify.root, self.verify.per_node) if self.verify.known else (1.0, 0.025)
+        root, node = self.verify.root, self.verify.per_node
         forward = median_low(self._forwards) if self._forwards else root / 4
         sizes = np.array([self._num_nodes(count) for count in levels])[:, None]
         seconds = root + node * (sizes + np.arange(len(nodes) + 1)[None])
