@@ -3,7 +3,7 @@
 from .base import Decided, Draft
 from .causal_lm import CausalLMDraft
 from .eagle import EagleDraft
-from .load import KINDS, WORDS, load_draft
+from .load import KINDS, WORDS, beside_lookup, load_draft
 from .longspec import LongSpecDraft
 from .mixed import MixedDraft
 from .ngram import NGramDraft
@@ -20,5 +20,6 @@ __all__ = [
     "MixedDraft",
     "NGramDraft",
     "SelfDraft",
+    "beside_lookup",
     "load_draft",
 ]

@@ -26,6 +26,13 @@ KINDS: tuple[type[Draft], ...] = (NGramDraft, SelfDraft, EagleDraft, LongSpecDra
 WORDS: tuple[str, ...] = tuple(kind.word for kind in KINDS if kind.word)
 
 
+def beside_lookup(name: str) -> str | None:
+    """Return the name of the draft that look-up is to be mixed with, where ``name`` says so, as in
+    ``"model+ngram"``; else None."""
+    other, plus, word = name.rpartition("+")
+    return other if plus and word == NGramDraft.word else None
+
+
 def load_draft(
     draft: PreTrainedModel | Draft | str | Path | Sequence | None,
     target: Target,
