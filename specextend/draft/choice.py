@@ -108,7 +108,6 @@ class Choice:
         self.confirmed = Confirmed(config.max_depth)
         self.verify = VerifySeconds()
         self._forwards: deque[float] = deque(maxlen=9)  # seconds of the model's, the latest
-        self._warm = False
         self._rest, self._rested = self.REST, 0
 
     def count(
@@ -126,14 +125,12 @@ class Choice:
         if plan.levels:
             self.confirmed.count(plan.levels, accepted)
         else:
-            self.confirmed.forget(1 / _MEMORY)  # so that it is tried again
+            self.confirmed.forget(1 / (2 * _MEMORY))  # so that it is tried again
         if seconds is None:
             return
         self.verify.count(nodes, seconds - drafting)
         if plan.levels:
-            if self._warm:  # the first time fills caches, and touches memory for the first time
-                self._forwards.append(drafting / plan.levels)
-            self._warm = True
+            self._forwards.append(drafting / plan.levels)
 
     def plan(self, nodes: list[Node], depth: int) -> Plan:
         """Choose.
@@ -174,7 +171,8 @@ class Choice:
         # What one knows the other tends to know, too: together they reach as far as the better one.
         tokens = 1 + np.maximum(model[:, None], reach[None]).sum(-1)
         root, node = self.verify.root, self.verify.per_node
-        forward = median_low(self._forwards) if self._forwards else root / 4
+        # Of what a forward takes nothing is known before it is tried: it is hoped to be little.
+        forward = median_low(self._forwards) if self._forwards else root / 8
         sizes = np.array([self._num_nodes(count) for count in levels])[:, None]
         seconds = root + node * (sizes + np.arange(len(nodes) + 1)[None])
         return tokens / (seconds + forward * np.array(levels)[:, None])
