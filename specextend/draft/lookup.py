@@ -16,6 +16,7 @@ from ..config import SpecConfig
 
 _MATCHES = 32  # looked at per round; the better ones come first
 _LONGEST = 16  # matches from here on are alike
+_OTHERS = 0.5  # of the reliability of a match, where a better one has another continuation
 _PRIOR = 4  # tokens that what is expected of a match beforehand counts for
 _MEMORY = 64  # tokens after which an old one counts a third
 
@@ -162,9 +163,11 @@ class LookUp:
             # An occurrence that runs into the present goes on with its own continuation.
             at = end + 1 + level % (self.length - 1 - end)
             followers.setdefault(int(self._ids[at]), []).append((end, matched))
+        trust = 1.0
         for token, those in followers.items():
             # Whatever one of them is right in leaves less for those behind it.
-            share = chance * self.reliability[those[0][1] + level]
+            share = trust * chance * self.reliability[those[0][1] + level]
             chance -= share
+            trust = _OTHERS
             order = len(heap), parent  # among equals the first comes first
             heappush(heap, (-share, order, parent, level + 1, token, those))
