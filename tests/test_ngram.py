@@ -67,9 +67,9 @@ class TestTree:
         tree = tree_of([3, 5, 6, 1, 3, 5, 7, 2, 3], 3)
         assert chains(tree) == [[5, 7, 2], [5, 6, 1]]
         assert tree.num_nodes == 6 and tree.depth == 3
-        assert tree.tokens[0].tolist() == [3, 5, 7, 6, 2, 1]  # the likelier first
-        assert tree.depths[0].tolist() == [0, 1, 2, 2, 3, 3]
-        assert [int(m) for m in tree.mask[0, :, 0]] == [1, 3, 7, 11, 23, 43]
+        assert tree.tokens[0].tolist() == [3, 5, 7, 2, 6, 1]  # the likelier first
+        assert tree.depths[0].tolist() == [0, 1, 2, 3, 2, 3]
+        assert [int(m) for m in tree.mask[0, :, 0]] == [1, 3, 7, 15, 19, 51]
 
     def test_an_occurrence_that_runs_into_the_present_repeats(self):
         assert chains(tree_of([4, 7, 8, 7, 8], 4, CONFIG.replace(tree_width=1))) == [[7, 8, 7, 8]]

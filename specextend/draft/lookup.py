@@ -17,6 +17,8 @@ from ..config import SpecConfig
 _MATCHES = 32  # looked at per round; the better ones come first
 _LONGEST = 16  # matches from here on are alike
 _OTHERS = 0.5  # of the reliability of a match, where a better one has another continuation
+_SHORTEST = 0.3  # beforehand: chance that the token behind a match of one is the next one
+_LONGER = 0.15  # of the doubt about a match, what one token more takes away
 _PRIOR = 4  # tokens that what is expected of a match beforehand counts for
 _MEMORY = 64  # tokens after which an old one counts a third
 
@@ -48,27 +50,32 @@ class Reliability:
     """Estimates how often the token behind a match is the text's next one, by the match's length.
 
     A look-up that has followed the text for some tokens has a match that is longer by as many, so
-    that one table serves every level.
+    that one table serves every level. Of a length that has not been met, a little more is expected
+    than of the one before it.
     """
 
     def __init__(self):
-        lengths = np.arange(_LONGEST + 1)
-        # Beforehand: longer matches are more reliable, and none is without doubt.
-        self._right = _PRIOR * (lengths + 0.5) / (lengths + 3.0)
-        self._prior = self._right.copy()
-        self._seen = np.full(_LONGEST + 1, float(_PRIOR))
+        self._right = [0.0] * (_LONGEST + 1)
+        self._seen = [0.0] * (_LONGEST + 1)
+        self._estimate()
 
     def count(self, length: int, right: bool) -> None:
         """Learn whether the token behind a match of ``length`` tokens was the next one."""
         length, keep = min(length, _LONGEST), 1 - 1 / _MEMORY
-        prior = self._prior[length]
-        self._right[length] = prior + keep * (self._right[length] - prior) + right
-        self._seen[length] = _PRIOR + keep * (self._seen[length] - _PRIOR) + 1
+        self._right[length] = keep * self._right[length] + right
+        self._seen[length] = keep * self._seen[length] + 1
+        self._estimate()
+
+    def _estimate(self) -> None:
+        expected, self._chances = _SHORTEST, [0.0]
+        for right, seen in zip(self._right[1:], self._seen[1:], strict=True):
+            chance = (right + _PRIOR * expected) / (seen + _PRIOR)
+            self._chances.append(chance)
+            expected = chance + _LONGER * (1 - chance)
 
     def __getitem__(self, length: int) -> float:
-        """Return the chance behind a match of ``length`` tokens."""
-        length = min(length, _LONGEST)
-        return float(self._right[length] / self._seen[length])
+        """Return the chance behind a match of ``length`` tokens, at least 1."""
+        return self._chances[min(length, _LONGEST)]
 
 
 class LookUp:
