@@ -319,7 +319,7 @@ class TestChoice:
             plans = Costs(forward, 0.85).rounds(120)[40:]
             return sum(plan.levels for plan in plans) / len(plans)
 
-        assert levels(0.02) > 4 > levels(0.6) > 1
+        assert levels(0.02) > 4 > levels(0.3) > levels(0.6)
 
     def test_unlikely_nodes_are_not_verified(self):
         nodes = chain(0.5, 0.3, 0.1, 0.1)

@@ -16,9 +16,9 @@ import numpy as np
 from ..config import SpecConfig
 from .lookup import Node
 
-_MEMORY = 16  # rounds after which an old one counts a third
-_PRIOR = 2  # rounds that what is expected beforehand counts for
-_FIRST = 0.8  # beforehand: chance that the target confirms a level of the model's tree
+_MEMORY = 32  # rounds after which an old one counts a third
+_PRIOR = 4  # rounds that what is expected beforehand counts for
+_FIRST = 0.7  # beforehand: chance that the target confirms a level of the model's tree
 
 
 @dataclass(frozen=True)
