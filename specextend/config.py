@@ -25,7 +25,7 @@ class SpecConfig:
 
     Tree:
         tree_nodes: proposed tokens per round, the root not counted.
-        tree_depth: levels of the tree at most.
+        tree_depth: levels of the tree at most; look-up may go deeper, as far as ``tree_nodes`` go.
         tree_top_k: children that a node of the beam may have.
         tree_width: nodes of each level that the draft expands (the beam).
         tree_shape: ``"opt"``: the best ``tree_nodes`` of all expanded nodes (OPT-Tree,
@@ -40,7 +40,8 @@ class SpecConfig:
 
     N-gram look-up:
         ngram_size: tokens of the longest match; shorter ones count less. Trees as above: the
-            continuations of several matches, ``tree_width`` nodes per level at most.
+            likeliest continuations of several matches, ``tree_width`` nodes per level at most, one
+            behind the other where one match is long.
 
     Draft's context:
         draft_cache: what the draft attends to: all of the context, a recent window (with sinks),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -35,7 +35,8 @@ class SpecExtend:
             tokens first.
         draft: a causal LM with the same tokenizer; a folder or hub id of one, or of a trained head
             (EAGLE-1/2/3); ``"ngram"``: look-up in prompt and output; ``"self"``: the target on a
-            part of its own cache; or None for plain decoding on the same kernels.
+            part of its own cache; ``[draft, "ngram"]``: one with a model, and look-up, in one tree;
+            or None for plain decoding on the same kernels.
         config: options; a :class:`SpecConfig` or a dict of its fields.
         tokenizer, draft_tokenizer: if both are given they are compared, and must agree; needed when
             the heads have different sizes. The first serves for ``stop_strings`` too.
@@ -70,7 +71,7 @@ class SpecExtend:
     def __init__(
         self,
         model: PreTrainedModel,
-        draft: PreTrainedModel | Draft | str | Path | None = None,
+        draft: PreTrainedModel | Draft | str | Path | Sequence | None = None,
         config: SpecConfig | dict | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,

@@ -108,13 +108,17 @@ class Generation:
     ):
         self.target, self.draft, self.config = target, draft, config
         self.request, self.stats, self.progress = request, stats, progress
-        prompt, width = request.prompt, config.max_depth + 1
+        prompt = request.prompt
         # Tokens that the draft can take in.
         self._limit = getattr(draft, "max_length", None) or request.max_length
         if prompt.shape[1] >= self._limit:
             self.draft = draft = None  # there is nothing that it could propose
         self.device = prompt.device
-        rows = request.max_length + 1 + max(config.max_nodes, width)
+        # Of trees at most; width: tokens of a round.
+        self._max_depth = max(config.max_depth, getattr(draft, "max_depth", 0))
+        self._max_nodes = max(config.max_nodes, getattr(draft, "max_nodes", 0))
+        width = self._max_depth + 1
+        rows = request.max_length + 1 + max(self._max_nodes, width)
         self.cache = KVCache(target.num_layers, rows, batch=1, device=self.device)
         self.cache.rotary_length = prompt.shape[1]
         # No pass straddles a length at which the target's keys become others.
@@ -126,6 +130,8 @@ class Generation:
             target, config, self.cache, self.decisions, request.chooser, features
         )
         self._graphs, self._draft_graphs = self._capture(capture)
+        # The next tree is launched before the host has read the round.
+        self._leads = self._draft_graphs.enabled and not draft.on_host
         self._cost = RoundCost(self.device, (self._graphs, self._draft_graphs))
         self._mailbox = Mailbox(2 * width + 2, self.device)
         self._gate = gate or Gate(config.max_depth, config.gate == "auto" and draft is not None)
@@ -144,7 +150,7 @@ class Generation:
         if not self.config.tree_attention:
             reason = "tree_attention=False masks by the host's count of tokens"
         graphs = capture.graphs(self.device, f"the target {type(model).__name__}", reason)
-        if draft is None or draft.on_host:
+        if draft is None:
             return graphs, Graphs()
         name = f"the draft {type(draft).__name__}"
         return graphs, capture.graphs(self.device, name, draft.obstacle())
@@ -230,7 +236,7 @@ class Generation:
         verifier, graphs, stats = self._verifier, self._graphs, self.stats
         drafted, scoring = tree.depth > 0, self._scores_now()
         if drafted and graphs.enabled:
-            nodes = bucket(tree.num_nodes - 1, self.config.max_nodes, self.target.group)
+            nodes = bucket(tree.num_nodes - 1, self._max_nodes, self.target.group)
             tree = tree.padded(1 + nodes)
         key = (tree.num_nodes, drafted, scoring)
         given = (tree.tokens, tree.parents, tree.depths, tree.mask if drafted else None)
@@ -265,6 +271,8 @@ class Generation:
         if not self._first:
             self.stats.count_round(tree.num_nodes - 1, step.num_accepted)
         seconds = self._cost.seconds()
+        if self.draft is not None:
+            self.draft.observe([step.tokens], seconds)
         if seconds is not None:
             self._gate.count(tree.depth, len(step.tokens), seconds)
         return step
@@ -298,7 +306,7 @@ class Generation:
         graphs the host may as well read now, as drafts may want to know where they are."""
         longest = self.cache.length + tree.depth + 1
         fits = self._room(longest) >= self.config.max_depth
-        if self._from_draft and self._draft_graphs.enabled and fits:
+        if self._from_draft and self._leads and fits:
             self._retrieve(outcome)
             self._ahead = self._next_tree(longest)
 
@@ -308,12 +316,15 @@ class Generation:
         draft, before, room = self.draft, self._from_draft, self._room(length)
         depth = 0
         if draft is not None and not self._first and room > 0:
-            depth = min(self._gate.next_depth(), self._depth, room)
+            depth = min(self._gate.next_depth(), self._depth)
+            if depth == self.config.max_depth:
+                depth = self._max_depth  # what nothing shortens
+            depth = min(depth, room)
         self._from_draft = depth > 0
         if not depth:
             return Tree.root_only(self.decisions.root)
         # What the last round emitted is all that is new, and lies where a graph finds it.
-        self._unsettled = before and self._draft_graphs.enabled
+        self._unsettled = before and self._leads
         decided = self.backlog.emitted() if self._unsettled else self.backlog.upto(length)
         with self.stats.phase("draft"), self._cost.work():
             tree = draft.propose(decided, depth)
@@ -369,8 +380,6 @@ class Generation:
             )
         self._num_emitted = accepted + 1
         self.cache.settle(accepted + 1)
-        if self.draft is not None:
-            self.draft.observe([tokens])
         self.backlog.add(accepted + 1)
         self.stats.num_emitted_tokens += count
         return Step(tokens[:count], count - 1, scores[:count], logits[:count])

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from . import assets
 from .config import SpecConfig
 from .decode import SpecExtend
-from .draft import WORDS
+from .draft import WORDS, NGramDraft, beside_lookup
 from .draft.checkpoint import Checkpoint
 from .errors import UsageError
 from .generation import Progress
@@ -39,7 +39,7 @@ class Pair:
     """
 
     target: PreTrainedModel
-    draft: PreTrainedModel | str | Path | None
+    draft: PreTrainedModel | str | Path | tuple | None
     tokenizer: PreTrainedTokenizerBase
     draft_tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -136,12 +136,13 @@ def load_pair(target: str | None, draft: str | None, dtype: str, device: torch.d
 
 def find_draft(
     name: str, target: PreTrainedModel, embedded: bool
-) -> tuple[PreTrainedModel | str | Path, PreTrainedTokenizerBase | None]:
+) -> tuple[PreTrainedModel | str | Path | tuple, PreTrainedTokenizerBase | None]:
     """Return a draft as ``SpecExtend`` takes it, and its tokenizer, None where it brings none.
 
     Args:
         name: a word of ``draft.WORDS``, of ``assets.DRAFTS`` where ``embedded``, the folder or
-            hub id of a causal LM or of a trained head, or a GGUF file.
+            hub id of a causal LM or of a trained head, or a GGUF file; one of these with a model
+            and ``+ngram`` behind it.
         target: what it will draft for, whose dtype and device a GGUF file is read for.
         embedded: whether the target is the embedded one.
 
@@ -150,6 +151,10 @@ def find_draft(
     """
     if name in WORDS:
         return name, None
+    other = beside_lookup(name)
+    if other and not Path(name).expanduser().exists():
+        model, tokenizer = find_draft(other, target, embedded)
+        return (model, NGramDraft.word), tokenizer
     embedded = embedded and name in assets.DRAFTS
     draft = _located(assets.draft_path(name) if embedded else name)
     if isinstance(draft, Path) and draft.is_file() and draft.suffix != ".pth":

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -66,6 +67,33 @@ class Tree:
         """Return the tree of plain decoding: [B, 1] ``root`` and nothing proposed."""
         zeros = torch.zeros_like(root, dtype=torch.int32)
         return Tree(root, zeros - 1, zeros, torch.ones_like(root)[..., None], None, 0)
+
+    @staticmethod
+    def of(root: Tensor, nodes: list[tuple[int, int]]) -> Tree:
+        """Return the tree below [1, 1] ``root`` whose nodes the host knows.
+
+        Args:
+            nodes: parent and token of each, counted from 1; the root is 0. Parents come first.
+        """
+        if not nodes:
+            return Tree.root_only(root)
+        words, to = (len(nodes) + 64) // 64, dict(device=root.device)
+        seen, depths = [1], [0]  # ancestors of each node and itself, as bits
+        for node, (parent, _) in enumerate(nodes, 1):
+            seen.append(seen[parent] | 1 << node)
+            depths.append(depths[parent] + 1)
+        mask = np.array(
+            [[bits >> (64 * w) & (2**64 - 1) for w in range(words)] for bits in seen],
+            dtype=np.uint64,
+        )
+        return Tree(
+            torch.cat([root, torch.tensor([[token for _, token in nodes]], **to)], 1),
+            torch.tensor([[-1, *(parent for parent, _ in nodes)]], dtype=torch.int32, **to),
+            torch.tensor([depths], dtype=torch.int32, **to),
+            torch.from_numpy(mask.view(np.int64))[None].to(root.device),
+            None,
+            max(depths),
+        )
 
 
 @lru_cache(maxsize=64)

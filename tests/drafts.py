@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from functools import lru_cache
 
 import eagle_heads
@@ -10,10 +11,12 @@ import torch
 from models import tiny_model
 
 from specextend import SpecConfig
-from specextend.draft import LongSpecDraft
+from specextend.draft import LongSpecDraft, MixedDraft, load_draft
+from specextend.draft.choice import Choice, Plan
 from specextend.draft.longspec_block import BlockShape, LongSpecBlock
+from specextend.target import Target
 
-KINDS = ("none", "ngram", "model", "self", "eagle", "longspec")
+KINDS = ("none", "ngram", "model", "self", "eagle", "longspec", "model+ngram", "eagle+ngram")
 
 #: what such tests ask: generations long enough for several rounds, retrievals and prefill chunks
 SMALL = SpecConfig(
@@ -22,6 +25,26 @@ SMALL = SpecConfig(
 )  # fmt: skip
 
 WAYS = ("generate", "stream", "custom_generate")
+
+
+class Scripted(Choice):
+    """Chooses look-up alone, both, and the model alone in turn, whatever they cost."""
+
+    turns = ((0, 9), (4, 9), (0, 9), (0, 0), (2, 3), (4, 0))  # levels of the model, nodes
+
+    def __init__(self, config: SpecConfig):
+        super().__init__(config)
+        self._turns = itertools.cycle(self.turns)
+
+    def plan(self, nodes, depth):
+        levels, count = next(self._turns)
+        return Plan(min(levels, depth), min(count, len(nodes)))
+
+
+def mixed(source, config: SpecConfig = SMALL, choose=Scripted, model=None) -> MixedDraft:
+    """Make a draft of ``source`` and look-up, for ``target()`` or another ``model``."""
+    made = load_draft(source, Target(model or target()), config)
+    return MixedDraft(made, config, choose)
 
 
 @lru_cache
@@ -33,6 +56,8 @@ def target():
 def draft(kind: str, config: SpecConfig = SMALL, folder=None):
     """Make what ``SpecExtend`` takes as ``draft=``. Random heads agree with the target by chance;
     the model does more often than not, so that paths of every length are accepted."""
+    if kind.endswith("+ngram"):
+        return mixed(draft(kind.removesuffix("+ngram"), config, folder), config)
     model = target()
     if kind in ("none", "ngram", "self"):
         return None if kind == "none" else kind

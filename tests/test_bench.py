@@ -9,17 +9,24 @@ from types import SimpleNamespace
 from unittest import mock
 
 import bench_acceptance
+import bench_answer
 import bench_decode
 import bench_memory
 import bench_ops
+import bench_prefill
 import bench_record
 import bench_same_text
 import pytest
 import torch
 from models import prompt, tiny_model
+from transformers.utils import logging
 
 from specextend import SpecConfig, SpecExtend, __version__, machine
+from specextend.cache import KVCache
+from specextend.eval.memory import PeakMemory
 from specextend.gate import Gate, break_even
+from specextend.pair import Pair
+from specextend.target import Target
 from specextend.testing import Spread, time_calls
 
 RATES = bench_record.Rates(bandwidth=1e9, arithmetic={"fp32": 1e10})
@@ -99,7 +106,10 @@ def test_caches_are_emptied_before_each_call():
         assert bench_record.cache_emptier()() == (2 << 20) / 4
 
 
-BENCHES = [bench_acceptance, bench_decode, bench_memory, bench_ops, bench_same_text]
+BENCHES = [
+    bench_acceptance, bench_answer, bench_decode, bench_memory, bench_ops, bench_prefill,
+    bench_same_text,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("bench", BENCHES, ids=lambda bench: bench.__name__)
@@ -292,6 +302,75 @@ def test_predicted_memory(pair):
 
 
 # ---- the same text -------------------------------------------------------------------------------
+
+
+def test_answers(pair, report):
+    """All contestants write the same text, and their seconds are of the whole of it."""
+    made, record = report
+    target, draft = pair
+    config = SpecConfig(gate="off", tree_nodes=4, seed=0)
+    answering = bench_answer.contestants(Pair(target, draft, None), config, None)
+    assert [name.split()[0] for name in answering] == ["Hugging"] * 3 + ["ours"] * 4
+    prompts = [prompt(70), prompt(90)]
+    memory = PeakMemory(torch.device("cpu"))
+    start = time.perf_counter()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it calls its assistant in a way that it calls deprecated
+    try:
+        found = bench_answer.run(answering, prompts, 12, 2, memory)
+    finally:
+        logging.set_verbosity(level)
+    spent = time.perf_counter() - start
+    assert sum(a.last for answers in found.values() for a in answers) < spent
+    for name, answers in found.items():
+        assert len(answers) == 4
+        for answer, plain in zip(answers, found["Hugging Face plain"], strict=True):
+            assert answer.tokens == plain.tokens and answer.count == 12
+            assert 0 < answer.first < answer.last and answer.rate > 0
+            assert answer.passes >= 1 and (name != "ours plain" or answer.passes == 1)
+    text = bench_answer.remarks(found["ours draft"], found["Hugging Face plain"])
+    assert "4 of 4 texts as Hugging Face's" in text and "per pass" in text
+
+
+def test_questions_have_the_length_that_was_asked_for():
+    class Words:
+        chat_template = None
+
+        def __call__(self, text):
+            return SimpleNamespace(input_ids=[len(word) for word in text.split()])
+
+        def decode(self, ids):
+            return " ".join("x" * i for i in ids)
+
+        def apply_chat_template(self, messages, **options):
+            assert messages[0]["content"].endswith(bench_answer.QUESTION)
+            return {"input_ids": torch.tensor([self(messages[0]["content"]).input_ids])}
+
+    words, text = Words(), "some words and " * 50
+    assert bench_answer.question(words, text, 151) is None
+    assert bench_answer.question(words, text, 100).shape == (1, 100)
+    words.chat_template = "a template"
+    asked = bench_answer.question(words, text, 100)
+    assert asked.shape == (1, 100 - 64 + len(bench_answer.QUESTION.split()))
+
+
+def test_prompts_are_read_alike():
+    """As `generate` reads them, and in our loop's way: the same keys."""
+    model, ids = tiny_model("llama"), prompt(50)
+    kept = []
+
+    class Kept(KVCache):
+        def __init__(self, *args):
+            super().__init__(*args)
+            kept.append(self)
+
+    with mock.patch.object(bench_prefill, "KVCache", Kept), torch.inference_mode():
+        bench_prefill.read_by_model(model, ids)
+        for chunk in (50, 17):
+            bench_prefill.read_by_target(Target(model), ids, chunk)
+    for first, second in zip(*(cache.layers for cache in kept), strict=True):
+        torch.testing.assert_close(first.keys, second.keys, rtol=1e-4, atol=1e-5)
+    assert [cache.length for cache in kept] == [50, 50]
 
 
 def test_decisions_that_differ_are_counted_one_by_one():

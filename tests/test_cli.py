@@ -100,10 +100,10 @@ class TestGenerate:
             err,
         )
 
-    @pytest.mark.parametrize("draft", ["ngram", "self", "head"])
+    @pytest.mark.parametrize("draft", ["ngram", "self", "head", "head+ngram", "self+ngram"])
     def test_other_drafts(self, run, folder, tmp_path, draft):
         """Words, and a folder without a tokenizer of its own."""
-        name = make("eagle1", vocab=257).write(tmp_path) if draft == "head" else draft
+        name = draft.replace("head", str(make("eagle1", vocab=257).write(tmp_path / "a+b")))
         arguments = ("--target", folder / "target", "--draft", name, "--json", *SMALL)
         code, out, err = run(
             "generate", "--prompt", TEXT, "--max-new-tokens", 12, *arguments, pair=None
@@ -427,8 +427,9 @@ class TestOptions:
             args = parser.parse_args(arguments)
             return config_from(args)
 
-        for options in ([], ["--draft", "model"], ["--draft", "ngram"], ["--draft", "self"]):
-            assert configured(["chat", *options]) == SpecConfig(**assets.SETTINGS)
+        for draft in ("model", "ngram", "self", "model+ngram", "self+ngram"):
+            assert configured(["chat", "--draft", draft]) == SpecConfig(**assets.SETTINGS)
+        assert configured(["chat"]) == SpecConfig(**assets.SETTINGS)
         named = ["chat", "--target", "a", "--draft", "b"]
         assert configured(named) == SpecConfig()
         assert configured(["chat", "--budget", "256"]).budget == 256

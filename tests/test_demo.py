@@ -131,12 +131,12 @@ def test_own_models_and_document(tiny, capsys):
         ("ngram", "n-gram look-up", [demo.TREE]),
         ("self", "the target itself", ["tree, window", demo.RETRIEVAL]),
         ("head", "0.0 M parameters", list(demo.TREES)),
+        ("head+ngram", "0.0 M parameters with look-up", list(demo.TREES)),
     ],
 )
 def test_other_drafts(tiny, tmp_path, capsys, draft, said, ways):
     """There is one row for every way that a draft can be used in."""
-    if draft == "head":
-        draft = str(make("eagle1", vocab=257).write(tmp_path / "head"))
+    draft = draft.replace("head", str(make("eagle1", vocab=257).write(tmp_path / "weights")))
     assert cli.main([*tiny, "--draft", draft, "--tokens", "300", "--max-new-tokens", "12"]) == 0
     text = capsys.readouterr().out
     assert f", draft {said}, float32" in text and f"specextend demo --draft {draft} " in text

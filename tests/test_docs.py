@@ -81,6 +81,8 @@ ELSEWHERE = {
     "python bench/bench_ops.py": ("bench/gpu/c_record.py", '"bench/bench_ops.py"'),
     "python bench/bench_decode.py": ("tests/test_bench.py", "bench_decode"),
     "python bench/bench_memory.py": ("tests/test_bench.py", "bench_memory"),
+    "python bench/bench_answer.py": ("tests/test_bench.py", "def test_answers("),
+    "python bench/bench_prefill.py": ("tests/test_bench.py", "def test_prompts_are_read_alike("),
     "accelerate launch": ("tests/test_train.py", "test_processes_make_the_same_step"),
 }
 # Hours of training and evaluation, and the text for it: these are parsed, and run by no test.

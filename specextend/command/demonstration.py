@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import _C, __version__, assets
 from ..config import SpecConfig
+from ..draft import beside_lookup
 from ..errors import UsageError
 from ..generation import Step
 from ..machine import device_text
@@ -136,8 +137,9 @@ def show(
     ids = ids.to(device)
     out = standard_output()
     out.line(f"{name}: {tokens:,} tokens, then {new} new ones", "bold")
-    kind = {"ngram": "n-gram look-up", "self": "the target itself"}.get(draft_name)
-    kind = kind or size_text(draft.num_parameters)
+    model = draft_name and beside_lookup(draft_name)
+    kind = {"ngram": "n-gram look-up", "self": "the target itself"}.get(model or draft_name)
+    kind = (kind or size_text(draft.num_parameters)) + " with look-up" * bool(model)
     size = size_text(target.num_parameters())
     out.line(f"target {size}, draft {kind}, {dtype_name(target)}, on {device_text(device)}")
     demonstration = Demonstration(pair, config, ids, new, out, standard_error())

@@ -16,9 +16,10 @@ from .config_options import given_fields
 
 def own_settings(target: str | None, draft: str | None) -> dict[str, object]:
     """Return the settings of the embedded models, where these are the ones that are named."""
-    from ..draft import WORDS  # with transformers, which takes seconds
+    from ..draft import WORDS, beside_lookup  # with transformers, which takes seconds
 
-    return assets.SETTINGS if target is None and draft in (None, *WORDS, *assets.DRAFTS) else {}
+    model = draft and (beside_lookup(draft) or draft)
+    return assets.SETTINGS if target is None and model in (None, *WORDS, *assets.DRAFTS) else {}
 
 
 def config_from(args: argparse.Namespace, **defaults) -> SpecConfig:
@@ -54,7 +55,8 @@ def add_models(parser: argparse.ArgumentParser, dtype: str | None, several: bool
         "--draft", metavar="DRAFT", action="append" if several else "store",
         help="folder or hub id of a causal LM with the same tokenizer or of a trained head (EAGLE, "
         'LongSpec), or a GGUF file; "ngram": look-up in the text; "self": the target on a part of '
-        f'its cache; "none": plain decoding; {_words(assets.DRAFTS)}: embedded ones [model]'
+        f'its cache; "none": plain decoding; {_words(assets.DRAFTS)}: embedded ones [model]; '
+        '"DRAFT+ngram": one with a model, and look-up, in one tree'
         + "; may be repeated, for drafts of other kinds" * several,
     )  # fmt: skip
     group.add_argument(

@@ -3,8 +3,9 @@
 from .base import Decided, Draft
 from .causal_lm import CausalLMDraft
 from .eagle import EagleDraft
-from .load import KINDS, WORDS, load_draft
+from .load import KINDS, WORDS, beside_lookup, load_draft
 from .longspec import LongSpecDraft
+from .mixed import MixedDraft
 from .ngram import NGramDraft
 from .self_draft import SelfDraft
 
@@ -16,7 +17,9 @@ __all__ = [
     "Draft",
     "EagleDraft",
     "LongSpecDraft",
+    "MixedDraft",
     "NGramDraft",
     "SelfDraft",
+    "beside_lookup",
     "load_draft",
 ]

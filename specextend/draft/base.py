@@ -77,8 +77,14 @@ class Draft(ABC):
     #: values of ``draft_cache`` that it knows; one alone where the option means nothing to it
     cache_kinds: tuple[str, ...] = ("full", "window", "retrieval")
 
-    #: it works on the host, on what ``observe`` tells it, so that there is nothing to capture
+    #: it works on the host, at least in part: it is asked for a tree once ``observe`` has told it
+    #: what was decided, never before the host has read that
     on_host = False
+
+    #: levels and nodes that its trees can have, where these are more than ``config.max_depth`` and
+    #: ``config.max_nodes``
+    max_depth: int = 0
+    max_nodes: int = 0
 
     #: tokens of a text that it can take in, those that it proposes among them; None: any number.
     #: It is asked for no tree that goes further, and has no part in a generation whose prompt has
@@ -137,7 +143,7 @@ class Draft(ABC):
 
         One that can works with ``counts`` that the device alone knows, calls its work through the
         ``graphs`` that ``begin`` gave it, and is asked for a tree before the host has read what was
-        decided.
+        decided, unless it works ``on_host``.
         """
         return "drafts of its kind are not captured"
 
@@ -177,18 +183,25 @@ class Draft(ABC):
         Args:
             decided: the tokens since the last call. The last one that counts is the root that the
                 tree grows from, which the target has not seen yet.
-            depth: levels, at least 1 and at most ``config.max_depth``, so that the decided tokens
-                and all levels but the last, whose nodes need not be taken in, are within
-                ``max_length``.
+            depth: levels, at least 1 and at most ``config.max_depth``, or ``max_depth`` if that is
+                more, so that the decided tokens and all levels but the last, whose nodes need not
+                be taken in, are within ``max_length``.
 
         Returns:
             A tree of B sequences, all with M nodes.
         """
 
-    def observe(self, tokens: list[list[int]]) -> None:  # noqa: B027
-        """See the tokens of each of the B sequences that a round has decided, once the host has
-        read them. For drafts that work on the host: a read of their own would make it wait once
-        more."""
+    def observe(  # noqa: B027
+        self, tokens: list[list[int]], seconds: float | None = None
+    ) -> None:
+        """See what a round has decided, once the host has read it. For drafts that work on the
+        host: a read of their own would make it wait once more.
+
+        Args:
+            tokens: of each of the B sequences.
+            seconds: that the device has worked for the round, ``propose`` and ``retrieve`` before
+                it included; None where they say nothing of other rounds.
+        """
 
     def settle(self, counts: list[int]) -> None:  # noqa: B027
         """Learn, for each of the B sequences, how many tokens of the last ``propose`` with

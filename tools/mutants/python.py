@@ -17,11 +17,11 @@ CACHE, ATTENTION, ROTARY, LONGROPE, WINDOWS, FUSED = (
 GUARD, GATE, GRAPHS, SWITCHES, TERMINAL, EXACT = (
     f"specextend/{name}.py" for name in ("guard", "gate", "graphs", "switches", "terminal", "exact")
 )
-CACHED, CAUSAL, NGRAM, LONGSPEC, EAGLE, HEAD, EAGLE_FILES, WORKING, SELF, READER = (
+CACHED, CAUSAL, LOOKUP, MIXED, CHOICE, LONGSPEC, EAGLE, HEAD, EAGLE_FILES, WORKING, SELF, READER = (
     f"specextend/draft/{name}.py"
     for name in (
-        "cached", "causal_lm", "ngram", "longspec", "eagle", "eagle_head", "eagle_checkpoint",
-        "working_cache", "self_draft", "prompt_reader",
+        "cached", "causal_lm", "lookup", "mixed", "choice", "longspec", "eagle", "eagle_head",
+        "eagle_checkpoint", "working_cache", "self_draft", "prompt_reader",
     )
 )  # fmt: skip
 
@@ -716,31 +716,62 @@ MUTANTS = [
     ),
     Mutant(
         "n-gram: among equals the oldest",
-        NGRAM,
+        LOOKUP,
         "best = np.lexsort((-ends, -matched))[:_MATCHES]",
         "best = np.lexsort((ends, -matched))[:_MATCHES]",
         ("tests/test_ngram.py::TestTree",),
     ),
     Mutant(
         "n-gram: a match one token shorter than wanted",
-        NGRAM,
+        LOOKUP,
         "for back in range(1, min(size, n)):",
         "for back in range(1, min(size - 1, n)):",
         ("tests/test_ngram.py::TestTree",),
     ),
     Mutant(
         "n-gram: continuations begin a token too late",
-        NGRAM,
-        "yield [int(ids[end + 1 + i % period]) for i in range(depth)]",
-        "yield [int(ids[min(end + 2 + i % period, n - 1)]) for i in range(depth)]",
+        LOOKUP,
+        "at = end + 1 + level % (self.length - 1 - end)",
+        "at = min(end + 2 + level % (self.length - 1 - end), self.length - 1)",
         ("tests/test_ngram.py::TestTree",),
     ),
     Mutant(
-        "n-gram: tokens of the last generation are found",
-        NGRAM,
-        "        self._length = 0\n",
-        "        self._length = getattr(self, '_length', 0)\n",
-        ("tests/test_ngram.py",),
+        "n-gram: it is not learnt what matches were worth",
+        LOOKUP,
+        "self.reliability.count(matched, int(self._ids[end + 1]) == token)",
+        "pass",
+        ("tests/test_mixed.py::test_a_match_is_worth_what_it_was_worth",),
+    ),
+    Mutant(
+        "mixed: the model takes in what was decided since the last round alone",
+        MIXED,
+        "self._waiting.append(decided)",
+        "self._waiting = [decided]",
+        (
+            "tests/test_mixed.py::test_an_identical_model_is_accepted_behind_look_up",
+            "tests/test_mixed.py::test_taking_in_late_is_taking_in",
+        ),
+    ),
+    Mutant(
+        "mixed: the look-up's parents are taken for the model's",
+        MIXED,
+        "parent = places[parent]",
+        "parent = parent",
+        ("tests/test_mixed.py::test_merging_against_sets_of_paths",),
+    ),
+    Mutant(
+        "mixed: a model's forwards are held to cost nothing",
+        CHOICE,
+        "forward * np.array(levels)[:, None]",
+        "0 * forward * np.array(levels)[:, None]",
+        ("tests/test_mixed.py::TestChoice",),
+    ),
+    Mutant(
+        "generation: no path is longer than a model's tree",
+        GENERATION,
+        "width = self._max_depth + 1",
+        "width = config.max_depth + 1",
+        ("tests/test_ngram.py::test_a_cycle_is_accepted_to_full_depth",),
     ),
     Mutant(
         "LongSpec: a ring slot one off",

@@ -1,0 +1,239 @@
+"""Measures whole answers: from the prompt to the first token, and to the last.
+
+    python bench/bench_answer.py --target FOLDER --draft FOLDER --documents FILE.jsonl
+    python bench/bench_answer.py [--quick] [--lengths 2048,8192] [--new 128] [--json out.json]
+
+A document is asked about, in the model's chat template if it has one, and every contestant writes
+the answer greedily, in turns: Hugging Face's `generate` alone, with the draft as its assistant, and
+with its prompt look-up; ours without a draft, with n-gram look-up, with the draft, and with both.
+openvino-genai runs where it is installed and `--gguf` names the target's weights, plain and with
+its prompt look-up; its weights may have fewer bits.
+
+A line has the seconds to the last token, how many times as long Hugging Face's plain `generate`
+takes, and behind it the seconds to the first token, the rate of the others, and the process's peak
+of resident memory (on a GPU, of what torch has allocated), in which all models are contained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+
+import torch
+from bench_record import Report, numbers, parse, parser
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from specextend import SpecConfig, SpecExtend, assets
+from specextend.draft import WORDS
+from specextend.eval.memory import PeakMemory
+from specextend.eval.prompts import read_documents
+from specextend.pair import Pair, load_pair, load_target
+from specextend.testing import Spread
+from specextend.timing import parting, time_hugging_face, time_loop
+
+QUESTION = "\n\nSummarise the text above in a few paragraphs."
+LOOK_UP = 10  # tokens per look-up of the peers; the value in Hugging Face's documentation
+
+
+@dataclass
+class Answer:
+    """Holds one answer.
+
+    Attributes:
+        tokens: of it; None where only their number is known.
+        count: how many.
+        first: seconds to the first.
+        last: seconds to the last.
+        passes: tokens per forward of the target behind the first token; None: not known.
+        peak: bytes; None: not known.
+    """
+
+    tokens: list[int] | None
+    count: int
+    first: float
+    last: float
+    passes: float | None = None
+    peak: int | None = None
+
+    @property
+    def rate(self) -> float:
+        """Divide the tokens behind the first by their seconds."""
+        return (self.count - 1) / (self.last - self.first) if self.last > self.first else 0.0
+
+
+#: answers a prompt [1, L] with a number of new tokens
+Contestant = Callable[[Tensor, int], Answer]
+
+
+def hugging_face(pair: Pair, **options) -> Contestant:
+    """Make a contestant of the model's own ``generate``."""
+
+    def answer(ids: Tensor, new: int) -> Answer:
+        timed = time_hugging_face(
+            pair.target, ids, new, lambda *_: None, do_sample=False,
+            attention_mask=torch.ones_like(ids), **options,
+        )  # fmt: skip
+        count = len(timed.tokens)
+        passes = (count - timed.first) / max(timed.rounds, 1)
+        return Answer(timed.tokens, count, timed.to_first, timed.to_last, passes)
+
+    return answer
+
+
+def ours(spec: SpecExtend) -> Contestant:
+    """Make a contestant of a loop."""
+
+    def answer(ids: Tensor, new: int) -> Answer:
+        timed = time_loop(spec, ids, new, lambda *_: None, do_sample=False)
+        passes = timed.stats.mean_acceptance_length
+        return Answer(timed.tokens, len(timed.tokens), timed.to_first, timed.to_last, passes)
+
+    return answer
+
+
+def openvino(file: Path, look_up: bool) -> Contestant:
+    """Make a contestant of openvino-genai's pipeline."""
+    import openvino
+    import openvino_genai
+
+    options = dict(prompt_lookup=True) if look_up else {}
+    pipeline = openvino_genai.LLMPipeline(file, "CPU", **options)
+
+    def answer(ids: Tensor, new: int) -> Answer:
+        config = openvino_genai.GenerationConfig(max_new_tokens=new, do_sample=False)
+        if look_up:
+            config.num_assistant_tokens, config.max_ngram_size = LOOK_UP, 3
+        given = (openvino.Tensor(x.numpy()) for x in (ids, torch.ones_like(ids)))
+        result = pipeline.generate(openvino_genai.TokenizedInputs(*given), config)
+        metrics = result.perf_metrics
+        first, last = metrics.get_ttft().mean, metrics.get_generate_duration().mean
+        return Answer(None, metrics.get_num_generated_tokens(), first / 1e3, last / 1e3)
+
+    return answer
+
+
+def contestants(pair: Pair, config: SpecConfig, gguf: Path | None) -> dict[str, Contestant]:
+    """Make all that can run with these models."""
+    made = {"Hugging Face plain": hugging_face(pair)}
+    if pair.draft is not None:
+        made["Hugging Face assisted"] = hugging_face(pair, assistant_model=pair.draft)
+    made["Hugging Face look-up"] = hugging_face(pair, prompt_lookup_num_tokens=LOOK_UP)
+    drafts = {"plain": None, "n-gram": "ngram"}
+    if pair.draft is not None:
+        drafts |= {"draft": pair.draft, "draft and n-gram": [pair.draft, "ngram"]}
+    for name, draft in drafts.items():
+        made[f"ours {name}"] = ours(SpecExtend(pair.target, draft, config))
+    if gguf is not None and find_spec("openvino_genai"):
+        made["openvino plain"] = openvino(gguf, look_up=False)
+        made["openvino look-up"] = openvino(gguf, look_up=True)
+    return made
+
+
+def question(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Tensor | None:
+    """Ask about the beginning of a text, in [1, L] tokens, L about ``length``; None: too short."""
+    ids = tokenizer(text).input_ids
+    if len(ids) < length:
+        return None
+    text = tokenizer.decode(ids[: length - 64])
+    if tokenizer.chat_template is None:
+        return torch.tensor([ids[:length]])
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text + QUESTION}], add_generation_prompt=True,
+        return_tensors="pt", return_dict=True,
+    )  # fmt: skip
+    return asked["input_ids"]
+
+
+def run(
+    made: dict[str, Contestant], prompts: list[Tensor], new: int, rounds: int, memory: PeakMemory
+) -> dict[str, list[Answer]]:
+    """Let all contestants answer all prompts, in turns."""
+    found: dict[str, list[Answer]] = {name: [] for name in made}
+    for _ in range(rounds):
+        for ids in prompts:
+            for name, contestant in made.items():
+                gc.collect()
+                memory.start()
+                answer = contestant(ids, new)
+                answer.peak = memory.peak()
+                found[name].append(answer)
+    return found
+
+
+def remarks(answers: list[Answer], plain: list[Answer]) -> str:
+    """Say what a line's seconds to the last token do not."""
+    text = f"first {median(a.first for a in answers):.1f} s"
+    text += f", then {median(a.rate for a in answers):.1f} tokens/s"
+    passes = [a.passes for a in answers if a.passes is not None]
+    if passes:
+        text += f", {median(passes):.2f} per pass"
+    if any(a.peak for a in answers):
+        text += f", peak {max(a.peak or 0 for a in answers) / 2**20:.0f} MiB"
+    pairs = [(a.tokens, p.tokens) for a, p in zip(answers, plain, strict=True) if a.tokens]
+    same = sum(parting(a, p) is None for a, p in pairs)
+    return f"{text}; {same} of {len(answers)} texts as Hugging Face's" if pairs else text
+
+
+def options() -> argparse.ArgumentParser:
+    made = parser(__doc__)
+    made.add_argument("--target", help="folder or hub id; default: the embedded target")
+    made.add_argument("--draft", help="default: the embedded draft of the embedded target")
+    made.add_argument("--gguf", type=Path, help="the target's weights for openvino-genai")
+    made.add_argument(
+        "--documents", type=Path, help="default: the embedded pair's held-out modules"
+    )
+    made.add_argument("--count", type=int, default=1, help="documents; default 1")
+    made.add_argument("--lengths", type=numbers, help="of prompts; default 2048,8192,16384")
+    made.add_argument("--new", type=int, help="tokens of an answer; default 128, quick 16")
+    made.add_argument("--rounds", type=int, default=1, help="times that all answer all")
+    made.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    made.add_argument("--ways", default="", help="only contestants with one of these, by commas")
+    return made
+
+
+def main() -> None:
+    arguments = parse(options())
+    quick = arguments.quick
+    lengths = arguments.lengths or ([512] if quick else [2048, 8192, 16384])
+    new = arguments.new or (16 if quick else 128)
+    device = torch.device(arguments.device)
+    pair = load_pair(arguments.target, arguments.draft, arguments.dtype, device)
+    if isinstance(pair.draft, Path) or pair.draft not in (None, *WORDS):  # for the assistant, too
+        draft, _ = load_target(str(pair.draft), arguments.dtype, device)
+        pair = replace(pair, draft=draft)
+    config = SpecConfig(**(assets.SETTINGS if arguments.target is None else {}))
+    made = contestants(pair, config, arguments.gguf)
+    wanted = [w for w in arguments.ways.split(",") if w]
+    made = {n: c for n, c in made.items() if not wanted or any(w in n for w in wanted)}
+    memory = PeakMemory(device)
+    results = Report(
+        arguments, target=Path(arguments.target or "embedded").name, dtype=arguments.dtype,
+        new_tokens=new, documents=arguments.count, rounds=arguments.rounds,
+    )  # fmt: skip
+    texts = [text for _, text in read_documents(arguments.documents)]
+    for length in lengths:
+        asked = (question(pair.tokenizer, text, length) for text in texts)
+        prompts = [ids.to(device) for ids in asked if ids is not None][: arguments.count]
+        if not prompts:
+            raise SystemExit(f"no document has {length} tokens")
+        found = run(made, prompts, new, arguments.rounds, memory)
+        plain = found[next(iter(found))]
+        peer = Spread([a.last for a in plain])
+        for name, answers in found.items():
+            results.add(
+                f"{prompts[0].shape[1]} tokens, {name}", Spread([a.last for a in answers]), "s",
+                peers={next(iter(found)): peer}, remarks=remarks(answers, plain),
+                first=[a.first for a in answers], rate=[a.rate for a in answers],
+                passes=[a.passes for a in answers], peak=[a.peak for a in answers],
+                counts=[a.count for a in answers],
+            )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

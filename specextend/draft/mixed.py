@@ -1,0 +1,195 @@
+"""Proposes by look-up first and by a model where that pays: two drafts in one tree.
+
+A round verifies what the look-up found, without running the model; or the model's tree with what
+the look-up found merged into it; or the model's tree alone. Which of them, and how large, is chosen
+round by round (:class:`specextend.draft.choice.Choice`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch.nn import functional as F
+
+from ..config import SpecConfig
+from ..graphs import Stopwatch
+from ..tree import Tree
+from .base import Decided, Draft
+from .choice import Choice, Plan
+from .lookup import LookUp, deepest
+from .ngram import NGramDraft
+
+
+class MixedDraft(Draft):
+    """Proposes by a draft with a model and by look-up.
+
+    The model takes in what was decided without it when it is run next. Trees have twice
+    ``tree_nodes`` nodes at most: the model's, and as many of the look-up, or the look-up's alone.
+
+    Args:
+        model: a draft of any other kind.
+        config: tree options.
+        choose: makes what chooses the plans of a generation.
+
+    Attributes:
+        accepted: tokens of the last generation by source, ``"model"`` and ``"ngram"``; what both
+            proposed counts as the model's.
+
+    Raises:
+        ValueError: the draft works on the host itself, and has nothing to be mixed with look-up.
+    """
+
+    on_host = True
+
+    def __init__(
+        self, model: Draft, config: SpecConfig, choose: Callable[[SpecConfig], Choice] = Choice
+    ):
+        if model.on_host:
+            raise ValueError(
+                f"look-up is mixed with a draft that has a model, got one of kind {model.kind!r}"
+            )
+        self.model, self.config, self._choose = model, config, choose
+        self.kind = f"{model.kind}+{NGramDraft.word}"
+        self.cache_kinds, self.wants_scores = model.cache_kinds, model.wants_scores
+        self.feature_layers, self.causal_lm = model.feature_layers, model.causal_lm
+        self.max_nodes = 2 * config.max_nodes
+        self.max_depth = deepest(config, self.max_nodes)
+        self.accepted: Counter = Counter()
+
+    def with_config(self, config: SpecConfig) -> MixedDraft:
+        return MixedDraft(self.model.with_config(config), config, self._choose)
+
+    @property
+    def num_parameters(self) -> int:
+        return self.model.num_parameters
+
+    def check_length(self, prompt: int, total: int) -> None:
+        self.model.check_length(prompt, total)
+
+    def obstacle(self) -> str | None:
+        return self.model.obstacle()
+
+    # ---- a generation ----------------------------------------------------------------------------
+
+    def begin(self, prompt, max_length, cache, graphs) -> None:
+        self._graphs, self._device = graphs, prompt.device
+        self._lookup = LookUp(self.config, max_length + 1)
+        self._lookup.begin(prompt[0].tolist())
+        self._choice = self._choose(self.config)
+        self.accepted = Counter()
+        self._waiting: list[Decided] = []  # what the model has yet to take in
+        self._ran = False  # the model has, in this generation
+        self._plan: Plan | None = None  # of the last tree, until its round is observed
+        # Where the text is too long for the model there is still look-up.
+        limit = self.model.max_length
+        self._limit = max_length if limit is None else limit
+        self._has_model = prompt.shape[1] < self._limit
+        if self._has_model:
+            self.model.begin(prompt, max_length, cache, graphs)
+
+    def prefill(self, decided) -> None:
+        if self._has_model:
+            self.model.prefill(decided)
+
+    def finish_prefill(self, scores) -> None:
+        if self._has_model:
+            self.model.finish_prefill(scores)
+
+    def end(self) -> None:
+        self.model.end()
+        self._graphs = self._lookup = self._waiting = self._choice = None
+
+    def retrieve(self, scores):
+        return self.model.retrieve(scores) if self._has_model else None
+
+    def propose(self, decided, depth) -> Tree:
+        self._waiting.append(decided)
+        nodes = self._lookup.grow(depth, self.max_nodes)
+        # The text ends with the root, which the target has not seen.
+        room = min(depth, self.config.max_depth, self._limit - self._lookup.length + 1)
+        plan = self._choice.plan(nodes, max(room, 0) if self._has_model else 0)
+        found = [(node.parent, node.token) for node in nodes[: plan.num_nodes]]
+        self._own: list[tuple[int, int]] | None = None  # nodes of the model, where look-up has some
+        self._watch = Stopwatch(self._device) if plan.levels else None
+        if not plan.levels:
+            tree = Tree.of(decided.tokens[:, -1:], found)
+        else:
+            with self._watch:
+                tree = self._run(plan.levels)
+            if found:
+                rows = torch.cat([tree.parents.long(), tree.tokens]).tolist()
+                self._own = list(zip(*rows, strict=True))[1:]
+                merged = _merge(self._own, found, self.max_nodes)
+                tree = Tree.of(decided.tokens[:, -1:], merged)
+        self._plan, self._num_nodes = plan, tree.num_nodes - 1
+        # How deep the model's tree is to be is chosen here, not by its gain.
+        return replace(tree, gain=None)
+
+    def _run(self, levels: int) -> Tree:
+        """Have the model take in all that is decided, and grow a tree."""
+        features = None
+        if self._waiting[0].features is not None:
+            features = torch.cat([part.features for part in self._waiting], 1)
+        decided = Decided(torch.cat([part.tokens for part in self._waiting], 1), features)
+        self._waiting = []
+        count, width = len(decided), self.config.max_depth + 1
+        captured = self._graphs.enabled and self._ran and count <= width
+        self._ran = True
+        if not captured:
+            return self.model.propose(decided, levels)
+        # A graph serves any number of tokens: it is told on the device how many count.
+        pad = width - count
+        tokens = F.pad(decided.tokens, (0, pad))
+        features = None if features is None else F.pad(features, (0, 0, 0, pad))
+        counts = torch.full((1,), count, dtype=torch.int32, device=self._device)
+        tree = self.model.propose(Decided(tokens, features, counts), levels)
+        self.model.settle([count])
+        return tree
+
+    def observe(self, tokens, seconds=None) -> None:
+        (tokens,) = tokens
+        plan, self._plan = self._plan, None
+        if plan is not None:
+            self._count(plan, tokens[:-1], seconds)
+        self._lookup.follow(tokens)
+
+    def _count(self, plan: Plan, accepted: list[int], seconds: float | None) -> None:
+        """Learn from a round, and note whose the accepted tokens were."""
+        models = len(accepted) if plan.levels else 0
+        if self._own is not None:
+            children = {node: i for i, node in enumerate(self._own, 1)}
+            node = models = 0
+            for token in accepted:
+                node = children.get((node, token))
+                if node is None:
+                    break
+                models += 1
+        drafting = 0.0 if self._watch is None or seconds is None else self._watch.seconds
+        self._choice.count(plan, models, self._num_nodes, seconds, drafting)
+        self.accepted += Counter(model=models, ngram=len(accepted) - models)
+
+
+def _merge(
+    own: list[tuple[int, int]], others: list[tuple[int, int]], most: int
+) -> list[tuple[int, int]]:
+    """Add to a tree the nodes of another one that it does not have.
+
+    Args:
+        own: parent and token of each node, counted from 1; parents come first.
+        others: the same of the other tree.
+        most: nodes of both together; what is too much of ``others`` is left out.
+    """
+    merged = list(own)
+    known = {node: i for i, node in reversed(list(enumerate(own, 1)))}
+    places = [0]  # of the other tree's nodes; None: left out
+    for parent, token in others:
+        parent = places[parent]
+        place = None if parent is None else known.get((parent, token))
+        if place is None and parent is not None and len(merged) < most:
+            merged.append((parent, token))
+            place = known[parent, token] = len(merged)
+        places.append(place)
+    return merged
