@@ -54,7 +54,7 @@ def test_none_and_all(pair, do_sample):
 
 @pytest.mark.parametrize(
     "options",
-    [CHAIN, dict(tree_shape="top_k", tree_depth=3, gate="off", seed=5, **RETRIEVAL)],
+    [CHAIN, dict(tree_shape="top_k", tree_depth=3, gate="off", seed=6, **RETRIEVAL)],
     ids=["fixed", "top_k"],
 )
 def test_work_is_that_of_a_normal_run(pair, options, monkeypatch):
