@@ -138,6 +138,8 @@ class Generation:
         self._depth = config.max_depth  # OPT-Tree's
         self._first = True  # the round to come is the prompt's last token alone
         self._outcome: Outcome | None = None  # of the last round
+        self._reading = draft is not None  # it has yet to finish with the prompt
+        self._scores: Tensor | None = None  # of chunks, the last ones, until then
         self._ahead: Tree | None = None  # of the round to come, launched in the last one
         self._from_draft = False  # the draft made the last tree
         self._unsettled = False  # the draft took in tokens by a count that it has yet to learn
@@ -221,11 +223,16 @@ class Generation:
 
     def _propose(self) -> Tree:
         """Have a tree made below the root, whose length the host knows."""
-        if self._outcome is not None:
-            if self._first:
-                self._finish_prefill(self._outcome)
-            if self.draft is not None:
-                self._retrieve(self._outcome)
+        outcome = self._outcome
+        if self._first and outcome is not None:
+            self._first = False
+            if self._edge is None and self._room(self.cache.length) <= 0:
+                self.draft = None  # no tree will follow
+        if self.draft is not None and outcome is not None:
+            if self._reading:
+                self._finish_prefill(outcome)
+            if not self._reading:
+                self._retrieve(outcome)
         tree = self._next_tree(self.cache.length)
         self._settle_draft(self._num_emitted)
         return tree
@@ -278,13 +285,13 @@ class Generation:
         return step
 
     def _finish_prefill(self, outcome: Outcome) -> None:
-        """Let the draft read of the prompt what could wait for the first token."""
-        self._first = False
-        if self._edge is None and self._room(self.cache.length) <= 0:
-            self.draft = None  # no tree will follow
-        if self.draft is not None:
-            with self.stats.phase("draft_prefill"):
-                self.draft.finish_prefill(outcome.chunk_scores)
+        """Let the draft read of the prompt what could wait for the first token, if it will now."""
+        if outcome.chunk_scores is None:
+            outcome.chunk_scores = self._scores
+        with self.stats.phase("draft_prefill"):
+            self._reading = not self.draft.finish_prefill(outcome.chunk_scores)
+        waits = self._reading and outcome.chunk_scores is not None
+        self._scores = outcome.chunk_scores.clone() if waits else None
 
     def _retrieve(self, outcome: Outcome) -> None:
         """Let the draft choose what it attends to by the target's attention, where it was scored

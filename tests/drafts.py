@@ -36,6 +36,9 @@ class Scripted(Choice):
         super().__init__(config)
         self._turns = itertools.cycle(self.turns)
 
+    def worth(self, nodes, depth, seconds, tokens):
+        return True
+
     def plan(self, nodes, depth):
         levels, count = next(self._turns)
         return Plan(min(levels, depth), min(count, len(nodes)))

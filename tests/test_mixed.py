@@ -221,6 +221,44 @@ def test_taking_in_late_is_taking_in(kind, cache, tmp_path):
     assert both.stats.num_accepted_tokens > 0 or kind in ("eagle", "longspec")
 
 
+@pytest.mark.parametrize("cache", ["full", "window", "retrieval"])
+@pytest.mark.parametrize("wait", [0, 1, 5, 100])
+def test_a_model_reads_when_it_is_worth_it(cache, wait):
+    """From then on it proposes as if it had read at once, with the latest scores."""
+
+    class Later(Scripted):
+        asked = 0
+
+        def worth(self, nodes, depth, seconds, tokens):
+            assert depth == config.max_depth and seconds > 0 and 0 < tokens <= 60
+            self.asked += 1
+            return self.asked > wait
+
+    config, ids = SMALL.replace(draft_cache=cache), prompt(70)
+    spec = SpecExtend(target(), mixed(draft("model"), config, Later), config)
+    steps = list(spec.stream(ids, max_new_tokens=60, **GREEDY))
+    text = [token for step in steps for token in step.tokens]
+    assert text == target().generate(ids, max_new_tokens=60, **GREEDY)[0, 70:].tolist()
+    assert (spec.draft.accepted["model"] > 0) == (wait < 100)
+    retrieves = cache == "retrieval" and wait < 100
+    assert (spec.stats.num_retrievals > 0) == retrieves
+
+
+def test_what_makes_reading_worth_it():
+    choice = Choice(SMALL)
+    assert not choice.worth([], 4, 0.0, 1000)  # nothing is known of the cost of rounds
+    for _ in range(8):
+        choice.count(Plan(0, 0), 0, 0, 1.0, 0.0)
+        verdicts = [choice.worth([], 4, seconds, 100) for seconds in (1.0, 1000.0)]
+    assert verdicts == [True, False]
+    few = [choice.worth([], 4, 10.0, tokens) for tokens in (1, 1000)]
+    assert few == [False, True]
+    chain = [Node(i, i, i + 1, 0.99) for i in range(8)]  # look-up that is right all the time
+    for _ in range(40):
+        last = choice.worth(chain, 4, 10.0, 100)
+    assert not last
+
+
 def test_an_identical_model_is_accepted_behind_look_up(monkeypatch):
     """What look-up decided is where the model expects it, however much there was."""
     config = SMALL.replace(

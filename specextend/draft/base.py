@@ -86,6 +86,9 @@ class Draft(ABC):
     max_depth: int = 0
     max_nodes: int = 0
 
+    #: it reads the prompt in ``finish_prefill``
+    reads_late = False
+
     #: tokens of a text that it can take in, those that it proposes among them; None: any number.
     #: It is asked for no tree that goes further, and has no part in a generation whose prompt has
     #: as many
@@ -167,14 +170,19 @@ class Draft(ABC):
             decided: all of its tokens count.
         """
 
-    def finish_prefill(self, scores: Tensor | None) -> None:  # noqa: B027
-        """Do what can wait until the first token is out; once, before the first tree.
+    def finish_prefill(self, scores: Tensor | None) -> bool:
+        """Do what can wait until the first token is out. Called before the first tree, and before
+        each further one until it has been done.
 
         Args:
-            scores: [B, C] fp32, the target's attention mass per chunk behind the prompt, where
-                ``wants_scores`` and the prompt is longer than the budget; None otherwise. They are
-                given to ``retrieve`` next.
+            scores: [B, C] fp32, the target's attention mass per chunk when it was scored last,
+                where ``wants_scores`` and the prompt is longer than the budget; None otherwise.
+                They are given to ``retrieve`` next, if it is done.
+
+        Returns:
+            Whether it is done; until then nothing is retrieved.
         """
+        return True
 
     @abstractmethod
     def propose(self, decided: Decided, depth: int) -> Tree:

@@ -44,6 +44,7 @@ class CausalLMDraft(CachedDraft):
     """
 
     kind = "model"
+    reads_late = True
 
     def __init__(
         self,
@@ -129,15 +130,16 @@ class CausalLMDraft(CachedDraft):
         foreign[list(self._differing)] = True
         self._foreign = foreign.to(prompt.device)
 
-    def finish_prefill(self, scores) -> None:
+    def finish_prefill(self, scores) -> bool:
         tokens, config, caches = self._prompt, self.config, self.caches
         caches.chosen = choose_chunks(scores, tokens.shape[1], config)
         if caches.chosen is not None:
             read_chunks(tokens, caches.chosen, caches.full, config, self._keys)
-            return
+            return True
         width = config.prefill_chunk or max(tokens.shape[1], 1)
         for start in range(0, tokens.shape[1], width):
             self._fill(Decided(tokens[:, start : start + width]))
+        return True
 
     def _keys(self, tokens: Tensor, positions: Tensor, state: Pass) -> None:
         """Run tokens for their keys alone."""

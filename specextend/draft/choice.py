@@ -19,6 +19,10 @@ from .lookup import Node
 _MEMORY = 32  # rounds after which an old one counts a third
 _PRIOR = 4  # rounds that what is expected beforehand counts for
 _FIRST = 0.7  # beforehand: chance that the target confirms a level of the model's tree
+_ROUNDS = 4  # by look-up alone, before the model reads the prompt
+
+#: beforehand: what a model takes of the target's seconds for the same
+HOPED = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,11 @@ class VerifySeconds:
         self._rounds: deque[tuple[int, float]] = deque(maxlen=32)
         self.root, self.per_node = 1.0, self._SHARE  # of a pass, as long as there was none
 
+    @property
+    def known(self) -> bool:
+        """Tell whether there was a pass to measure by."""
+        return bool(self._rounds)
+
     def count(self, nodes: int, seconds: float) -> None:
         """Learn what a pass took."""
         self._rounds.append((nodes, seconds))
@@ -109,6 +118,8 @@ class Choice:
         self.verify = VerifySeconds()
         self._forwards: deque[float] = deque(maxlen=9)  # seconds of the model's, the latest
         self._rest, self._rested = self.REST, 0
+        # Seconds per token that were expected of look-up alone, and with the model.
+        self._expected: deque[tuple[float, float]] = deque(maxlen=_MEMORY)
 
     def count(
         self, plan: Plan, accepted: int, nodes: int, seconds: float | None, drafting: float
@@ -131,6 +142,21 @@ class Choice:
         self.verify.count(nodes, seconds - drafting)
         if plan.levels:
             self._forwards.append(drafting / plan.levels)
+
+    def worth(self, nodes: list[Node], depth: int, seconds: float, tokens: int) -> bool:
+        """Tell whether the model is expected to save the seconds that it needs before it can run.
+
+        Args:
+            nodes, depth: as of :meth:`plan`, of the round to come.
+            seconds: that the model needs.
+            tokens: that are left to write.
+        """
+        if not self.verify.known:
+            return False
+        value = self._values(nodes, depth)
+        self._expected.append((1 / value[0].max(), 1 / value.max()))
+        alone, together = np.mean(self._expected, 0)
+        return len(self._expected) >= _ROUNDS and tokens * (alone - together) > seconds
 
     def plan(self, nodes: list[Node], depth: int) -> Plan:
         """Choose.
@@ -172,7 +198,7 @@ class Choice:
         tokens = 1 + np.maximum(model[:, None], reach[None]).sum(-1)
         root, node = self.verify.root, self.verify.per_node
         # Of what a forward takes nothing is known before it is tried: it is hoped to be little.
-        forward = median_low(self._forwards) if self._forwards else root / 8
+        forward = median_low(self._forwards) if self._forwards else HOPED * root
         sizes = np.array([self._num_nodes(count) for count in levels])[:, None]
         seconds = root + node * (sizes + np.arange(len(nodes) + 1)[None])
         return tokens / (seconds + forward * np.array(levels)[:, None])

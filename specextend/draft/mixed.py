@@ -7,6 +7,7 @@ round by round (:class:`specextend.draft.choice.Choice`).
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from ..config import SpecConfig
 from ..graphs import Stopwatch
 from ..tree import Tree
 from .base import Decided, Draft
-from .choice import Choice, Plan
+from .choice import HOPED, Choice, Plan
 from .lookup import LookUp, deepest
 from .ngram import NGramDraft
 
@@ -26,7 +27,8 @@ from .ngram import NGramDraft
 class MixedDraft(Draft):
     """Proposes by a draft with a model and by look-up.
 
-    The model takes in what was decided without it when it is run next. Trees have twice
+    The model takes in what was decided without it when it is run next, and reads the prompt when
+    that is expected to be made up for in what is left to write. Trees have twice
     ``tree_nodes`` nodes at most: the model's, and as many of the look-up, or the look-up's alone.
 
     Args:
@@ -87,6 +89,9 @@ class MixedDraft(Draft):
         limit = self.model.max_length
         self._limit = max_length if limit is None else limit
         self._has_model = prompt.shape[1] < self._limit
+        self._has_read = False
+        self._most = max_length
+        self._began, self._reading = time.perf_counter(), None
         if self._has_model:
             self.model.begin(prompt, max_length, cache, graphs)
 
@@ -94,9 +99,22 @@ class MixedDraft(Draft):
         if self._has_model:
             self.model.prefill(decided)
 
-    def finish_prefill(self, scores) -> None:
-        if self._has_model:
-            self.model.finish_prefill(scores)
+    def finish_prefill(self, scores) -> bool:
+        if not self._has_model:
+            return True
+        if self.model.reads_late and not self._worth_reading():
+            return False
+        self._has_read = self.model.finish_prefill(scores)
+        return self._has_read
+
+    def _worth_reading(self) -> bool:
+        """Tell whether the model is expected to make up for reading the prompt."""
+        if self._reading is None:
+            # As its forwards: nothing is known before it is tried.
+            self._reading = HOPED * (time.perf_counter() - self._began)
+        nodes = self._lookup.grow(self.max_depth, self.max_nodes)
+        left = self._most - self._lookup.length
+        return self._choice.worth(nodes, self.config.max_depth, self._reading, left)
 
     def end(self) -> None:
         self.model.end()
@@ -110,7 +128,7 @@ class MixedDraft(Draft):
         nodes = self._lookup.grow(depth, self.max_nodes)
         # The text ends with the root, which the target has not seen.
         room = min(depth, self.config.max_depth, self._limit - self._lookup.length + 1)
-        plan = self._choice.plan(nodes, max(room, 0) if self._has_model else 0)
+        plan = self._choice.plan(nodes, max(room, 0) if self._has_read else 0)
         found = [(node.parent, node.token) for node in nodes[: plan.num_nodes]]
         self._own: list[tuple[int, int]] | None = None  # nodes of the model, where look-up has some
         self._watch = Stopwatch(self._device) if plan.levels else None

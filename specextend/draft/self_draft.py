@@ -36,6 +36,7 @@ class SelfDraft(CausalLMDraft):
     """
 
     kind = word = "self"
+    reads_late = False
     cache_kinds = ("window", "retrieval")
     num_parameters = 0
     causal_lm = None
@@ -72,8 +73,9 @@ class SelfDraft(CausalLMDraft):
         # Rows of the target's cache that the working cache stands for; known on the device alone.
         self._copied = torch.zeros_like(cache.lens)
 
-    def finish_prefill(self, scores) -> None:
+    def finish_prefill(self, scores) -> bool:
         """Do nothing: the target's prefill has filled its cache."""
+        return True
 
     def retrieve(self, scores: Tensor | None) -> Tensor:
         ids = self.caches.refill(scores)

@@ -920,7 +920,36 @@ MUTANTS = [
         "windows * length",
         ("tests/test_train_memory.py::test_what_a_step_holds",),
     ),
+    # ---- products of few rows ----
+    Mutant(
+        "products: another thread's forwards take part",
+        "specextend/products.py",
+        "few = _active.get() and x.numel()",
+        "few = x.numel()",
+        ("tests/test_products.py::test_only_while_active",),
+    ),
+    Mutant(
+        "products: gradients are lost",
+        "specextend/products.py",
+        "and not torch.is_grad_enabled()",
+        "",
+        ("tests/test_products.py::test_gradients_and_other_weights_are_torchs",),
+    ),
     # ---- what a draft reads of a prompt ----
+    Mutant(
+        "reading: look-up never lets the model read",
+        MIXED,
+        "if self.model.reads_late and not self._worth_reading():",
+        "if self.model.reads_late:",
+        ("tests/test_mixed.py::test_a_model_reads_when_it_is_worth_it",),
+    ),
+    Mutant(
+        "reading: scores from before the model reads are lost",
+        GENERATION,
+        "self._scores = outcome.chunk_scores.clone() if waits else None",
+        "self._scores = None",
+        ("tests/test_mixed.py::test_a_model_reads_when_it_is_worth_it",),
+    ),
     Mutant(
         "reading: gaps between what is read are not known to the window",
         READER,
