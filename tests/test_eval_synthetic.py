@@ -54,7 +54,7 @@ def test_none_and_all(pair, do_sample):
 
 @pytest.mark.parametrize(
     "options",
-    [CHAIN, dict(tree_shape="top_k", tree_depth=3, gate="off", seed=6, **RETRIEVAL)],
+    [CHAIN, dict(tree_shape="top_k", tree_depth=3, gate="off", seed=5, **RETRIEVAL)],
     ids=["fixed", "top_k"],
 )
 def test_work_is_that_of_a_normal_run(pair, options, monkeypatch):
@@ -71,7 +71,7 @@ def test_work_is_that_of_a_normal_run(pair, options, monkeypatch):
 
             monkeypatch.setattr(owner, "forward", counted)
             rows.append(own)
-        stats = generate(spec, tokens=24)
+        stats = generate(spec, seed=1, tokens=24)
         assert stats.num_accepted_tokens == 0
         return *rows, stats.num_draft_tokens, stats.num_retrievals
 
