@@ -222,7 +222,7 @@ def test_taking_in_late_is_taking_in(kind, cache, tmp_path):
 
 
 @pytest.mark.parametrize("cache", ["full", "window", "retrieval"])
-@pytest.mark.parametrize("wait", [0, 1, 5, 100])
+@pytest.mark.parametrize("wait", [0, 1, 2, 3, 100])
 def test_a_model_reads_when_it_is_worth_it(cache, wait):
     """From then on it proposes as if it had read at once, with the latest scores."""
 
@@ -235,12 +235,15 @@ def test_a_model_reads_when_it_is_worth_it(cache, wait):
             return self.asked > wait
 
     config, ids = SMALL.replace(draft_cache=cache), prompt(70)
-    spec = SpecExtend(target(), mixed(draft("model"), config, Later), config)
+    spec, given = SpecExtend(target(), mixed(draft("model"), config, Later), config), []
+    read = spec.draft.model.finish_prefill
+    spec.draft.model.finish_prefill = lambda scores: given.append(scores) or read(scores)
     steps = list(spec.stream(ids, max_new_tokens=60, **GREEDY))
     text = [token for step in steps for token in step.tokens]
     assert text == target().generate(ids, max_new_tokens=60, **GREEDY)[0, 70:].tolist()
     assert (spec.draft.accepted["model"] > 0) == (wait < 100)
     retrieves = cache == "retrieval" and wait < 100
+    assert [scores is not None for scores in given] == [retrieves] * (wait < 100)
     assert (spec.stats.num_retrievals > 0) == retrieves
 
 
