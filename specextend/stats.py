@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-#: phases of a generation, in the order of a round; the two prefills come before the rounds
+#: phases of a generation, in the order of a round; the target's prefill comes before the rounds,
+#: the draft's in part behind the first token
 PHASES = ("prefill", "draft_prefill", "verify", "accept", "retrieve", "draft")
 
 

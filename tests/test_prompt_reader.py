@@ -20,22 +20,32 @@ CONFIG = SpecConfig(
 )  # fmt: skip
 
 
+CPU = torch.device("cpu")
+
+
 class TestChoice:
     def test_all_where_all_may_be_held(self):
         scores = torch.rand(1, 20)
-        assert choose_chunks(scores, 150, CONFIG.replace(draft_cache="full")) is None
-        assert choose_chunks(None, 32, CONFIG) is None
-        assert choose_chunks(scores, 32, CONFIG) is None
+        assert choose_chunks(scores, 150, CONFIG.replace(draft_cache="full"), CPU) is None
+        assert choose_chunks(None, 32, CONFIG, CPU) is None
+        assert choose_chunks(scores, 32, CONFIG, CPU) is None
 
     def test_the_window(self):
-        chosen = choose_chunks(None, 100, CONFIG.replace(draft_cache="window"))
+        chosen = choose_chunks(None, 100, CONFIG.replace(draft_cache="window"), CPU)
         assert chosen.nonzero()[:, 0].tolist() == [0, 10, 11, 12]
+
+    @pytest.mark.parametrize("draft_cache", ["window", "retrieval"])
+    def test_on_the_drafts_device(self, draft_cache):
+        meta = torch.device("meta")
+        scores = torch.rand(1, 20, device=meta) if draft_cache == "retrieval" else None
+        config = CONFIG.replace(draft_cache=draft_cache)
+        assert choose_chunks(scores, 100, config, meta).device == meta
 
     @pytest.mark.parametrize("length", [33, 100, 161, 1000])
     def test_the_best_of_retrieval(self, length):
         count = -(-length // 8)
         scores = torch.rand(1, count + 3)
-        chosen = choose_chunks(scores, length, CONFIG)
+        chosen = choose_chunks(scores, length, CONFIG, CPU)
         number = max(4, round(prompt_reader.SHARE * count))
         assert chosen.shape == (count,) and chosen.sum() == number
         assert chosen[0] and chosen[-1]

@@ -54,9 +54,11 @@ class Draft(ABC):
     """Proposes trees of tokens. One object serves one model for any number of generations.
 
     The engine calls ``begin`` once per generation and ``prefill`` with each part of the prompts but
-    their last tokens, behind the target's own forward over that part. Then per round it calls
-    ``propose`` with the tokens that have been decided since the last call, the prompt's last one
-    first, and on its schedule ``retrieve``. Whatever a draft proposes, the output is the target's.
+    their last tokens, behind the target's own forward over that part; and ``finish_prefill`` when
+    the first token is out, before each tree until the draft is done with the prompt. Then per round
+    it calls ``propose`` with the tokens that have been decided since the last call, the prompt's
+    last one first, and on its schedule ``retrieve``. Whatever a draft proposes, the output is the
+    target's.
 
     B is the number of sequences, which is 1 today.
     """

@@ -132,7 +132,7 @@ class CausalLMDraft(CachedDraft):
 
     def finish_prefill(self, scores) -> bool:
         tokens, config, caches = self._prompt, self.config, self.caches
-        caches.chosen = choose_chunks(scores, tokens.shape[1], config)
+        caches.chosen = choose_chunks(scores, tokens.shape[1], config, tokens.device)
         if caches.chosen is not None:
             read_chunks(tokens, caches.chosen, caches.full, config, self._keys)
             return True

@@ -2,7 +2,7 @@
 
 A draft attends to ``budget`` tokens, whatever the length of the text. Of a long prompt it reads the
 chunks that the target's attention points at behind the prompt, more than it holds at a time, each
-with the chunk before it, so that it begins in no thin air. Later retrievals choose among these.
+with the chunk before it, whose keys its first tokens see. Later retrievals choose among these.
 Positions are those of the prompt; what was left out is neither read nor attended to.
 """
 
@@ -24,16 +24,19 @@ SHARE = 0.25
 Read = Callable[[Tensor, Tensor, Pass], None]
 
 
-def choose_chunks(scores: Tensor | None, length: int, config: SpecConfig) -> Tensor | None:
+def choose_chunks(
+    scores: Tensor | None, length: int, config: SpecConfig, device: torch.device
+) -> Tensor | None:
     """Choose the chunks of a prompt that a draft's cache may come to hold.
 
     Args:
         scores: [1, C] fp32, the target's attention mass per chunk; None: the last ones are wanted.
         length: tokens of the prompt.
         config: of the draft's cache.
+        device: of the draft, and of ``scores``.
 
     Returns:
-        [ceil(length / chunk_size)] bool; None: all.
+        [ceil(length / chunk_size)] bool; None: all. Does not synchronise; :func:`read_chunks` does.
     """
     count = -(-length // config.chunk_size)
     recent = max(1, config.recent_chunks)
@@ -41,18 +44,18 @@ def choose_chunks(scores: Tensor | None, length: int, config: SpecConfig) -> Ten
     if config.draft_cache == "full" or count <= wanted:
         return None
     if scores is None:
-        scores, recent = torch.zeros(1, count), wanted - config.sink_chunks
+        scores, recent = torch.zeros(1, count, device=device), wanted - config.sink_chunks
     else:
         scores, wanted = scores[:, :count].contiguous(), max(wanted, round(SHARE * count))
     ids, _ = ops.select_chunks(
         scores,
-        torch.tensor([length], dtype=torch.int32, device=scores.device),
+        torch.full((1,), length, dtype=torch.int32, device=device),
         chunk_size=config.chunk_size,
         budget=wanted,
         num_sinks=config.sink_chunks,
         num_recent=recent,
     )
-    chosen = torch.zeros(count, dtype=torch.bool, device=scores.device)
+    chosen = torch.zeros(count, dtype=torch.bool, device=device)
     chosen[ids[0].long()] = True
     return chosen
 
