@@ -149,6 +149,12 @@ class SpecConfig:
         """Give the proposed nodes of a tree at most."""
         return sum(self.tree_widths) if self.tree_shape == "fixed" else self.tree_nodes
 
+    def nodes_within(self, depth: int) -> int:
+        """Count the proposed nodes at most of a tree of so many levels, at least 1."""
+        if self.tree_shape == "fixed":
+            return sum(self.tree_widths[:depth])
+        return min(self.tree_nodes, self.tree_top_k * (1 + (depth - 1) * self.tree_width))
+
     @property
     def tree_keys(self) -> int:
         """Count the rows behind the committed ones that a growing tree of a draft takes at most."""

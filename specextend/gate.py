@@ -1,10 +1,13 @@
-"""Finds how deep a tree pays, from what rounds have cost and brought so far: the gate.
+"""Decides whether a round proposes anything, and how deep it may go: the gate.
 
 Speed-up of a round over plain decoding (SpecExtend, equation 1): tau * T_plain / (T_verify +
 d * T_draft). All of it is measured while generating; nothing is assumed of the models.
 """
 
 from __future__ import annotations
+
+from .config import SpecConfig
+from .pace import FREE, Depth, Pace, Price, Quotient, Round
 
 
 def break_even(round_seconds: float, plain_seconds: float) -> float:
@@ -18,90 +21,76 @@ def break_even(round_seconds: float, plain_seconds: float) -> float:
     return round_seconds / plain_seconds
 
 
-class _Mean:
-    """Keeps an exponential moving average that starts as a plain one."""
-
-    def __init__(self, memory: int = 16):
-        self.value = 0.0
-        self.count = 0
-        self.memory = memory
-
-    def add(self, x: float) -> None:
-        self.count += 1
-        self.value += (x - self.value) / min(self.count, self.memory)
-
-
 class Gate:
-    """Chooses the depth of the next tree; 0 is plain decoding.
+    """Chooses the depth of the next tree, 0 being plain decoding, and what its parts have to bring.
 
-    Speculation starts at ``depth``. Every ``PROBE`` th round is plain, to know what that costs.
-    ``PATIENCE`` rounds or more that emit less than :func:`break_even` lose: trees get a level less;
-    a tree of one level that loses becomes ``REST`` plain rounds, then speculation is tried again.
-    Trees that win grow back. Every loss doubles the wait before the next such try.
+    How large a tree gets is a matter of :class:`Pace`. A draft on a CPU is told the price, and
+    stops where a further level does not pay. On a GPU nobody waits for the draft's levels: there
+    the depth follows what the last level of the tree before was expected to add, a level at a time.
+
+    Every ``PROBE`` th round is plain, to know what that costs. When the last rounds, ``PATIENCE``
+    or more, emitted less than :func:`break_even`, the next ``REST`` are plain, then speculation is
+    tried again. Every such loss doubles the rest.
 
     Args:
-        depth: levels of a full tree.
-        enabled: False: always ``depth``.
+        config: ``gate="off"``: always speculate; then levels of the shape ``"opt"`` have to bring
+            ``tree_threshold``, and all else is free.
+        most: levels of a tree.
+        follows: whether the draft can be told the price.
     """
 
     PATIENCE = 6
     PROBE = 64
     REST = 16
-    MAX_WAIT = 256
+    MAX_REST = 256
 
-    def __init__(self, depth: int, enabled: bool):
-        self.max_depth = depth
-        self.enabled = enabled
-        self.depth = depth
-        self._plain = _Mean()  # seconds of a plain round, which is one token
-        self._start()
+    def __init__(self, config: SpecConfig, most: int, follows: bool):
+        self.enabled, self.follows = config.gate == "auto", follows
+        self._pace, self._depth = Pace(), Depth(most)
+        self._threshold = config.tree_threshold if config.tree_shape == "opt" else 0.0
         self._rounds = 0
-        self._resting = 0
-        self._rest = self.REST
-        self._growth = self.PATIENCE  # rounds that a depth must win before a deeper one is tried
+        self._resting, self._rest = 0, self.REST
+        self._try()
 
     def next_depth(self) -> int:
-        """Return the levels of the next tree."""
-        if not self.enabled:
-            return self.max_depth
-        if self._resting:
-            self._resting -= 1
-            return 0
-        self._rounds += 1
-        return 0 if self._rounds % self.PROBE == self.PATIENCE else self.depth
+        """Return the levels of the next tree at most."""
+        if self.enabled:
+            if self._resting:
+                self._resting -= 1
+                return 0
+            self._rounds += 1
+            if self._rounds % self.PROBE == self.PATIENCE:
+                return 0
+        return self._depth.levels
 
-    def count(self, depth: int, emitted: int, seconds: float) -> None:
-        """Learn that a round with ``depth`` levels took ``seconds`` for ``emitted`` tokens."""
-        if not self.enabled:
+    def price(self) -> Price:
+        """Return what the draft is told that parts of the next tree have to bring."""
+        return self._price() if self.follows else FREE
+
+    def _price(self) -> Price:
+        return self._pace.price() if self.enabled else Price(self._threshold)
+
+    def count(self, took: Round) -> None:
+        """Learn from a round."""
+        if took.gain is not None and not self.follows:
+            self._depth.follow(took.levels, took.gain, self._price())
+        if not self.enabled or took.seconds is None:
             return
-        if depth == 0:
-            self._plain.add(seconds / emitted)
+        self._pace.count(took)
+        if not took.nodes:
             return
-        self._round.add(seconds)
-        self._emitted.add(emitted)
-        if self._round.count < self.PATIENCE or not self._plain.count:
+        self._tried += 1
+        self._recent.count(took.emitted, took.seconds)
+        if self._tried < self.PATIENCE:
             return
-        if self._emitted.value >= break_even(self._round.value, self._plain.value):
-            if self._round.count >= self._growth:
-                self._rest = self.REST
-                if self.depth < self.max_depth:
-                    self._change(self.depth + 1)
-        elif self.depth > 1:
-            self._growth = min(2 * self._growth, self.MAX_WAIT)
-            self._change(self.depth - 1)
-        else:
+        if self._recent.value * self._pace.plain < 1:
             self._resting = self._rest
-            self._rest = min(2 * self._rest, self.MAX_WAIT)
-            self._growth = self.PATIENCE
-            self._change(self.max_depth)
+            self._rest = min(2 * self._rest, self.MAX_REST)
+            self._try()
+        elif self._tried >= 2 * self.PATIENCE:
+            self._rest = self.REST
 
-    def _change(self, depth: int) -> None:
-        self.depth = depth
-        self._start()
-
-    def _start(self) -> None:
-        """Forget the speculative rounds so far: they had other trees."""
-        # Two means, not one of seconds per token: rounds of one cost that emit 1 and 5 tokens in
-        # turn take a third of that cost per token, while the mean of their quotients is 0.6.
-        self._round = _Mean()  # seconds
-        self._emitted = _Mean()  # tokens
+    def _try(self) -> None:
+        """Begin to speculate."""
+        self._tried = 0
+        self._recent = Quotient()  # tokens and seconds of rounds with a tree

@@ -9,7 +9,6 @@ target forward, keeps the path that agrees, and leaves the target's own next tok
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,8 +19,9 @@ from .cache import KVCache, Pass
 from .config import SpecConfig
 from .draft import Decided, Draft
 from .gate import Gate
-from .graphs import Capture, Graphs, Mailbox, Stopwatch, bucket, obstacle
+from .graphs import Capture, Graphs, Mailbox, RoundCost, bucket, obstacle
 from .longrope import drops_cache, longrope_edge
+from .pace import Round
 from .sampling import TokenChooser
 from .stats import SpecStats
 from .stopping import Stop
@@ -133,9 +133,8 @@ class Generation:
         # The next tree is launched before the host has read the round.
         self._leads = self._draft_graphs.enabled and not draft.on_host
         self._cost = RoundCost(self.device, (self._graphs, self._draft_graphs))
-        self._mailbox = Mailbox(2 * width + 2, self.device)
-        self._gate = gate or Gate(config.max_depth, config.gate == "auto" and draft is not None)
-        self._depth = config.max_depth  # OPT-Tree's
+        self._mailbox = Mailbox(2 * width + 3, self.device)
+        self._gate = gate or Gate(config, self._max_depth, self._draft_follows())
         self._first = True  # the round to come is the prompt's last token alone
         self._outcome: Outcome | None = None  # of the last round
         self._reading = draft is not None  # it has yet to finish with the prompt
@@ -156,6 +155,11 @@ class Generation:
             return graphs, Graphs()
         name = f"the draft {type(draft).__name__}"
         return graphs, capture.graphs(self.device, name, draft.obstacle())
+
+    def _draft_follows(self) -> bool:
+        """Tell whether the draft can be told what pays: it works where it can see what it does."""
+        on_host = self.device.type == "cpu" or getattr(self.draft, "on_host", False)
+        return on_host and not self._leads
 
     def close(self) -> None:
         """Drop the graphs; they hold the caches."""
@@ -258,30 +262,33 @@ class Generation:
         with self._cost.verify():
             if graphs.enabled and not self.request.chooser.needs_host:
                 with stats.phase(phase):
-                    outcome = graphs.call(("round", *key), both, *given, tree.gain)
+                    outcome = graphs.call(("round", *key), both, *given, tree.promise)
             else:
                 with stats.phase(phase):
                     passed = graphs.call(("verify", *key), forward, *given)
                 with stats.phase("accept"):
-                    outcome = verifier.accept(*passed, *given, tree.gain)
+                    outcome = verifier.accept(*passed, *given, tree.promise)
         self._mailbox.send(outcome.numbers)  # behind the watch, which is read once this arrives
         return replace(outcome)  # a graph returns the same one again
 
     def _accept(self, tree: Tree, outcome: Outcome) -> Step:
         """Read what was decided, once per round, and draw from it what the host has to know."""
         with self.stats.phase("accept"):
-            step = self._receive(tree, outcome)
+            step, promise = self._receive(tree, outcome)
         if self._ahead is not None:
             self._settle_draft(len(step.tokens))
             if self._from_draft:
                 self.backlog.clear(self.cache.length)
         if not self._first:
             self.stats.count_round(tree.num_nodes - 1, step.num_accepted)
-        seconds = self._cost.seconds()
+        seconds, drafting = self._cost.seconds()
         if self.draft is not None:
             self.draft.observe([step.tokens], seconds)
-        if seconds is not None:
-            self._gate.count(tree.depth, len(step.tokens), seconds)
+            took = Round(
+                tree.depth, tree.num_nodes - 1, len(step.tokens), seconds, drafting,
+                step.num_accepted, *promise,
+            )  # fmt: skip
+            self._gate.count(took)
         return step
 
     def _finish_prefill(self, outcome: Outcome) -> None:
@@ -323,18 +330,15 @@ class Generation:
         draft, before, room = self.draft, self._from_draft, self._room(length)
         depth = 0
         if draft is not None and not self._first and room > 0:
-            depth = min(self._gate.next_depth(), self._depth)
-            if depth == self.config.max_depth:
-                depth = self._max_depth  # what nothing shortens
-            depth = min(depth, room)
+            depth = min(self._gate.next_depth(), room)
         self._from_draft = depth > 0
         if not depth:
             return Tree.root_only(self.decisions.root)
         # What the last round emitted is all that is new, and lies where a graph finds it.
         self._unsettled = before and self._leads
         decided = self.backlog.emitted() if self._unsettled else self.backlog.upto(length)
-        with self.stats.phase("draft"), self._cost.work():
-            tree = draft.propose(decided, depth)
+        with self.stats.phase("draft"), self._cost.draft():
+            tree = draft.propose(decided, depth, self._gate.price())
         self.backlog.clear(length)
         return tree
 
@@ -361,16 +365,17 @@ class Generation:
             return False  # no tree will follow
         return self._first or self.stats.num_rounds % config.retrieve_every == 0
 
-    def _receive(self, tree: Tree, outcome: Outcome) -> Step:
-        """Wait for the outcome's numbers and follow them."""
+    def _receive(self, tree: Tree, outcome: Outcome) -> tuple[Step, list[float]]:
+        """Wait for the outcome's numbers and follow them.
+
+        Returns:
+            What the round brought, and what its tree promised, if anything.
+        """
         width, length = self.decisions.width, self.cache.length
         read = self._mailbox.receive()
         accepted = int(read[0])
         tokens = [int(t) for t in read[1 : accepted + 2]]
         nodes = [int(n) for n in read[1 + width : 2 + width + accepted]]
-        if tree.gain is not None:
-            self._adapt_depth(tree.depth, read[2 * width + 1])
-
         def rows(source: Tensor, wanted: bool) -> tuple[Tensor, ...]:
             return tuple(_own_row(source, n) for n in nodes) if wanted else ()
 
@@ -389,13 +394,8 @@ class Generation:
         self.cache.settle(accepted + 1)
         self.backlog.add(accepted + 1)
         self.stats.num_emitted_tokens += count
-        return Step(tokens[:count], count - 1, scores[:count], logits[:count])
-
-    def _adapt_depth(self, depth: int, gain: float) -> None:
-        """Follow OPT-Tree's rule, one level per round: the tree grows while its last level pays."""
-        if self.config.tree_shape == "opt" and depth == self._depth:
-            wanted = depth + 1 if gain > self.config.tree_threshold else depth - 1
-            self._depth = min(max(wanted, 1), self.config.max_depth)
+        promise = [] if tree.promise is None else [float(x) for x in read[-2:]]
+        return Step(tokens[:count], count - 1, scores[:count], logits[:count]), promise
 
 
 def _own_row(source: Tensor, node: int) -> Tensor:
@@ -458,41 +458,3 @@ class Backlog:
     def clear(self, length: int) -> None:
         """Forget what the draft has taken in: all up to the root behind ``length`` tokens."""
         self._seen, self.features = length + 1, []
-
-
-class RoundCost:
-    """Counts the seconds that the device works for a round, with its draft's and retrieval's work
-    before it.
-
-    Args:
-        device: of the work.
-        graphs: that it is captured in.
-    """
-
-    def __init__(self, device: torch.device, graphs: tuple[Graphs, ...]):
-        self._device, self._graphs = device, graphs
-        self._round: list[Stopwatch] = []
-        self._coming: list[Stopwatch] = []  # of the round to come
-        self._prepared = self._prepared_before = 0  # calls that prepared a graph, up to a round
-
-    def work(self) -> Stopwatch:
-        """Return a watch for work that is done for the round to come."""
-        self._coming.append(Stopwatch(self._device))
-        return self._coming[-1]
-
-    @contextmanager
-    def verify(self):
-        """Time the verify pass, with which a round's work ends."""
-        self._round, self._coming = self._coming, []
-        self._round.append(Stopwatch(self._device))
-        with self._round[-1]:
-            yield
-        self._prepared_before = self._prepared
-        self._prepared = sum(graphs.preparations for graphs in self._graphs)
-
-    def seconds(self) -> float | None:
-        """Return the last round's seconds, to be read when the device has got past it; None where
-        it took longer for once, as a graph was warmed up or recorded."""
-        if self._prepared != self._prepared_before:
-            return None
-        return sum(watch.seconds for watch in self._round)

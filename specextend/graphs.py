@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -281,3 +281,51 @@ class Stopwatch:
         if self._events is not None:
             return self._events[0].elapsed_time(self._events[1]) / 1e3
         return self._stop - self._start
+
+
+class RoundCost:
+    """Counts the seconds that the device works for a round, with its draft's and retrieval's work
+    before it.
+
+    Args:
+        device: of the work.
+        graphs: that it is captured in.
+    """
+
+    def __init__(self, device: torch.device, graphs: tuple[Graphs, ...]):
+        self._device, self._graphs = device, graphs
+        self._drafting: list[Stopwatch] = []
+        self._round: list[Stopwatch] = []
+        self._coming: list[Stopwatch] = []  # of the round to come
+        self._coming_draft: list[Stopwatch] = []
+        self._prepared = self._prepared_before = 0  # calls that prepared a graph, up to a round
+
+    def draft(self) -> Stopwatch:
+        """Return a watch for the tree of the round to come."""
+        self._coming_draft.append(Stopwatch(self._device))
+        return self._coming_draft[-1]
+
+    def work(self) -> Stopwatch:
+        """Return a watch for other work that is done for the round to come."""
+        self._coming.append(Stopwatch(self._device))
+        return self._coming[-1]
+
+    @contextmanager
+    def verify(self):
+        """Time the verify pass, with which a round's work ends."""
+        self._round, self._coming = self._coming, []
+        self._drafting, self._coming_draft = self._coming_draft, []
+        self._round.append(Stopwatch(self._device))
+        with self._round[-1]:
+            yield
+        self._prepared_before = self._prepared
+        self._prepared = sum(graphs.preparations for graphs in self._graphs)
+
+    def seconds(self) -> tuple[float, float] | tuple[None, None]:
+        """Return the last round's seconds, and how many of them its tree took, to be read when the
+        device has got past it; None where it took longer for once, as a graph was warmed up or
+        recorded."""
+        if self._prepared != self._prepared_before:
+            return None, None
+        drafting = sum(watch.seconds for watch in self._drafting)
+        return drafting + sum(watch.seconds for watch in self._round), drafting

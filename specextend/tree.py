@@ -1,7 +1,7 @@
 """Holds trees of proposed tokens, and grows them by a draft.
 
 The work is in the ops ``expand_tree`` and ``finalize_tree``; here are the loop over levels and the
-rules of how many levels and which nodes (OPT-Tree, EAGLE-2, fixed widths).
+rules of how many levels and which nodes (OPT-Tree, EAGLE-2, fixed widths, what pays).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from . import ops
 from .config import SpecConfig
+from .pace import FREE, Price
 
 
 @dataclass
@@ -28,7 +29,8 @@ class Tree:
         parents: [B, M] int32; -1 for the root; a parent comes before its children.
         depths: [B, M] int32; 0 for the root.
         mask: [B, M, ceil(M / 64)] int64, packed: the ancestors of a node and itself.
-        gain: [B] fp32, tokens that the draft expects its last level to add; None for a root alone.
+        promise: [B, 2] fp32, tokens that the draft expects to be accepted, and how many of them the
+            last level adds; None where nothing is proposed, or the draft does not say.
         depth: levels below the root.
     """
 
@@ -36,7 +38,7 @@ class Tree:
     parents: Tensor
     depths: Tensor
     mask: Tensor
-    gain: Tensor | None
+    promise: Tensor | None
     depth: int
 
     @property
@@ -58,7 +60,7 @@ class Tree:
             F.pad(self.parents, (0, more), value=-1),
             F.pad(self.depths, (0, more)),
             torch.cat([mask, itself.expand(mask.shape[0], -1, -1)], 1),
-            self.gain,
+            self.promise,
             self.depth,
         )
 
@@ -69,11 +71,14 @@ class Tree:
         return Tree(root, zeros - 1, zeros, torch.ones_like(root)[..., None], None, 0)
 
     @staticmethod
-    def of(root: Tensor, nodes: list[tuple[int, int]]) -> Tree:
+    def of(
+        root: Tensor, nodes: list[tuple[int, int]], promise: tuple[float, float] | None = None
+    ) -> Tree:
         """Return the tree below [1, 1] ``root`` whose nodes the host knows.
 
         Args:
             nodes: parent and token of each, counted from 1; the root is 0. Parents come first.
+            promise: as the tree's.
         """
         if not nodes:
             return Tree.root_only(root)
@@ -91,7 +96,7 @@ class Tree:
             torch.tensor([[-1, *(parent for parent, _ in nodes)]], dtype=torch.int32, **to),
             torch.tensor([depths], dtype=torch.int32, **to),
             torch.from_numpy(mask.view(np.int64))[None].to(root.device),
-            None,
+            None if promise is None else torch.tensor([promise], **to),
             max(depths),
         )
 
@@ -118,8 +123,9 @@ def grow_tree(
     config: SpecConfig,
     depth: int,
     vocabulary: Tensor | None = None,
+    price: Price = FREE,
 ) -> Tree:
-    """Grow a tree below ``root`` level by level, in log space, without reading anything back.
+    """Grow a tree below ``root`` level by level, in log space.
 
     ``tree_shape`` "opt" and "top_k": every node of the beam offers its ``tree_top_k`` best
     children, the best ``tree_width`` of them are the next beam, and the best ``tree_nodes`` of all
@@ -129,14 +135,18 @@ def grow_tree(
     Args:
         root: [B, 1] int64.
         logits: [B, 1, V] of the draft at the root.
-        step: runs the draft on a level; called ``depth - 1`` times.
-        depth: levels, at least 1.
+        step: runs the draft on a level; called ``depth - 1`` times, or until it does not pay.
+        depth: levels at most, at least 1.
         vocabulary: [V] int64, the target's id of each entry of ``logits``; None: the same ids.
+        price: what a further level, and a further node, must be expected to add. A further level:
+            what the likeliest node of the last one has, if the path to it goes on with the
+            probability that its steps had on average. Read back from the device, once per level;
+            nothing is where all is free. A tree has one node at least.
     """
     fixed = config.tree_shape == "fixed"
     vocab = logits.shape[-1]
     beam_logp = torch.zeros(root.shape, dtype=torch.float32, device=root.device)
-    pool_tokens, pool_logp, pool_parents, level_ends = [], [], [], []
+    pool_tokens, pool_logp, pool_parents = [], [], []
     pool_size = 0  # candidates of the levels before
     beam_pool: Tensor | None = None  # [B, W] pool indices of the beam's nodes; None: the root
     mask: Tensor | None = None
@@ -167,9 +177,8 @@ def grow_tree(
             torch.full_like(origin, -1) if beam_pool is None else beam_pool.gather(1, origin)
         )
         pool_size += pool_tokens[-1].shape[1]
-        level_ends.append(pool_size)
         beam_pool = next_pool.expand(root.shape[0], -1)
-        if level + 1 == depth:
+        if level + 1 == depth or not _goes_on(beam_logp, level, price):
             break
         own = _bits(num_keys, width, words, root.device)
         if mask is None:
@@ -182,18 +191,33 @@ def grow_tree(
 
     logp = torch.cat(pool_logp, 1)
     num_nodes = pool_size if fixed else min(config.tree_nodes, pool_size)
+    if price.node and not fixed:
+        paying = logp.topk(num_nodes, 1).values.exp() > price.node
+        num_nodes = max(1, int(paying.sum(1).max()))
     nodes, parents, depths, packed = ops.finalize_tree(
         logp, torch.cat(pool_parents, 1).int(), num_nodes=num_nodes
     )
     tokens = torch.cat([root, torch.cat(pool_tokens, 1).gather(1, nodes.long())], 1)
-    before = level_ends[-2] if depth > 1 else 0
-    return Tree(tokens, parents, depths, packed, _gain(logp, before, num_nodes), depth)
+    promise = _promise(logp, pool_size - pool_tokens[-1].shape[1], num_nodes)
+    return Tree(tokens, parents, depths, packed, promise, len(pool_tokens))
 
 
-def _gain(logp: Tensor, before: int, num_nodes: int) -> Tensor:
-    """Return the accepted tokens that the last level is expected to add, [B]: E_d - E_(d-1) of
-    OPT-Tree."""
-    expected = logp.topk(num_nodes, 1).values.exp().sum(1)
+def _goes_on(beam_logp: Tensor, level: int, price: Price) -> bool:
+    """Tell whether the level behind ``level``, of which the beam is, is expected to pay."""
+    if not price.level:
+        return True
+    steps = level + 1
+    return bool((beam_logp[:, 0] * (1 + 1 / steps)).exp().max() > price.level)
+
+
+def _promise(logp: Tensor, before: int, num_nodes: int) -> Tensor:
+    """Return the accepted tokens that the best nodes of a pool are expected to bring, and that its
+    last level is expected to add, [B, 2]: E_d and E_d - E_(d-1) of OPT-Tree.
+
+    Args:
+        before: candidates of the levels before the last one.
+    """
+    gain = expected = logp.topk(num_nodes, 1).values.exp().sum(1)
     if before:
-        expected = expected - logp[:, :before].topk(min(num_nodes, before), 1).values.exp().sum(1)
-    return expected
+        gain = expected - logp[:, :before].topk(min(num_nodes, before), 1).values.exp().sum(1)
+    return torch.stack([expected, gain], 1)

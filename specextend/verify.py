@@ -75,8 +75,9 @@ class Outcome:
     """Holds what a verify pass and its acceptance leave on the device. Batch 1.
 
     Attributes:
-        numbers: [2 W + 2] fp64, what the host reads: accepted tokens, W emitted ones, W nodes of
-            the path, the tree's gain; W is the longest path with its root, tails are -1.
+        numbers: [2 W + 3] fp64, what the host reads: accepted tokens, W emitted ones, W nodes of
+            the path, the two of the tree's promise; W is the longest path with its root, tails are
+            -1.
         logits, scores: [1, M, V], raw and processed.
         chunk_scores: [1, C] fp32, for retrieval; None where none is due.
     """
@@ -116,7 +117,7 @@ class Verifier:
             raise ValueError(f"exact=True does not serve {type(target.model).__name__}: {reason}")
         self.target, self.config, self.cache = target, config, cache
         self.decisions, self.chooser, self.feature_layers = decisions, chooser, feature_layers
-        self._no_gain = torch.zeros(1, device=cache.lens.device)
+        self._no_promise = torch.zeros(1, 2, device=cache.lens.device)
 
     def forward(
         self, scoring: bool, tokens: Tensor, parents: Tensor, depths: Tensor, mask: Tensor | None
@@ -151,7 +152,7 @@ class Verifier:
         parents: Tensor,
         depths: Tensor,
         mask: Tensor | None,
-        gain: Tensor | None,
+        promise: Tensor | None,
     ) -> Outcome:
         """Choose at every node, walk, compact, commit."""
         cache, decisions = self.cache, self.decisions
@@ -170,7 +171,8 @@ class Verifier:
         if state.features is not None:
             decisions.keep(state.features, path)
         cache.commit(decisions.counts)
-        parts = [num_accepted, emitted[0], path[0], self._no_gain if gain is None else gain]
+        promise = self._no_promise if promise is None else promise
+        parts = [num_accepted, emitted[0], path[0], promise[0]]
         return Outcome(torch.cat([p.double() for p in parts]), logits, scores, chunk_scores)
 
     def _chunk_scores(self, state: Pass, path: Tensor, num_accepted: Tensor) -> Tensor | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from specextend.gate import Gate
 from specextend.generation import Generation
+from specextend.pace import FREE, Price, Round
 
 
 class Kept(list):
@@ -16,8 +16,8 @@ class Kept(list):
         return self[-1]
 
 
-class ScriptedGate(Gate):
-    """Gives the depths of trees that it is told, and keeps what it is told of rounds."""
+class ScriptedGate:
+    """Gives the depths of trees that it is told, at no price, and keeps what it is told of rounds."""
 
     def __init__(self, depths: Iterable[int]):
         self.depths, self.counted = iter(depths), []
@@ -25,8 +25,11 @@ class ScriptedGate(Gate):
     def next_depth(self) -> int:
         return next(self.depths)
 
-    def count(self, *round_: float) -> None:
-        self.counted.append(round_)
+    def price(self) -> Price:
+        return FREE
+
+    def count(self, took: Round) -> None:
+        self.counted.append(took)
 
 
 def scripted(depths: Iterable[int]):

@@ -25,6 +25,7 @@ from specextend import SpecConfig, SpecExtend, __version__, machine
 from specextend.cache import KVCache
 from specextend.eval.memory import PeakMemory
 from specextend.gate import Gate, break_even
+from specextend.pace import Round
 from specextend.pair import Pair
 from specextend.target import Target
 from specextend.testing import Spread, time_calls
@@ -182,10 +183,11 @@ def test_the_line_of_a_round_agrees_with_the_gate(report, capsys, emitted):
     assert entry["break_even"] == pytest.approx(break_even(0.022, 0.010)) == pytest.approx(2.2)
     assert entry["peers"]["plain"]["ratio"] == pytest.approx(0.5)  # of medians
     pays = "does not pay" not in capsys.readouterr().out
-    gate, depths = Gate(1, True), []
+    gate, depths = Gate(SpecConfig(), 1, follows=True), []
     for _ in range(200):
         depths.append(gate.next_depth())
-        gate.count(depths[-1], *((emitted, 0.022) if depths[-1] else (1, 0.010)))
+        took = (1, 1, emitted, 0.022) if depths[-1] else (0, 0, 1, 0.010)
+        gate.count(Round(*took))
     assert pays == (emitted > 2.2) == (depths.count(1) > 190)
 
 

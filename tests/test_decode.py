@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -494,10 +495,10 @@ class TestGate:
         """With rounds of a tree a hundred times as slow, most tokens come from plain rounds."""
 
         class Slow(Gate):
-            def count(self, depth, emitted, seconds):
-                super().count(depth, emitted, 100.0 if depth else 1.0)
+            def count(self, took):
+                super().count(replace(took, seconds=100.0 if took.nodes else 1.0, drafting=0.0))
 
-        gate = Slow(SMALL.max_depth, enabled=True)
+        gate = Slow(SMALL.replace(gate="auto"), SMALL.max_depth, follows=True)
         spec = SpecExtend(target, draft, SMALL, generation=partial(Generation, gate=gate))
         ids = prompt(40)
         out = spec.generate(ids, max_new_tokens=200, do_sample=False)

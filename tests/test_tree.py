@@ -90,7 +90,9 @@ def test_best_nodes_of_all_paths(seed, nodes):
     check_mask(tree)
     before = sorted((draft.logp(p) for p in everything if len(p) < depth), reverse=True)[:nodes]
     gain = sum(torch.tensor([draft.logp(p) for p in best]).exp()) - sum(torch.tensor(before).exp())
-    torch.testing.assert_close(tree.gain[0], gain, rtol=1e-4, atol=1e-5)
+    expected = sum(torch.tensor([draft.logp(p) for p in best]).exp())
+    promise = torch.stack([expected, gain])
+    torch.testing.assert_close(tree.promise[0], promise, rtol=1e-4, atol=1e-5)
 
 
 @for_each(seed=range(4))
@@ -136,7 +138,7 @@ def test_more_than_64_keys():
 
 def test_root_only():
     tree = Tree.root_only(torch.tensor([[7]]))
-    assert tree.num_nodes == 1 and tree.depth == 0 and tree.gain is None
+    assert tree.num_nodes == 1 and tree.depth == 0 and tree.promise is None
     assert tree.parents.tolist() == [[-1]] and tree.depths.tolist() == [[0]]
     check_mask(tree)
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..cache import KVCache
 from ..config import SpecConfig
 from ..graphs import Graphs
+from ..pace import FREE, Price
 from ..target import Target
 from ..tree import Tree
 from .checkpoint import Checkpoint
@@ -187,7 +188,7 @@ class Draft(ABC):
         return True
 
     @abstractmethod
-    def propose(self, decided: Decided, depth: int) -> Tree:
+    def propose(self, decided: Decided, depth: int, price: Price = FREE) -> Tree:
         """Take in the decided tokens and grow a tree of at most ``depth`` levels per sequence.
 
         Args:
@@ -196,6 +197,8 @@ class Draft(ABC):
             depth: levels, at least 1 and at most ``config.max_depth``, or ``max_depth`` if that is
                 more, so that the decided tokens and all levels but the last, whose nodes need not
                 be taken in, are within ``max_length``.
+            price: what parts of the tree should be expected to add, so that they are worth their
+                time; free where the host does not follow the device.
 
         Returns:
             A tree of B sequences, all with M nodes.

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..cache import KVCache
 from ..config import SpecConfig
 from ..graphs import Graphs
+from ..pace import FREE, Price
 from ..rotary import Rotary
 from ..tree import Tree, grow_tree
 from .base import Decided, Draft
@@ -57,13 +58,13 @@ class CachedDraft(Draft):
     def retrieve(self, scores: Tensor) -> Tensor:
         return self.caches.refill(scores)
 
-    def propose(self, decided, depth) -> Tree:
+    def propose(self, decided, depth, price=FREE) -> Tree:
         decided = self._make_room(decided)
         given = decided.tokens, decided.features, decided.counts
         if decided.counts is not None:
             key = ("propose", len(decided), depth)
-            return self._graphs.call(key, lambda *given: self._grow(depth, *given), *given)
-        tree = self._grow(depth, *given)
+            return self._graphs.call(key, lambda *given: self._grow(depth, FREE, *given), *given)
+        tree = self._grow(depth, price, *given)
         self.settle([len(decided)])
         return tree
 
@@ -89,9 +90,14 @@ class CachedDraft(Draft):
         return decided
 
     def _grow(
-        self, depth: int, tokens: Tensor, features: Tensor | None, counts: Tensor | None
+        self,
+        depth: int,
+        price: Price,
+        tokens: Tensor,
+        features: Tensor | None,
+        counts: Tensor | None,
     ) -> Tree:
-        """Take in what is decided and grow a tree; on the device alone."""
+        """Take in what is decided and grow a tree; on the device alone where that is free."""
         if counts is None:
             last, root = None, tokens[:, -1:]
         else:
@@ -100,7 +106,7 @@ class CachedDraft(Draft):
             root = tokens.gather(1, last[:, None])
         logits = self._take_in(tokens, features, last)
         self.caches.commit(tokens.shape[1] if counts is None else counts)
-        return grow_tree(root, logits, self.step, self.config, depth, self.vocabulary)
+        return grow_tree(root, logits, self.step, self.config, depth, self.vocabulary, price)
 
     @abstractmethod
     def _fill(self, decided: Decided) -> None:

@@ -1,28 +1,24 @@
 """Chooses what a round proposes by look-up and by a model, from what both have brought and cost.
 
 A round's value is the tokens that it is expected to emit over the seconds that it is expected to
-take. How reliable a look-up is, the look-up knows; here are the levels of the model's trees, the
-seconds of its forwards, and those of verify passes by their nodes.
+take. How reliable a look-up is, the look-up knows; here is how far the target follows the model's
+trees. How large these get is a matter of the pace.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from statistics import median_low
 
 import numpy as np
 
 from ..config import SpecConfig
+from ..pace import MEMORY, Pace, Quotient, Round
 from .lookup import Node
 
-_MEMORY = 32  # rounds after which an old one counts a third
-_PRIOR = 4  # rounds that what is expected beforehand counts for
 _FIRST = 0.7  # beforehand: chance that the target confirms a level of the model's tree
+_PRIOR = 4  # rounds that this counts for
 _ROUNDS = 4  # by look-up alone, before the model reads the prompt
-
-#: beforehand: what a model takes of the target's seconds for the same
-HOPED = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,7 @@ class Plan:
     """Says what to propose.
 
     Attributes:
-        levels: of the model's tree; 0: the model does not run.
+        levels: of the model's tree at most; 0: the model does not run.
         num_nodes: nodes of the look-up, the likeliest ones.
     """
 
@@ -39,66 +35,35 @@ class Plan:
 
 
 class Confirmed:
-    """Estimates how far the target follows the model's trees.
+    """Estimates how far the target follows the model's trees, however deep these are: where one
+    ends, nothing is confirmed.
 
-    A level that has not been tried lately is taken to be like the one before it.
+    A level that has not been reached lately is taken to be like the one before it.
     """
 
     def __init__(self, max_depth: int):
-        self._tried = np.zeros(max_depth)
+        self._reached = np.zeros(max_depth)
         self._right = np.zeros(max_depth)
 
-    def count(self, levels: int, accepted: int) -> None:
-        """Learn that ``accepted`` of ``levels`` levels were confirmed."""
-        self.forget(1 / _MEMORY)
-        tried = min(accepted + 1, levels)
-        self._tried[:tried] += 1
+    def count(self, accepted: int) -> None:
+        """Learn that ``accepted`` levels were confirmed."""
+        self.forget(1 / MEMORY)
+        self._reached[: accepted + 1] += 1
         self._right[:accepted] += 1
 
     def forget(self, share: float) -> None:
         """Let what was seen so far count less."""
-        self._tried *= 1 - share
+        self._reached *= 1 - share
         self._right *= 1 - share
 
     def chances(self) -> np.ndarray:
         """Return [max_depth]: the chances that a path reaches level 1, 2, ..."""
         found, before, chance = [], _FIRST, 1.0
-        for tried, right in zip(self._tried, self._right, strict=True):
-            before = (right + _PRIOR * before) / (tried + _PRIOR)
+        for reached, right in zip(self._reached, self._right, strict=True):
+            before = (right + _PRIOR * before) / (reached + _PRIOR)
             chance *= before
             found.append(chance)
         return np.array(found)
-
-
-class VerifySeconds:
-    """Estimates what a verify pass takes by its nodes: a straight line through recent rounds, by
-    medians of slopes and rests (Theil and Sen), which rounds that others disturb do not move."""
-
-    _SHARE = 1 / 40  # beforehand: a node's share of a pass of the root alone
-    _PRIOR = 16  # slopes that this counts for
-
-    def __init__(self):
-        self._rounds: deque[tuple[int, float]] = deque(maxlen=32)
-        self.root, self.per_node = 1.0, self._SHARE  # of a pass, as long as there was none
-
-    @property
-    def known(self) -> bool:
-        """Tell whether there was a pass to measure by."""
-        return bool(self._rounds)
-
-    def count(self, nodes: int, seconds: float) -> None:
-        """Learn what a pass took."""
-        self._rounds.append((nodes, seconds))
-        sizes, took = np.array(self._rounds).T
-        prior = self._SHARE * float(np.median(took / (1 + self._SHARE * sizes)))
-        one, other = np.triu_indices(len(sizes), 1)
-        wider = sizes[one] != sizes[other]
-        one, other = one[wider], other[wider]
-        slopes = (took[one] - took[other]) / (sizes[one] - sizes[other])
-        slope = np.median(np.concatenate([slopes, np.full(self._PRIOR, prior)]))
-        # More than four times as much is not a node's, but others' that disturbed some rounds.
-        self.per_node = float(np.clip(slope, 0.0, 4 * prior))
-        self.root = float(np.median(took / (1 + self.per_node / prior * self._SHARE * sizes)))
 
 
 class Choice:
@@ -107,6 +72,9 @@ class Choice:
 
     Args:
         config: of the model's trees.
+
+    Attributes:
+        pace: what rounds have brought and cost.
     """
 
     REST = 32  # rounds without the model before it is tried again, at first; doubled each time
@@ -114,34 +82,30 @@ class Choice:
 
     def __init__(self, config: SpecConfig):
         self.config = config
+        self.pace = Pace()
         self.confirmed = Confirmed(config.max_depth)
-        self.verify = VerifySeconds()
-        self._forwards: deque[float] = deque(maxlen=9)  # seconds of the model's, the latest
+        depth = config.max_depth
+        self._levels = Quotient(depth, 1)  # of the model's trees
+        self._nodes = Quotient(config.nodes_within(depth), 1)
         self._rest, self._rested = self.REST, 0
         # Seconds per token that were expected of look-up alone, and with the model.
-        self._expected: deque[tuple[float, float]] = deque(maxlen=_MEMORY)
+        self._expected: deque[tuple[float, float]] = deque(maxlen=MEMORY)
 
-    def count(
-        self, plan: Plan, accepted: int, nodes: int, seconds: float | None, drafting: float
-    ) -> None:
+    def count(self, took: Round, nodes: int = 0) -> None:
         """Learn from a round.
 
         Args:
-            plan: what it proposed.
-            accepted: levels of the model's tree that were confirmed.
-            nodes: of the whole tree.
-            seconds: that it took; None: that says nothing of other rounds.
-            drafting: of these, the model's.
+            took: the levels, and what is expected and accepted of them, are the model's.
+            nodes: of the model's tree.
         """
-        if plan.levels:
-            self.confirmed.count(plan.levels, accepted)
+        if took.levels:
+            self.confirmed.count(took.accepted)
+            self._levels.count(took.levels, 1)
+            self._nodes.count(nodes, 1)
         else:
-            self.confirmed.forget(1 / (2 * _MEMORY))  # so that it is tried again
-        if seconds is None:
-            return
-        self.verify.count(nodes, seconds - drafting)
-        if plan.levels:
-            self._forwards.append(drafting / plan.levels)
+            self.confirmed.forget(1 / (2 * MEMORY))  # so that it is tried again
+        if took.seconds is not None:
+            self.pace.count(took)
 
     def worth(self, nodes: list[Node], depth: int, seconds: float, tokens: int) -> bool:
         """Tell whether the model is expected to save the seconds that it needs before it can run.
@@ -151,7 +115,7 @@ class Choice:
             seconds: that the model needs.
             tokens: that are left to write.
         """
-        if not self.verify.known:
+        if not self.pace.verify.known:
             return False
         value = self._values(nodes, depth)
         self._expected.append((1 / value[0].max(), 1 / value.max()))
@@ -171,42 +135,28 @@ class Choice:
             self._rest, self._rested = self.REST, 0
         elif self._rested == self._rest:
             self._rest, self._rested = min(2 * self._rest, self.MAX_REST), 0
-            row = 1 + int(value[1:].max(1).argmax())
+            row = 1
         else:
             self._rested += 1
-        return Plan(self._levels(depth)[row], int(value[row].argmax()))
-
-    def _levels(self, depth: int) -> list[int]:
-        """Return the levels that the model's tree may have."""
-        if self.config.tree_shape == "opt" or not depth:
-            return list(range(depth + 1))
-        return [0, depth]
+        return Plan(depth if row else 0, int(value[row].argmax()))
 
     def _values(self, nodes: list[Node], depth: int) -> np.ndarray:
-        """Return the expected tokens per second of a round, by levels of the model's tree and nodes
-        of the look-up; all of them without a measure as long as there is none."""
+        """Return the expected tokens per second of a round [1 or 2, nodes + 1], without the model
+        and, where it may have levels, with it, by nodes of the look-up; all of them without a
+        measure as long as there is none."""
         deepest = max([depth, *(node.level for node in nodes)])
         reach = np.zeros((len(nodes) + 1, deepest))  # of the look-up, by its nodes
         for i, node in enumerate(nodes, 1):
             reach[i] = reach[i - 1]
             reach[i, node.level - 1] += node.chance
-        levels = self._levels(depth)
-        model = np.zeros((len(levels), deepest))
-        for row, count in enumerate(levels):
-            model[row, :count] = self.confirmed.chances()[:count]
+        pace, found = self.pace, np.arange(len(nodes) + 1)
+        alone = (1 + reach.sum(-1)) / (pace.verify.first + pace.verify.each * found)
+        if not depth:
+            return alone[None]
         # What one knows the other tends to know, too: together they reach as far as the better one.
-        tokens = 1 + np.maximum(model[:, None], reach[None]).sum(-1)
-        root, node = self.verify.root, self.verify.per_node
-        # Of what a forward takes nothing is known before it is tried: it is hoped to be little.
-        forward = median_low(self._forwards) if self._forwards else HOPED * root
-        sizes = np.array([self._num_nodes(count) for count in levels])[:, None]
-        seconds = root + node * (sizes + np.arange(len(nodes) + 1)[None])
-        return tokens / (seconds + forward * np.array(levels)[:, None])
-
-    def _num_nodes(self, levels: int) -> int:
-        """Return the proposed nodes of a model's tree of so many levels."""
-        config = self.config
-        if config.tree_shape == "fixed":
-            return sum(config.tree_widths[:levels])
-        offered = levels and config.tree_top_k * (1 + (levels - 1) * config.tree_width)
-        return min(config.tree_nodes, offered)
+        together = reach.copy()
+        chances = self.confirmed.chances()[:depth]
+        together[:, :depth] = np.maximum(together[:, :depth], chances)
+        seconds = pace.verify.first + pace.verify.each * (self._nodes.value + found)
+        seconds = seconds + pace.forward * min(self._levels.value, depth)
+        return np.stack([alone, (1 + together.sum(-1)) / seconds])

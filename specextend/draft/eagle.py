@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..cache import Pass
 from ..config import SpecConfig
+from ..pace import FREE
 from ..products import FewRows
 from ..rotary import Rotary
 from ..target import Target
@@ -79,9 +80,9 @@ class EagleDraft(CachedDraft):
         if len(decided):
             self._fill(decided)
 
-    def propose(self, decided, depth) -> Tree:
+    def propose(self, decided, depth, price=FREE) -> Tree:
         with self._few_rows.active():
-            return super().propose(self._from_features(decided), depth)
+            return super().propose(self._from_features(decided), depth, price)
 
     def _from_features(self, decided: Decided) -> Decided:
         """Return the tokens that were decided from features: all but the first of all."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from .. import ops
 from ..attention import device_of
 from ..config import SpecConfig
+from ..pace import FREE
 from ..products import FewRows
 from ..target import Target
 from ..tree import Tree, grow_tree
@@ -165,7 +166,7 @@ class LongSpecDraft(Draft):
         self._pending = torch.cat([self._pending, tokens], 1)[:, -self.window :]
         self._taken += tokens.shape[1]
 
-    def propose(self, decided, depth) -> Tree:
+    def propose(self, decided, depth, price=FREE) -> Tree:
         self._take(decided.tokens)
         new, self._pending = self._pending, self._pending[:, :0]
         positions = torch.arange(self._taken - new.shape[1], self._taken, device=self.device)[None]
@@ -177,7 +178,8 @@ class LongSpecDraft(Draft):
         root = new[:, -1:]
         with self._few_rows.active():
             logits = self.logits(root, positions[:, -1:], slots[-1:], root.new_zeros(1, 1, 0))
-            return grow_tree(root, logits, self.step, self.config, min(depth, len(self._widths)))
+            depth = min(depth, len(self._widths))
+            return grow_tree(root, logits, self.step, self.config, depth, price=price)
 
     def step(
         self, tokens: Tensor, level: int, mask: Tensor, num_keys: int, parents: Tensor

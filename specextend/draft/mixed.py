@@ -10,16 +10,17 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional as F
 
 from ..config import SpecConfig
 from ..graphs import Stopwatch
+from ..pace import FREE, HOPED, Depth, Price, Round
 from ..tree import Tree
 from .base import Decided, Draft
-from .choice import HOPED, Choice, Plan
+from .choice import Choice
 from .lookup import LookUp, deepest
 from .ngram import NGramDraft
 
@@ -80,11 +81,13 @@ class MixedDraft(Draft):
         self._graphs, self._device = graphs, prompt.device
         self._lookup = LookUp(self.config, max_length + 1)
         self._lookup.begin(prompt[0].tolist())
-        self._choice = self._choose(self.config)
+        self._choice, self._depth = self._choose(self.config), Depth(self.config.max_depth)
+        # The model can be told what pays where it works as it is told, and may be waited for.
+        self._follows = prompt.device.type == "cpu" and not graphs.enabled
         self.accepted = Counter()
         self._waiting: list[Decided] = []  # what the model has yet to take in
         self._ran = False  # the model has, in this generation
-        self._plan: Plan | None = None  # of the last tree, until its round is observed
+        self._proposed: _Proposed | None = None  # until its round is observed
         # Where the text is too long for the model there is still look-up.
         limit = self.model.max_length
         self._limit = max_length if limit is None else limit
@@ -123,30 +126,30 @@ class MixedDraft(Draft):
     def retrieve(self, scores):
         return self.model.retrieve(scores) if self._has_model else None
 
-    def propose(self, decided, depth) -> Tree:
+    def propose(self, decided, depth, price=FREE) -> Tree:
         self._waiting.append(decided)
         nodes = self._lookup.grow(depth, self.max_nodes)
         # The text ends with the root, which the target has not seen.
         room = min(depth, self.config.max_depth, self._limit - self._lookup.length + 1)
         plan = self._choice.plan(nodes, max(room, 0) if self._has_read else 0)
         found = [(node.parent, node.token) for node in nodes[: plan.num_nodes]]
-        self._own: list[tuple[int, int]] | None = None  # nodes of the model, where look-up has some
-        self._watch = Stopwatch(self._device) if plan.levels else None
+        self._proposed = proposed = _Proposed(len(found))
         if not plan.levels:
-            tree = Tree.of(decided.tokens[:, -1:], found)
-        else:
-            with self._watch:
-                tree = self._run(plan.levels)
-            if found:
-                rows = torch.cat([tree.parents.long(), tree.tokens]).tolist()
-                self._own = list(zip(*rows, strict=True))[1:]
-                merged = _merge(self._own, found, self.max_nodes)
-                tree = Tree.of(decided.tokens[:, -1:], merged)
-        self._plan, self._num_nodes = plan, tree.num_nodes - 1
-        # How deep the model's tree is to be is chosen here, not by its gain.
-        return replace(tree, gain=None)
+            return Tree.of(decided.tokens[:, -1:], found)
+        proposed.watch = Stopwatch(self._device)
+        with proposed.watch:
+            tree = self._run(min(plan.levels, self._depth.levels), price)
+        proposed.model, proposed.num_nodes = tree, tree.num_nodes - 1
+        if found:
+            rows = torch.cat([tree.parents.long(), tree.tokens]).tolist()
+            proposed.own = list(zip(*rows, strict=True))[1:]
+            merged = _merge(proposed.own, found, self.max_nodes)
+            proposed.num_nodes = len(merged)
+            tree = Tree.of(decided.tokens[:, -1:], merged)
+        # How large the model's tree gets is chosen here.
+        return replace(tree, promise=None)
 
-    def _run(self, levels: int) -> Tree:
+    def _run(self, levels: int, price: Price) -> Tree:
         """Have the model take in all that is decided, and grow a tree."""
         features = None
         if self._waiting[0].features is not None:
@@ -154,10 +157,12 @@ class MixedDraft(Draft):
         decided = Decided(torch.cat([part.tokens for part in self._waiting], 1), features)
         self._waiting = []
         count, width = len(decided), self.config.max_depth + 1
+        if self.config.gate == "auto":
+            price = self._choice.pace.price() if self._follows else FREE
         captured = self._graphs.enabled and self._ran and count <= width
         self._ran = True
         if not captured:
-            return self.model.propose(decided, levels)
+            return self.model.propose(decided, levels, price)
         # A graph serves any number of tokens: it is told on the device how many count.
         pad = width - count
         tokens = F.pad(decided.tokens, (0, pad))
@@ -169,25 +174,59 @@ class MixedDraft(Draft):
 
     def observe(self, tokens, seconds=None) -> None:
         (tokens,) = tokens
-        plan, self._plan = self._plan, None
-        if plan is not None:
-            self._count(plan, tokens[:-1], seconds)
+        proposed, self._proposed = self._proposed, None
+        if proposed is not None:
+            self._count(proposed, tokens[:-1], seconds)
         self._lookup.follow(tokens)
 
-    def _count(self, plan: Plan, accepted: list[int], seconds: float | None) -> None:
+    def _count(self, proposed: _Proposed, accepted: list[int], seconds: float | None) -> None:
         """Learn from a round, and note whose the accepted tokens were."""
-        models = len(accepted) if plan.levels else 0
-        if self._own is not None:
-            children = {node: i for i, node in enumerate(self._own, 1)}
-            node = models = 0
-            for token in accepted:
-                node = children.get((node, token))
-                if node is None:
-                    break
-                models += 1
-        drafting = 0.0 if self._watch is None or seconds is None else self._watch.seconds
-        self._choice.count(plan, models, self._num_nodes, seconds, drafting)
+        model = proposed.model
+        if model is None:
+            took = Round(0, proposed.num_nodes, len(accepted) + 1, seconds)
+            self._choice.count(took)
+            self.accepted["ngram"] += len(accepted)
+            return
+        models = proposed.by_model(accepted)
+        expected, gain = (None, None) if model.promise is None else model.promise[0].tolist()
+        drafting = None if seconds is None else proposed.watch.seconds
+        took = Round(
+            model.depth, proposed.num_nodes, len(accepted) + 1, seconds, drafting, models,
+            expected, gain,
+        )  # fmt: skip
+        if gain is not None and self.config.gate == "auto" and not self._follows:
+            self._depth.follow(model.depth, gain, self._choice.pace.price())
+        self._choice.count(took, model.num_nodes - 1)
         self.accepted += Counter(model=models, ngram=len(accepted) - models)
+
+
+@dataclass
+class _Proposed:
+    """Holds what a round proposed, until it is observed.
+
+    Attributes:
+        num_nodes: of the whole tree.
+        model: the model's tree; None: it did not run.
+        watch: its seconds.
+        own: parent and token of the model's nodes, counted from 1; None: all nodes are its own.
+    """
+
+    num_nodes: int
+    model: Tree | None = None
+    watch: Stopwatch | None = None
+    own: list[tuple[int, int]] | None = None
+
+    def by_model(self, accepted: list[int]) -> int:
+        """Count the accepted tokens that the model had proposed."""
+        if self.own is None:
+            return len(accepted)
+        children = {node: i for i, node in enumerate(self.own, 1)}
+        node = 0
+        for count, token in enumerate(accepted):
+            node = children.get((node, token))
+            if node is None:
+                return count
+        return len(accepted)
 
 
 def _merge(

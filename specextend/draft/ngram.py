@@ -6,6 +6,7 @@ It costs nothing, and pays where the output copies its input.
 from __future__ import annotations
 
 from ..config import SpecConfig
+from ..pace import FREE
 from ..target import Target
 from ..tree import Tree
 from .base import Draft, Source, Tokenizers
@@ -52,6 +53,8 @@ class NGramDraft(Draft):
     def observe(self, tokens, seconds=None) -> None:
         self._lookup.follow(tokens[0])
 
-    def propose(self, decided, depth) -> Tree:
+    def propose(self, decided, depth, price=FREE) -> Tree:
         nodes = self._lookup.grow(depth, self.config.max_nodes)
-        return Tree.of(decided.tokens[:, -1:], [(node.parent, node.token) for node in nodes])
+        nodes = [node for node in nodes if node.chance > price.node]
+        found = [(node.parent, node.token) for node in nodes]
+        return Tree.of(decided.tokens[:, -1:], found, (sum(node.chance for node in nodes), 0.0))

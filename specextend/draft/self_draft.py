@@ -92,14 +92,14 @@ class SelfDraft(CausalLMDraft):
             self.retrieve(None)
         return decided
 
-    def _grow(self, depth, tokens, features, counts) -> Tree:
+    def _grow(self, depth, price, tokens, features, counts) -> Tree:
         work = self.caches.work
         self._copy(tokens.shape[1])
         root = tokens[:, -1:] if counts is None else tokens.gather(1, counts.long()[:, None] - 1)
         # The root stays in the working cache while the tree grows behind it.
         logits = self.logits(root, self._positions(1), Pass(work, [(work, work.lens)], 1))
         work.commit(1)
-        tree = grow_tree(root, logits, self.step, self.config, depth)
+        tree = grow_tree(root, logits, self.step, self.config, depth, price=price)
         work.commit(-1)
         return tree
 

@@ -11,6 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from ..config import SpecConfig
 from ..decode import SpecExtend
 from ..draft.causal_lm import CausalLMDraft
+from ..pace import FREE
 from ..tree import Tree
 from .records import Needle
 
@@ -23,8 +24,8 @@ class _Probe(CausalLMDraft):
         super().begin(prompt, max_length, cache, graphs)
         self.thoughts: list[Tensor] = []  # [V] of each round
 
-    def propose(self, decided, depth) -> Tree:
-        tree = super().propose(decided, 1)
+    def propose(self, decided, depth, price=FREE) -> Tree:
+        tree = super().propose(decided, 1, price)
         self.thoughts.append(self._last)
         return Tree.root_only(tree.tokens[:, :1])
 
