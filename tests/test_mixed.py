@@ -16,7 +16,7 @@ from test_ngram import cycling_model
 
 from specextend import SpecConfig, SpecExtend
 from specextend.draft import MixedDraft, NGramDraft, beside_lookup, load_draft
-from specextend.draft.choice import Choice, Confirmed, Plan
+from specextend.draft.choice import Choice, Plan, Trees
 from specextend.draft.lookup import LookUp, Node
 from specextend.draft.mixed import _merge
 from specextend.pace import Round
@@ -339,7 +339,7 @@ class Costs:
             plan.levels, plan.num_nodes + own, accepted + 1, disturbed * seconds,
             disturbed * drafting, accepted,
         )  # fmt: skip
-        self.choice.count(took, own)
+        self.choice.count(took, plan.levels, own)
         return plan
 
     def rounds(self, count: int, nodes=()) -> list[Plan]:
@@ -361,17 +361,28 @@ class TestChoice:
             plans = Costs(forward, right).rounds(200)[20:]
             assert 0 < sum(plan.levels > 0 for plan in plans) < 30
 
+    def test_a_cheap_model_goes_deeper(self):
+        def levels(forward):
+            plans = Costs(forward, 0.85).rounds(120)[40:]
+            return sum(plan.levels for plan in plans) / len(plans)
+
+        assert levels(0.02) > 4 > levels(0.3) > levels(0.6)
+
     def test_a_model_that_stops_early_costs_less(self):
         """What its trees have cost counts, not what they might have."""
-        choice = Choice(SpecConfig())
-        choice.count(Round(0, 0, 1, 1.0))
-        for _ in range(60):
-            choice.count(Round(2, 3, 2, 1.0 + 0.06 + 1.0, 1.0, 1), 3)
-        doubtful = chain(0.1)
-        assert choice.plan(doubtful, 5).levels == 0  # two tokens in twice the time and more
-        for _ in range(60):
-            choice.count(Round(1, 3, 2, 1.0 + 0.06 + 0.5, 0.5, 1), 3)
-        assert choice.plan(doubtful, 5).levels == 5
+
+        def value(forwards):
+            """Of a tree of at most five levels, where one and three are confirmed in turn."""
+            choice = Choice(SpecConfig())
+            choice.count(Round(0, 0, 1, 1.0))
+            for i in range(60):
+                drafting, accepted = 0.3 * forwards[i % 2], (1, 3)[i % 2]
+                took = Round(forwards[i % 2], 8, accepted + 1, 1.2 + drafting, drafting, accepted)
+                choice.count(took, 5, 8)
+            return choice._values([], 5)[5, 0]
+
+        assert value((5, 5)) == pytest.approx(3 / 2.7, rel=0.1)
+        assert value((1, 3)) == pytest.approx(3 / 1.8, rel=0.1)
 
     def test_unlikely_nodes_are_not_verified(self):
         nodes = chain(0.5, 0.3, 0.1, 0.1)
@@ -380,7 +391,7 @@ class TestChoice:
 
     def test_a_doubtful_match_goes_beside_a_good_model(self):
         plans = Costs(0.05, 0.8).rounds(60, chain(0.2, *[0.98] * 7))[20:]
-        assert sum(plan.levels > 0 and plan.num_nodes > 5 for plan in plans) > 36
+        assert sum(plan.levels > 0 and plan.num_nodes > 5 for plan in plans) > 30
 
     def test_a_model_that_cannot_run_does_not(self):
         assert Choice(SpecConfig()).plan([], 0) == Plan(0, 0)
@@ -395,15 +406,27 @@ class TestChoice:
 
 
 def test_levels_that_were_confirmed():
-    confirmed = Confirmed(4)
-    before = confirmed.chances()
+    trees = Trees(4)
+    before, most = trees.chances(), trees.forwards()
+    assert most.tolist() == [1, 2, 3, 4]
     for _ in range(100):
-        confirmed.count(1)
-    first, second, third, fourth = confirmed.chances()
+        trees.count(2, 2, 1)
+    first, second, third, fourth = trees.chances()
     assert first > 0.95 and second < 0.2 and third < second and fourth < third
+    assert trees.forwards() == pytest.approx(most)
     for _ in range(200):
-        confirmed.forget(1 / 16)
-    assert confirmed.chances() == pytest.approx(before, abs=1e-3)
+        trees.forget(1 / 16)
+    assert trees.chances() == pytest.approx(before, abs=1e-3)
+
+
+def test_where_trees_end_nothing_is_confirmed():
+    """Half of them after one level, confirmed; the others after four, all of them confirmed."""
+    trees = Trees(4)
+    for _ in range(100):
+        trees.count(4, 1, 1)
+        trees.count(4, 4, 4)
+    assert trees.chances() == pytest.approx([1.0, 0.5, 0.5, 0.5], abs=0.15)
+    assert trees.forwards() == pytest.approx([1.0, 1.5, 2.0, 2.5], abs=0.2)
 
 
 def test_a_match_is_worth_what_it_was_worth():

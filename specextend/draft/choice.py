@@ -34,30 +34,36 @@ class Plan:
     num_nodes: int
 
 
-class Confirmed:
-    """Estimates how far the target follows the model's trees, however deep these are: where one
-    ends, nothing is confirmed.
+class Trees:
+    """Estimates how deep the model's trees get, which end where nothing more pays, and how far the
+    target follows them.
 
-    A level that has not been reached lately is taken to be like the one before it.
+    Of a level that has not been asked for lately, as much is expected as of the one before it.
     """
 
     def __init__(self, max_depth: int):
-        self._reached = np.zeros(max_depth)
-        self._right = np.zeros(max_depth)
+        self._asked, self._grown, self._reached, self._right = np.zeros((4, max_depth))
 
-    def count(self, accepted: int) -> None:
-        """Learn that ``accepted`` levels were confirmed."""
+    def count(self, most: int, levels: int, accepted: int) -> None:
+        """Learn that of a tree that was to have ``most`` levels, and had ``levels``, ``accepted``
+        were confirmed."""
         self.forget(1 / MEMORY)
-        self._reached[: accepted + 1] += 1
+        self._asked[:most] += 1
+        self._grown[:levels] += 1
+        self._reached[: min(accepted + 1, most)] += 1
         self._right[:accepted] += 1
 
     def forget(self, share: float) -> None:
         """Let what was seen so far count less."""
-        self._reached *= 1 - share
-        self._right *= 1 - share
+        for seen in (self._asked, self._grown, self._reached, self._right):
+            seen *= 1 - share
+
+    def forwards(self) -> np.ndarray:
+        """Return [max_depth]: the forwards that a tree of at most 1, 2, ... levels takes."""
+        return np.cumsum((self._grown + _PRIOR) / (self._asked + _PRIOR))
 
     def chances(self) -> np.ndarray:
-        """Return [max_depth]: the chances that a path reaches level 1, 2, ..."""
+        """Return [max_depth]: the chances that a path is confirmed down to level 1, 2, ..."""
         found, before, chance = [], _FIRST, 1.0
         for reached, right in zip(self._reached, self._right, strict=True):
             before = (right + _PRIOR * before) / (reached + _PRIOR)
@@ -83,27 +89,24 @@ class Choice:
     def __init__(self, config: SpecConfig):
         self.config = config
         self.pace = Pace()
-        self.confirmed = Confirmed(config.max_depth)
-        depth = config.max_depth
-        self._levels = Quotient(depth, 1)  # of the model's trees
-        self._nodes = Quotient(config.nodes_within(depth), 1)
+        self._trees = Trees(config.max_depth)
+        self._nodes = Quotient(1.0, _PRIOR)  # of the model's trees, and of what they might have
         self._rest, self._rested = self.REST, 0
         # Seconds per token that were expected of look-up alone, and with the model.
         self._expected: deque[tuple[float, float]] = deque(maxlen=MEMORY)
 
-    def count(self, took: Round, nodes: int = 0) -> None:
+    def count(self, took: Round, most: int = 0, nodes: int = 0) -> None:
         """Learn from a round.
 
         Args:
             took: the levels, and what is expected and accepted of them, are the model's.
-            nodes: of the model's tree.
+            most, nodes: levels that the model's tree might have had, and nodes that it had.
         """
-        if took.levels:
-            self.confirmed.count(took.accepted)
-            self._levels.count(took.levels, 1)
-            self._nodes.count(nodes, 1)
+        if most:
+            self._trees.count(most, took.levels, took.accepted)
+            self._nodes.count(nodes, self.config.nodes_within(most))
         else:
-            self.confirmed.forget(1 / (2 * MEMORY))  # so that it is tried again
+            self._trees.forget(1 / (2 * MEMORY))  # so that it is tried again
         if took.seconds is not None:
             self.pace.count(took)
 
@@ -135,28 +138,34 @@ class Choice:
             self._rest, self._rested = self.REST, 0
         elif self._rested == self._rest:
             self._rest, self._rested = min(2 * self._rest, self.MAX_REST), 0
-            row = 1
+            row = 1 + int(value[1:].max(1).argmax())
         else:
             self._rested += 1
-        return Plan(depth if row else 0, int(value[row].argmax()))
+        return Plan(self._levels(depth)[row], int(value[row].argmax()))
+
+    def _levels(self, depth: int) -> list[int]:
+        """Return the levels that the model's tree may be asked for."""
+        if self.config.tree_shape == "opt" or not depth:
+            return list(range(depth + 1))
+        return [0, depth]
 
     def _values(self, nodes: list[Node], depth: int) -> np.ndarray:
-        """Return the expected tokens per second of a round [1 or 2, nodes + 1], without the model
-        and, where it may have levels, with it, by nodes of the look-up; all of them without a
-        measure as long as there is none."""
+        """Return the expected tokens per second of a round, by levels of the model's tree and nodes
+        of the look-up; all of them without a measure as long as there is none."""
         deepest = max([depth, *(node.level for node in nodes)])
         reach = np.zeros((len(nodes) + 1, deepest))  # of the look-up, by its nodes
         for i, node in enumerate(nodes, 1):
             reach[i] = reach[i - 1]
             reach[i, node.level - 1] += node.chance
-        pace, found = self.pace, np.arange(len(nodes) + 1)
-        alone = (1 + reach.sum(-1)) / (pace.verify.first + pace.verify.each * found)
-        if not depth:
-            return alone[None]
+        levels = self._levels(depth)
+        model = np.zeros((len(levels), deepest))
+        sizes, forwards = np.zeros((2, len(levels), 1))
+        for row, count in enumerate(levels[1:], 1):
+            model[row, :count] = self._trees.chances()[:count]
+            sizes[row] = self._nodes.value * self.config.nodes_within(count)
+            forwards[row] = self._trees.forwards()[count - 1]
         # What one knows the other tends to know, too: together they reach as far as the better one.
-        together = reach.copy()
-        chances = self.confirmed.chances()[:depth]
-        together[:, :depth] = np.maximum(together[:, :depth], chances)
-        seconds = pace.verify.first + pace.verify.each * (self._nodes.value + found)
-        seconds = seconds + pace.forward * min(self._levels.value, depth)
-        return np.stack([alone, (1 + together.sum(-1)) / seconds])
+        tokens = 1 + np.maximum(model[:, None], reach[None]).sum(-1)
+        pace, found = self.pace, np.arange(len(nodes) + 1)
+        seconds = pace.verify.first + pace.verify.each * (sizes + found) + pace.forward * forwards
+        return tokens / seconds

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..config import SpecConfig
 from ..graphs import Stopwatch
-from ..pace import FREE, HOPED, Depth, Price, Round
+from ..pace import FREE, HOPED, Price, Round
 from ..tree import Tree
 from .base import Decided, Draft
 from .choice import Choice
@@ -81,7 +81,7 @@ class MixedDraft(Draft):
         self._graphs, self._device = graphs, prompt.device
         self._lookup = LookUp(self.config, max_length + 1)
         self._lookup.begin(prompt[0].tolist())
-        self._choice, self._depth = self._choose(self.config), Depth(self.config.max_depth)
+        self._choice = self._choose(self.config)
         # The model can be told what pays where it works as it is told, and may be waited for.
         self._follows = prompt.device.type == "cpu" and not graphs.enabled
         self.accepted = Counter()
@@ -133,12 +133,12 @@ class MixedDraft(Draft):
         room = min(depth, self.config.max_depth, self._limit - self._lookup.length + 1)
         plan = self._choice.plan(nodes, max(room, 0) if self._has_read else 0)
         found = [(node.parent, node.token) for node in nodes[: plan.num_nodes]]
-        self._proposed = proposed = _Proposed(len(found))
+        self._proposed = proposed = _Proposed(len(found), plan.levels)
         if not plan.levels:
             return Tree.of(decided.tokens[:, -1:], found)
         proposed.watch = Stopwatch(self._device)
         with proposed.watch:
-            tree = self._run(min(plan.levels, self._depth.levels), price)
+            tree = self._run(plan.levels, price)
         proposed.model, proposed.num_nodes = tree, tree.num_nodes - 1
         if found:
             rows = torch.cat([tree.parents.long(), tree.tokens]).tolist()
@@ -188,15 +188,13 @@ class MixedDraft(Draft):
             self.accepted["ngram"] += len(accepted)
             return
         models = proposed.by_model(accepted)
-        expected, gain = (None, None) if model.promise is None else model.promise[0].tolist()
+        expected = None if model.promise is None else float(model.promise[0, 0])
         drafting = None if seconds is None else proposed.watch.seconds
         took = Round(
             model.depth, proposed.num_nodes, len(accepted) + 1, seconds, drafting, models,
-            expected, gain,
+            expected,
         )  # fmt: skip
-        if gain is not None and self.config.gate == "auto" and not self._follows:
-            self._depth.follow(model.depth, gain, self._choice.pace.price())
-        self._choice.count(took, model.num_nodes - 1)
+        self._choice.count(took, proposed.most, model.num_nodes - 1)
         self.accepted += Counter(model=models, ngram=len(accepted) - models)
 
 
@@ -206,12 +204,14 @@ class _Proposed:
 
     Attributes:
         num_nodes: of the whole tree.
+        most: levels that the model's might have.
         model: the model's tree; None: it did not run.
         watch: its seconds.
         own: parent and token of the model's nodes, counted from 1; None: all nodes are its own.
     """
 
     num_nodes: int
+    most: int
     model: Tree | None = None
     watch: Stopwatch | None = None
     own: list[tuple[int, int]] | None = None
