@@ -29,11 +29,11 @@ class SpecConfig:
         tree_top_k: children that a node of the beam may have.
         tree_width: nodes of each level that the draft expands (the beam).
         tree_shape: ``"opt"``: the best ``tree_nodes`` of all expanded nodes (OPT-Tree,
-            arXiv 2406.17276), levels added or dropped from round to round while the last one adds
-            more or less than ``tree_threshold`` expected tokens; ``"top_k"``: the same with the
-            depth fixed (EAGLE-2, arXiv 2406.16858); ``"fixed"``: the widths of ``tree_widths``
+            arXiv 2406.17276), as deep as levels add enough expected tokens; ``"top_k"``: the same
+            with the depth fixed (EAGLE-2, arXiv 2406.16858); ``"fixed"``: the widths of ``tree_widths``
             (LongSpec, arXiv 2502.17421), every node of them proposed.
-        tree_threshold: expected tokens that a further level must add (delta of OPT-Tree).
+        tree_threshold: expected tokens that a further level must add (delta of OPT-Tree), where
+            ``gate`` does not measure that.
         tree_widths: nodes per level of the ``"fixed"`` shape.
         tree_attention: verify through the split-prefix tree kernel. False: torch's SDPA over the
             whole cache with a dense mask, the standard way.
@@ -59,8 +59,9 @@ class SpecConfig:
 
     Running:
         prefill_chunk: tokens per forward in prefill; None: the whole prompt at once.
-        gate: ``"auto"`` measures what rounds cost and shortens the tree, or decodes plainly for a
-            while, where speculation loses; ``"off"`` always speculates.
+        gate: ``"auto"`` measures what rounds cost and proposes no level and, but for ``"fixed"``,
+            no node that brings less than is written in its time; where speculation loses all the
+            same it decodes plainly for a while. ``"off"`` always speculates, with whole trees.
         graphs: ``"auto"``: on a GPU the round runs from CUDA graphs, where the models can be
             captured; ``"off"``: never.
         exact: the target computes a row by itself and the same row in a tree with the same bits,

@@ -376,6 +376,7 @@ class Generation:
         accepted = int(read[0])
         tokens = [int(t) for t in read[1 : accepted + 2]]
         nodes = [int(n) for n in read[1 + width : 2 + width + accepted]]
+
         def rows(source: Tensor, wanted: bool) -> tuple[Tensor, ...]:
             return tuple(_own_row(source, n) for n in nodes) if wanted else ()
 

@@ -197,7 +197,7 @@ class Limited(Draft):
     def retrieve(self, scores):
         self.retrieved.append(self._cache.length)
 
-    def propose(self, decided, depth):
+    def propose(self, decided, depth, price):
         self._take(decided)
         self.longest = max(self.longest, self._length + depth - 1)
         nodes = torch.arange(depth + 1, dtype=torch.int32)[None]

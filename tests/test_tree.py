@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 from backends import for_each
 
 from specextend import SpecConfig, ops
+from specextend.pace import FREE, Price
 from specextend.tree import Tree, grow_tree
 
 V = 5
@@ -50,9 +52,12 @@ class ToyDraft:
         return sum(float(self.row(tuple(path[:i])).log_softmax(-1)[t]) for i, t in enumerate(path))
 
 
-def grow(config: SpecConfig, depth: int, seed: int = 0) -> tuple[Tree, ToyDraft]:
+def grow(
+    config: SpecConfig, depth: int, seed: int = 0, price: Price = FREE
+) -> tuple[Tree, ToyDraft]:
     draft = ToyDraft(seed)
-    return grow_tree(torch.tensor([[3]]), draft.root(), draft.step, config, depth), draft
+    root = torch.tensor([[3]])
+    return grow_tree(root, draft.root(), draft.step, config, depth, price=price), draft
 
 
 def paths_of(tree: Tree) -> list[tuple[int, ...]]:
@@ -141,6 +146,80 @@ def test_root_only():
     assert tree.num_nodes == 1 and tree.depth == 0 and tree.promise is None
     assert tree.parents.tolist() == [[-1]] and tree.depths.tolist() == [[0]]
     check_mask(tree)
+
+
+# ---- what pays -----------------------------------------------------------------------------------
+
+
+def test_a_level_that_does_not_pay_is_not_grown():
+    """The likeliest node of a level goes on as its path did on average, or the level is the last;
+    the tree is the one of as many levels."""
+    depths = set()
+    for seed in range(12):
+        for level in (0.01, 0.1, 0.3, 0.6, 2.0):
+            config = SpecConfig(tree_nodes=9, tree_depth=5, tree_top_k=3, tree_width=2)
+            tree, draft = grow(config, 5, seed, Price(level))
+            beam, expected = [()], 1
+            while True:
+                children = [(*p, t) for p in beam for t in draft.row(p).topk(3).indices.tolist()]
+                beam = sorted(children, key=lambda p: -draft.logp(p))[:2]
+                goes_on = math.exp(draft.logp(beam[0])) ** (1 + 1 / expected)
+                if expected == 5 or goes_on <= level:
+                    break
+                expected += 1
+            assert tree.depth == expected and len(draft.calls) == expected - 1
+            other, _ = grow(config, expected, seed)
+            assert paths_of(tree) == paths_of(other)
+            torch.testing.assert_close(tree.promise, other.promise)
+            depths.add(expected)
+    assert len(depths) >= 4
+
+
+@pytest.mark.parametrize("node", [0.001, 0.02, 0.1, 0.3, 2.0])
+def test_nodes_that_do_not_pay_are_not_proposed(node):
+    """The tree is the best one of as many nodes, and promises what these promise."""
+    for seed in range(6):
+        config = SpecConfig(tree_nodes=20, tree_depth=3, tree_top_k=4, tree_width=3)
+        whole, draft = grow(config, 3, seed)
+        tree, _ = grow(config, 3, seed, Price(0.0, node))
+        paying = [p for p in paths_of(whole) if math.exp(draft.logp(p)) > node]
+        best = sorted(paths_of(whole), key=lambda p: -draft.logp(p))
+        assert sorted(paths_of(tree)) == sorted(paying or best[:1])
+        expected = sum(math.exp(draft.logp(p)) for p in paths_of(tree))
+        assert float(tree.promise[0, 0]) == pytest.approx(expected, rel=1e-4)
+        check_mask(tree)
+
+
+def test_of_several_sequences_the_best_one_decides():
+    """A level, or a node, that pays for one of them is there for all."""
+    config = SpecConfig(tree_nodes=6, tree_depth=3, tree_top_k=3, tree_width=2)
+    sure = torch.full((1, 1, V), -9.0).index_fill(2, torch.tensor([2]), 9.0)
+    logits = torch.cat([torch.zeros(1, 1, V), sure])
+
+    def step(tokens, level, mask, num_keys, parents):
+        return logits.expand(-1, tokens.shape[1], -1)
+
+    root, price = torch.tensor([[3], [3]]), Price(0.7, 0.7)
+    tree = grow_tree(root, logits, step, config, 3, price=price)
+    assert tree.depth == 3 and tree.num_nodes == 1 + 3
+    alone = grow_tree(root[:1], logits[:1], step, config, 3, price=price)
+    assert alone.depth == 1 and alone.num_nodes == 2
+
+
+def test_a_fixed_tree_keeps_its_nodes():
+    config = SpecConfig(tree_shape="fixed", tree_widths=(2, 3, 4))
+    tree, _ = grow(config, 3, price=Price(0.0, 2.0))
+    assert tree.depths[0].bincount().tolist() == [1, 2, 3, 4]
+    tree, _ = grow(config, 3, price=Price(2.0, 2.0))
+    assert tree.depths[0].bincount().tolist() == [1, 2]
+
+
+def test_impossible_tokens_do_not_pay():
+    config = SpecConfig(tree_nodes=3, tree_depth=3, tree_top_k=2, tree_width=2)
+    for value in (-torch.inf, torch.nan):
+        logits = torch.full((1, 1, V), value)
+        tree = grow_tree(torch.tensor([[3]]), logits, None, config, 3, price=Price(0.1, 0.1))
+        assert tree.depth == 1 and tree.num_nodes == 2
 
 
 @pytest.mark.parametrize("rows", [5, 13, 64, 66])

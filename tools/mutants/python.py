@@ -14,8 +14,9 @@ CACHE, ATTENTION, ROTARY, LONGROPE, WINDOWS, FUSED = (
     f"specextend/{name}.py"
     for name in ("cache", "attention", "rotary", "longrope", "windows", "fused")
 )
-GUARD, GATE, GRAPHS, SWITCHES, TERMINAL, EXACT = (
-    f"specextend/{name}.py" for name in ("guard", "gate", "graphs", "switches", "terminal", "exact")
+GUARD, GATE, PACE, GRAPHS, SWITCHES, TERMINAL, EXACT = (
+    f"specextend/{name}.py"
+    for name in ("guard", "gate", "pace", "graphs", "switches", "terminal", "exact")
 )
 CACHED, CAUSAL, LOOKUP, MIXED, CHOICE, LONGSPEC, EAGLE, HEAD, EAGLE_FILES, WORKING, SELF, READER = (
     f"specextend/draft/{name}.py"
@@ -324,9 +325,23 @@ MUTANTS = [
     Mutant(
         "the gain counts all levels",
         TREE,
-        "before = level_ends[-2] if depth > 1 else 0",
-        "before = 0",
-        ("tests/test_tree.py", *GREEDY),
+        "promise = _promise(logp, pool_size - pool_tokens[-1].shape[1], num_nodes)",
+        "promise = _promise(logp, 0, num_nodes)",
+        ("tests/test_tree.py",),
+    ),
+    Mutant(
+        "trees grow whatever a level costs",
+        TREE,
+        "    if not price.level:\n",
+        "    if True:\n",
+        ("tests/test_tree.py",),
+    ),
+    Mutant(
+        "trees keep nodes that do not pay",
+        TREE,
+        "    if price.node and not fixed:\n",
+        "    if False:\n",
+        ("tests/test_tree.py",),
     ),
     Mutant(
         "rows of padding are children of the root",
@@ -571,10 +586,10 @@ MUTANTS = [
         ("tests/test_decode.py::TestErrors::test_context_overflow",),
     ),
     Mutant(
-        "gate: a losing tree stays",
+        "gate: the depth follows where a draft is told the price",
         GATE,
-        "        elif self.depth > 1:\n",
-        "        elif self.depth > self.max_depth:\n",
+        "        if took.gain is not None and not self.follows:\n",
+        "        if took.gain is not None:\n",
         ("tests/test_gate.py",),
     ),
     Mutant(
@@ -587,9 +602,23 @@ MUTANTS = [
     Mutant(
         "gate: a mean of quotients",
         GATE,
-        "self._emitted.add(emitted)\n",
-        "self._emitted.add(min(emitted, 2))\n",
+        "self._recent.count(took.emitted, took.seconds)\n",
+        "self._recent.count(took.emitted / took.seconds, 1)\n",
         ("tests/test_gate.py",),
+    ),
+    Mutant(
+        "pace: a draft is taken at its word",
+        PACE,
+        "worth = self.value / self._trust.value\n",
+        "worth = self.value\n",
+        ("tests/test_pace.py",),
+    ),
+    Mutant(
+        "pace: the draft's seconds count as those of nodes",
+        PACE,
+        "self.verify.count(took.nodes, took.seconds - took.drafting)\n",
+        "self.verify.count(took.nodes, took.seconds)\n",
+        ("tests/test_pace.py",),
     ),
     Mutant(
         "graphs: a replay keeps the inputs of its recording",
@@ -762,8 +791,8 @@ MUTANTS = [
     Mutant(
         "mixed: a model's forwards are held to cost nothing",
         CHOICE,
-        "forward * np.array(levels)[:, None]",
-        "0 * forward * np.array(levels)[:, None]",
+        "(sizes + found) + pace.forward * forwards\n",
+        "(sizes + found) + 0 * forwards\n",
         ("tests/test_mixed.py::TestChoice",),
     ),
     Mutant(
