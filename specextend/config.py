@@ -30,8 +30,8 @@ class SpecConfig:
         tree_width: nodes of each level that the draft expands (the beam).
         tree_shape: ``"opt"``: the best ``tree_nodes`` of all expanded nodes (OPT-Tree,
             arXiv 2406.17276), as deep as levels add enough expected tokens; ``"top_k"``: the same
-            with the depth fixed (EAGLE-2, arXiv 2406.16858); ``"fixed"``: the widths of ``tree_widths``
-            (LongSpec, arXiv 2502.17421), every node of them proposed.
+            with the depth fixed (EAGLE-2, arXiv 2406.16858); ``"fixed"``: the widths of
+            ``tree_widths`` (LongSpec, arXiv 2502.17421), every node of them proposed.
         tree_threshold: expected tokens that a further level must add (delta of OPT-Tree), where
             ``gate`` does not measure that.
         tree_widths: nodes per level of the ``"fixed"`` shape.

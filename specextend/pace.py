@@ -27,7 +27,7 @@ _NODE = 1 / 40  # beforehand: seconds of a node beside those of a pass of the ro
 #: rounds after which an old one counts a third
 MEMORY = 32
 
-#: beforehand: what a draft's forward takes of the target's seconds for the same
+#: of the target's seconds for the same, what a draft of unknown size takes
 HOPED = 1 / 8
 
 
@@ -139,9 +139,14 @@ class Quotient:
 
 
 class Pace:
-    """Learns from rounds, and tells what of a tree pays."""
+    """Learns from rounds, and tells what of a tree pays.
 
-    def __init__(self):
+    Args:
+        hoped: what a forward of the draft takes beside one of the target, beforehand.
+    """
+
+    def __init__(self, hoped: float = HOPED):
+        self._hoped = hoped
         self.verify = Seconds(_NODE)  # of a pass, by its proposed nodes
         self._plain: deque[float] = deque(maxlen=_LATEST)  # seconds of plain rounds
         self._forward: deque[float] = deque(maxlen=_LATEST)  # seconds of the draft's forwards
@@ -169,7 +174,7 @@ class Pace:
     @property
     def forward(self) -> float:
         """Return the seconds of a forward of the draft, as far as they are known."""
-        return median(self._forward) if self._forward else HOPED * self.plain
+        return median(self._forward) if self._forward else self._hoped * self.plain
 
     @property
     def value(self) -> float:

@@ -32,8 +32,8 @@ class Scripted(Choice):
 
     turns = ((0, 9), (4, 9), (0, 9), (0, 0), (2, 3), (4, 0))  # levels of the model, nodes
 
-    def __init__(self, config: SpecConfig):
-        super().__init__(config)
+    def __init__(self, *given):
+        super().__init__(*given)
         self._turns = itertools.cycle(self.turns)
 
     def worth(self, nodes, depth, seconds, tokens):
@@ -47,7 +47,7 @@ class Scripted(Choice):
 def mixed(source, config: SpecConfig = SMALL, choose=Scripted, model=None) -> MixedDraft:
     """Make a draft of ``source`` and look-up, for ``target()`` or another ``model``."""
     made = load_draft(source, Target(model or target()), config)
-    return MixedDraft(made, config, choose)
+    return MixedDraft(made, config, choose=choose)
 
 
 @lru_cache

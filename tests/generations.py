@@ -17,7 +17,7 @@ class Kept(list):
 
 
 class ScriptedGate:
-    """Gives the depths of trees that it is told, at no price, and keeps what it is told of rounds."""
+    """Gives the depths of trees that it is told, at no price, and keeps what it hears of rounds."""
 
     def __init__(self, depths: Iterable[int]):
         self.depths, self.counted = iter(depths), []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from itertools import cycle, pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from test_ngram import cycling_model
 
 from specextend import SpecConfig, SpecExtend
 from specextend.draft import MixedDraft, NGramDraft, beside_lookup, load_draft
+from specextend.draft import mixed as mixed_module
 from specextend.draft.choice import Choice, Plan, Trees
 from specextend.draft.lookup import LookUp, Node
 from specextend.draft.mixed import _merge
@@ -261,6 +263,35 @@ def test_what_makes_reading_worth_it():
     for _ in range(40):
         last = choice.worth(chain, 4, 10.0, 100)
     assert not last
+
+
+@pytest.mark.parametrize("kind", ["model", "self"])
+def test_what_a_model_is_expected_to_take(kind, monkeypatch):
+    """Its share of weights of what the target takes, and of its reading the part of the prompt that
+    it reads; one without weights of its own takes what the target takes."""
+    seen = []
+
+    class Asked(Scripted):
+        def worth(self, nodes, depth, seconds, tokens):
+            seen.append((self.pace.forward / self.pace.plain, seconds))
+            return True
+
+    config = SMALL.replace(draft_cache="retrieval")
+    both = load_draft([draft(kind), "ngram"], Target(target()), config)
+    both._choose = Asked
+    spec = SpecExtend(target(), both, config)
+    share = 1.0 if kind == "self" else both.num_parameters / target().num_parameters()
+    for length, part in ((30, 1.0), (300, 0.25 * 1.75)):
+        seen.clear()
+        clock = SimpleNamespace(perf_counter=iter(range(0, 99, 8)).__next__)
+        monkeypatch.setattr(mixed_module, "time", clock)
+        spec.generate(prompt(length), max_new_tokens=4, **GREEDY)
+        if kind == "self":
+            assert not seen  # there is nothing that it has to read
+        else:
+            (forward, seconds), *_ = seen
+            assert forward == pytest.approx(share)
+            assert seconds == pytest.approx(8 * share * part, rel=0.1)
 
 
 def test_an_identical_model_is_accepted_behind_look_up(monkeypatch):

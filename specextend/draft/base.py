@@ -89,9 +89,6 @@ class Draft(ABC):
     max_depth: int = 0
     max_nodes: int = 0
 
-    #: it reads the prompt in ``finish_prefill``
-    reads_late = False
-
     #: tokens of a text that it can take in, those that it proposes among them; None: any number.
     #: It is asked for no tree that goes further, and has no part in a generation whose prompt has
     #: as many
@@ -172,6 +169,11 @@ class Draft(ABC):
         Args:
             decided: all of its tokens count.
         """
+
+    def late_part(self, length: int) -> float:
+        """Return about how much of a prompt of ``length`` tokens is left for ``finish_prefill`` to
+        read; 0: nothing, 1: all of it."""
+        return 0.0
 
     def finish_prefill(self, scores: Tensor | None) -> bool:
         """Do what can wait until the first token is out. Called before the first tree, and before

@@ -22,7 +22,7 @@ from ..tokenizers import differing_ids
 from .base import Decided, Source, Tokenizers
 from .cached import CachedDraft
 from .checkpoint import Checkpoint
-from .prompt_reader import choose_chunks, read_chunks
+from .prompt_reader import choose_chunks, part_read, read_chunks
 
 
 class CausalLMDraft(CachedDraft):
@@ -44,7 +44,6 @@ class CausalLMDraft(CachedDraft):
     """
 
     kind = "model"
-    reads_late = True
 
     def __init__(
         self,
@@ -120,6 +119,9 @@ class CausalLMDraft(CachedDraft):
 
     def obstacle(self) -> str | None:
         return obstacle(self.patched.model)
+
+    def late_part(self, length: int) -> float:
+        return part_read(length, self.config)
 
     def begin(self, prompt, max_length, cache, graphs) -> None:
         max_length = min(max_length, self.max_length or max_length)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..config import SpecConfig
-from ..pace import MEMORY, Pace, Quotient, Round
+from ..pace import HOPED, MEMORY, Pace, Quotient, Round
 from .lookup import Node
 
 _FIRST = 0.7  # beforehand: chance that the target confirms a level of the model's tree
@@ -78,6 +78,7 @@ class Choice:
 
     Args:
         config: of the model's trees.
+        hoped: what a forward of the model takes beside one of the target, beforehand.
 
     Attributes:
         pace: what rounds have brought and cost.
@@ -86,9 +87,9 @@ class Choice:
     REST = 32  # rounds without the model before it is tried again, at first; doubled each time
     MAX_REST = 512
 
-    def __init__(self, config: SpecConfig):
+    def __init__(self, config: SpecConfig, hoped: float = HOPED):
         self.config = config
-        self.pace = Pace()
+        self.pace = Pace(hoped)
         self._trees = Trees(config.max_depth)
         self._nodes = Quotient(1.0, _PRIOR)  # of the model's trees, and of what they might have
         self._rest, self._rested = self.REST, 0

@@ -57,7 +57,8 @@ def load_draft(
     if draft is None or isinstance(draft, Draft):
         return draft
     if isinstance(draft, (list, tuple)):
-        return MixedDraft(load_draft(_beside_lookup(draft), target, config, tokenizers), config)
+        model = load_draft(_beside_lookup(draft), target, config, tokenizers)
+        return MixedDraft(model, config, _beside_target(model, target))
     source: Source = underlying(draft, "draft") if isinstance(draft, nn.Module) else draft
     if isinstance(draft, (str, Path)) and draft not in WORDS:
         source = Checkpoint.open(draft)
@@ -73,6 +74,12 @@ def load_draft(
         "specextend.draft.Draft, None, or a list of a draft with a model and 'ngram', got "
         f"{type(draft).__name__}"
     )
+
+
+def _beside_target(model: Draft, target: Target) -> float:
+    """Return what a draft takes beside its target for the same work, as far as weights tell."""
+    # One without weights of its own runs the target's.
+    return (model.num_parameters / target.model.num_parameters()) or 1.0
 
 
 def _beside_lookup(drafts: Sequence) -> PreTrainedModel | Draft | str | Path:

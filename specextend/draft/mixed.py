@@ -35,6 +35,8 @@ class MixedDraft(Draft):
     Args:
         model: a draft of any other kind.
         config: tree options.
+        hoped: what the model takes beside the target for the same work, beforehand: the share of
+            weights.
         choose: makes what chooses the plans of a generation.
 
     Attributes:
@@ -48,13 +50,17 @@ class MixedDraft(Draft):
     on_host = True
 
     def __init__(
-        self, model: Draft, config: SpecConfig, choose: Callable[[SpecConfig], Choice] = Choice
+        self,
+        model: Draft,
+        config: SpecConfig,
+        hoped: float = HOPED,
+        choose: Callable[[SpecConfig, float], Choice] = Choice,
     ):
         if model.on_host:
             raise ValueError(
                 f"look-up is mixed with a draft that has a model, got one of kind {model.kind!r}"
             )
-        self.model, self.config, self._choose = model, config, choose
+        self.model, self.config, self._hoped, self._choose = model, config, hoped, choose
         self.kind = f"{model.kind}+{NGramDraft.word}"
         self.cache_kinds, self.wants_scores = model.cache_kinds, model.wants_scores
         self.feature_layers, self.causal_lm = model.feature_layers, model.causal_lm
@@ -63,7 +69,7 @@ class MixedDraft(Draft):
         self.accepted: Counter = Counter()
 
     def with_config(self, config: SpecConfig) -> MixedDraft:
-        return MixedDraft(self.model.with_config(config), config, self._choose)
+        return MixedDraft(self.model.with_config(config), config, self._hoped, self._choose)
 
     @property
     def num_parameters(self) -> int:
@@ -81,7 +87,7 @@ class MixedDraft(Draft):
         self._graphs, self._device = graphs, prompt.device
         self._lookup = LookUp(self.config, max_length + 1)
         self._lookup.begin(prompt[0].tolist())
-        self._choice = self._choose(self.config)
+        self._choice = self._choose(self.config, self._hoped)
         # The model can be told what pays where it works as it is told, and may be waited for.
         self._follows = prompt.device.type == "cpu" and not graphs.enabled
         self.accepted = Counter()
@@ -93,7 +99,7 @@ class MixedDraft(Draft):
         self._limit = max_length if limit is None else limit
         self._has_model = prompt.shape[1] < self._limit
         self._has_read = False
-        self._most = max_length
+        self._most, self._prompt_length = max_length, prompt.shape[1]
         self._began, self._reading = time.perf_counter(), None
         if self._has_model:
             self.model.begin(prompt, max_length, cache, graphs)
@@ -105,16 +111,16 @@ class MixedDraft(Draft):
     def finish_prefill(self, scores) -> bool:
         if not self._has_model:
             return True
-        if self.model.reads_late and not self._worth_reading():
+        part = self.model.late_part(self._prompt_length)
+        if part and not self._worth_reading(part):
             return False
         self._has_read = self.model.finish_prefill(scores)
         return self._has_read
 
-    def _worth_reading(self) -> bool:
-        """Tell whether the model is expected to make up for reading the prompt."""
+    def _worth_reading(self, part: float) -> bool:
+        """Tell whether the model is expected to make up for reading a part of the prompt."""
         if self._reading is None:
-            # As its forwards: nothing is known before it is tried.
-            self._reading = HOPED * (time.perf_counter() - self._began)
+            self._reading = part * self._hoped * (time.perf_counter() - self._began)
         nodes = self._lookup.grow(self.max_depth, self.max_nodes)
         left = self._most - self._lookup.length
         return self._choice.worth(nodes, self.config.max_depth, self._reading, left)

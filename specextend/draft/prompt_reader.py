@@ -38,15 +38,14 @@ def choose_chunks(
     Returns:
         [ceil(length / chunk_size)] bool; None: all. Does not synchronise; :func:`read_chunks` does.
     """
-    count = -(-length // config.chunk_size)
+    count, wanted = _chunks(length, config, scores is not None)
     recent = max(1, config.recent_chunks)
-    wanted = config.budget_chunks
-    if config.draft_cache == "full" or count <= wanted:
+    if wanted == count:
         return None
     if scores is None:
         scores, recent = torch.zeros(1, count, device=device), wanted - config.sink_chunks
     else:
-        scores, wanted = scores[:, :count].contiguous(), max(wanted, round(SHARE * count))
+        scores = scores[:, :count].contiguous()
     ids, _ = ops.select_chunks(
         scores,
         torch.full((1,), length, dtype=torch.int32, device=device),
@@ -58,6 +57,22 @@ def choose_chunks(
     chosen = torch.zeros(count, dtype=torch.bool, device=device)
     chosen[ids[0].long()] = True
     return chosen
+
+
+def _chunks(length: int, config: SpecConfig, scored: bool) -> tuple[int, int]:
+    """Return the chunks of a prompt, and how many of them a draft's cache may come to hold."""
+    count, held = -(-length // config.chunk_size), config.budget_chunks
+    if config.draft_cache == "full" or count <= held:
+        return count, count
+    return count, max(held, round(SHARE * count)) if scored else held
+
+
+def part_read(length: int, config: SpecConfig) -> float:
+    """Return about how much is read of a prompt: the chunks that may be wanted, and as many before
+    them as are not wanted themselves."""
+    count, wanted = _chunks(length, config, config.draft_cache == "retrieval")
+    share = wanted / max(count, 1)
+    return share * (2 - share) if wanted else 0.0
 
 
 def read_chunks(

@@ -36,7 +36,6 @@ class SelfDraft(CausalLMDraft):
     """
 
     kind = word = "self"
-    reads_late = False
     cache_kinds = ("window", "retrieval")
     num_parameters = 0
     causal_lm = None
@@ -72,6 +71,9 @@ class SelfDraft(CausalLMDraft):
         self._graphs = graphs
         # Rows of the target's cache that the working cache stands for; known on the device alone.
         self._copied = torch.zeros_like(cache.lens)
+
+    def late_part(self, length) -> float:
+        return 0.0  # the target has read it
 
     def finish_prefill(self, scores) -> bool:
         """Do nothing: the target's prefill has filled its cache."""

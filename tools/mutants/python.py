@@ -968,7 +968,7 @@ MUTANTS = [
     Mutant(
         "reading: look-up never lets the model read",
         MIXED,
-        "if self.model.reads_late and not self._worth_reading():",
+        "if part and not self._worth_reading(part):",
         "if self.model.reads_late:",
         ("tests/test_mixed.py::test_a_model_reads_when_it_is_worth_it",),
     ),
