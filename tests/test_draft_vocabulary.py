@@ -63,8 +63,8 @@ class Spied:
         )
         propose = spec.draft.propose
 
-        def proposing(decided, depth):
-            tree = propose(decided, depth)
+        def proposing(decided, depth, price):
+            tree = propose(decided, depth, price)
             self.proposed.update(tree.tokens[0, 1:].tolist())
             return tree
 

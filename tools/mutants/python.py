@@ -969,7 +969,7 @@ MUTANTS = [
         "reading: look-up never lets the model read",
         MIXED,
         "if part and not self._worth_reading(part):",
-        "if self.model.reads_late:",
+        "if part:",
         ("tests/test_mixed.py::test_a_model_reads_when_it_is_worth_it",),
     ),
     Mutant(
