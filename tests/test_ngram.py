@@ -11,19 +11,20 @@ from models import FAMILIES, prompt, tiny_model
 from specextend import SpecConfig, SpecExtend
 from specextend.draft import Decided, NGramDraft
 from specextend.graphs import Graphs
+from specextend.pace import FREE, Price
 
 CONFIG = SpecConfig(
     prefill_chunk=40, gate="off", tree_nodes=9, tree_depth=4, seed=7, tree_width=3, ngram_size=3
 )
 
 
-def tree_of(ids: list[int], depth: int = 4, config: SpecConfig = CONFIG, written=None):
+def tree_of(ids: list[int], depth: int = 4, config: SpecConfig = CONFIG, written=None, price=FREE):
     """Return the tree below the last of ``ids``, half of them, or so many, from the output."""
     draft = NGramDraft(config)
     prompt = len(ids) - (len(ids) // 2 if written is None else written)
     draft.begin(torch.tensor([ids[:prompt]]), len(ids) + 10, None, Graphs())
     draft.observe([ids[prompt:]])
-    return draft.propose(Decided(torch.tensor([ids[-1:]])), depth)
+    return draft.propose(Decided(torch.tensor([ids[-1:]])), depth, price)
 
 
 def chains(tree) -> list[list[int]]:
@@ -55,6 +56,23 @@ def brute_force(ids: list[int], depth: int, size: int) -> list[list[int]]:
 
 
 class TestTree:
+    def test_what_does_not_pay_is_not_proposed(self):
+        """Of the whole tree the likeliest nodes are left, and promised; none of them at last."""
+        ids = [1, 2, 3, 40, 41, 9, 2, 3, 50, 51, 3, 60, 61, 8, 1, 2, 3]
+        whole = tree_of(ids)
+        sizes = []
+        for node in (0.0, 0.05, 0.1, 0.2, 0.4, 0.99):
+            tree = tree_of(ids, price=Price(9.0, node))
+            count = tree.num_nodes
+            assert torch.equal(tree.tokens, whole.tokens[:, :count])
+            assert torch.equal(tree.parents, whole.parents[:, :count])
+            if count > 1:
+                expected, gain = tree.promise[0].tolist()
+                assert gain == 0 and node * (count - 1) < expected <= tree.depth
+            sizes.append(count)
+        assert sizes[0] == whole.num_nodes and sizes[-1] == 1
+        assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 3
+
     def test_longest_match_first_then_most_recent(self):
         ids = [1, 2, 3, 40, 41, 9, 2, 3, 50, 51, 3, 60, 61, 8, 1, 2, 3]
         chain = CONFIG.replace(tree_width=1)

@@ -159,12 +159,13 @@ class Choice:
             reach[i] = reach[i - 1]
             reach[i, node.level - 1] += node.chance
         levels = self._levels(depth)
+        chances, taken = self._trees.chances(), self._trees.forwards()
         model = np.zeros((len(levels), deepest))
         sizes, forwards = np.zeros((2, len(levels), 1))
         for row, count in enumerate(levels[1:], 1):
-            model[row, :count] = self._trees.chances()[:count]
+            model[row, :count] = chances[:count]
             sizes[row] = self._nodes.value * self.config.nodes_within(count)
-            forwards[row] = self._trees.forwards()[count - 1]
+            forwards[row] = taken[count - 1]
         # What one knows the other tends to know, too: together they reach as far as the better one.
         tokens = 1 + np.maximum(model[:, None], reach[None]).sum(-1)
         pace, found = self.pace, np.arange(len(nodes) + 1)

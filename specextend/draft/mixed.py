@@ -163,8 +163,10 @@ class MixedDraft(Draft):
         decided = Decided(torch.cat([part.tokens for part in self._waiting], 1), features)
         self._waiting = []
         count, width = len(decided), self.config.max_depth + 1
-        if self.config.gate == "auto":
-            price = self._choice.pace.price() if self._follows else FREE
+        if not self._follows:
+            price = FREE
+        elif self.config.gate == "auto":
+            price = self._choice.pace.price()
         captured = self._graphs.enabled and self._ran and count <= width
         self._ran = True
         if not captured:

@@ -17,8 +17,8 @@ class NGramDraft(Draft):
     """Proposes what followed earlier occurrences of the last tokens.
 
     The likeliest ``tree_nodes`` of their continuations, as :class:`LookUp` grows them: a long match
-    brings a chain of as many tokens, short ones bring several branches. Without a match nothing is
-    proposed, and the round is a plain one.
+    brings a chain of as many tokens, short ones bring several branches. Where nothing matches, or
+    nothing that does is likely enough to pay, nothing is proposed, and the round is a plain one.
 
     It works on the host, on the tokens that the loop has read in any case.
     """
