@@ -73,7 +73,7 @@ class SpecConfig:
     """
 
     tree_nodes: int = 8
-    tree_depth: int = 5
+    tree_depth: int = 8
     tree_top_k: int = 4
     tree_width: int = 3
     tree_shape: Literal["opt", "top_k", "fixed"] = "opt"

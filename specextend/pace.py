@@ -21,7 +21,7 @@ import numpy as np
 
 _PRIOR = 4  # rounds that what is expected beforehand counts for
 _TRUST = 0.8  # beforehand: accepted tokens for each one that a draft expects
-_LATEST = 9  # measurements whose median counts
+_LATEST = 9  # plain rounds whose median counts
 _NODE = 1 / 40  # beforehand: seconds of a node beside those of a pass of the root alone
 
 #: rounds after which an old one counts a third
@@ -104,7 +104,8 @@ class Seconds:
 
     def _estimate(self) -> None:
         sizes, took = np.array(self._measured).T
-        prior = self._share * float(np.median(took / (1 + self._share * sizes)))
+        base = float(np.median(took / (1 + self._share * sizes)))
+        prior = self._share * base
         one, other = np.triu_indices(len(sizes), 1)
         wider = sizes[one] != sizes[other]
         one, other = one[wider], other[wider]
@@ -112,7 +113,8 @@ class Seconds:
         slope = np.median(np.concatenate([slopes, np.full(self._PRIOR, prior)]))
         # More than four times as much is not the size's, but others' that disturbed some rounds.
         self.each = float(np.clip(slope, 0.0, 4 * prior))
-        self.first = float(np.median(took / (1 + self.each / prior * self._share * sizes)))
+        growth = self.each / base if base else 0.0
+        self.first = float(np.median(took / (1 + growth * sizes)))
 
 
 class Quotient:
@@ -148,8 +150,9 @@ class Pace:
     def __init__(self, hoped: float = HOPED):
         self._hoped = hoped
         self.verify = Seconds(_NODE)  # of a pass, by its proposed nodes
+        # Of a tree, by its levels behind the first, before which what was decided is taken in.
+        self._draft = Seconds(1.0)
         self._plain: deque[float] = deque(maxlen=_LATEST)  # seconds of plain rounds
-        self._forward: deque[float] = deque(maxlen=_LATEST)  # seconds of the draft's forwards
         self._trust = Quotient(_TRUST, _PRIOR)
         self._tokens = self._seconds = 0.0
 
@@ -162,7 +165,7 @@ class Pace:
         if not took.nodes:
             self._plain.append(took.seconds)
         if took.levels:
-            self._forward.append(took.drafting / took.levels)
+            self._draft.count(took.levels - 1, took.drafting)
             if took.expected is not None:
                 self._trust.count(took.accepted, took.expected)
 
@@ -171,10 +174,17 @@ class Pace:
         """Return the seconds of a plain round, as far as they are known."""
         return median(self._plain) if self._plain else self.verify.first
 
+    def drafting(self, levels: float) -> float:
+        """Return the seconds of a tree of so many levels, at least 1, as far as they are known."""
+        return self._first_level + (levels - 1) * self._further_level
+
     @property
-    def forward(self) -> float:
-        """Return the seconds of a forward of the draft, as far as they are known."""
-        return median(self._forward) if self._forward else self._hoped * self.plain
+    def _first_level(self) -> float:
+        return self._draft.first if self._draft.known else self._hoped * self.plain
+
+    @property
+    def _further_level(self) -> float:
+        return self._draft.each if self._draft.known else self._hoped * self.plain
 
     @property
     def value(self) -> float:
@@ -186,7 +196,7 @@ class Pace:
     def price(self) -> Price:
         """Return what parts of the next tree have to bring."""
         worth = self.value / self._trust.value
-        return Price(worth * self.forward, worth * self.verify.each)
+        return Price(worth * self._further_level, worth * self.verify.each)
 
 
 class Depth:

@@ -273,7 +273,7 @@ def test_what_a_model_is_expected_to_take(kind, monkeypatch):
 
     class Asked(Scripted):
         def worth(self, nodes, depth, seconds, tokens):
-            seen.append((self.pace.forward / self.pace.plain, seconds))
+            seen.append((self.pace.drafting(1) / self.pace.plain, seconds))
             return True
 
     config = SMALL.replace(draft_cache="retrieval")

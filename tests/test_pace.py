@@ -31,6 +31,13 @@ def test_one_size_says_what_all_take(size):
     assert seconds.each == pytest.approx(seconds.first / 40)
 
 
+def test_what_takes_no_time_that_could_be_measured():
+    seconds = Seconds(1.0)
+    for size in (0, 3, 1):
+        seconds.count(size, 0.0)
+    assert seconds.first == seconds.each == 0.0
+
+
 def test_a_quotient_is_one_of_sums():
     """1 of 1 and 0 of 9 in turn are a tenth, not a half."""
     quotient = Quotient(0.8, 4)
@@ -69,11 +76,24 @@ class TestPace:
         pace = after(PLAIN, tree(4), tree(2), tree(3, nodes=2, seconds=1.7))
         rate = (1 + 4 + 2 + 3) / (1.0 + 2.0 + 2.0 + 1.7)
         trust = (3 + 1 + 2) / 6  # accepted by expected
-        assert pace.plain == 1.0 and pace.forward == pytest.approx(0.2)
+        assert pace.plain == 1.0 and pace.drafting(4) == pytest.approx(0.8)
         assert pace.value == pytest.approx(rate, rel=0.05)
         price = pace.price()
         assert price.level == pytest.approx(0.2 * rate / trust, rel=0.05)
         assert price.node == pytest.approx(pace.verify.each * rate / trust, rel=0.05)
+
+    def test_a_further_level_costs_what_it_adds(self):
+        """The first one takes in what was decided, and may take much longer: shallow trees do not
+        make further levels dear."""
+        pace = Pace()
+        for _ in range(100):
+            pace.count(PLAIN)
+            for levels in (1, 1, 2, 1):
+                drafting = 0.5 + 0.1 * (levels - 1)
+                pace.count(Round(levels, 4, 3, 1.1 + drafting, drafting, 2, 2.0, 0.3))
+        assert pace.drafting(1) == pytest.approx(0.5, rel=0.05)
+        assert pace.drafting(3) - pace.drafting(2) == pytest.approx(0.1, rel=0.3)
+        assert pace.price().level / pace.value == pytest.approx(0.1, rel=0.3)
 
     def test_a_second_is_worth_what_plain_decoding_writes(self):
         assert after(PLAIN, tree(1, seconds=8.0)).value == 1.0
@@ -94,7 +114,7 @@ class TestPace:
             slow = 10 if draw.random() < 0.1 else 1
             pace.count(Round(0, 0, 1, slow * 1.0))
             pace.count(tree(3, slow * 2.0, slow * 0.8))
-        assert pace.plain == 1.0 and pace.forward == pytest.approx(0.2)
+        assert pace.plain == 1.0 and pace.drafting(4) == pytest.approx(0.8)
         assert pace.verify.each == pytest.approx(0.2 / 8, rel=0.3)
 
 

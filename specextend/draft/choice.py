@@ -161,13 +161,12 @@ class Choice:
         levels = self._levels(depth)
         chances, taken = self._trees.chances(), self._trees.forwards()
         model = np.zeros((len(levels), deepest))
-        sizes, forwards = np.zeros((2, len(levels), 1))
+        sizes, drafting = np.zeros((2, len(levels), 1))
         for row, count in enumerate(levels[1:], 1):
             model[row, :count] = chances[:count]
             sizes[row] = self._nodes.value * self.config.nodes_within(count)
-            forwards[row] = taken[count - 1]
+            drafting[row] = self.pace.drafting(taken[count - 1])
         # What one knows the other tends to know, too: together they reach as far as the better one.
         tokens = 1 + np.maximum(model[:, None], reach[None]).sum(-1)
-        pace, found = self.pace, np.arange(len(nodes) + 1)
-        seconds = pace.verify.first + pace.verify.each * (sizes + found) + pace.forward * forwards
-        return tokens / seconds
+        verify, found = self.pace.verify, np.arange(len(nodes) + 1)
+        return tokens / (verify.first + verify.each * (sizes + found) + drafting)

@@ -791,8 +791,8 @@ MUTANTS = [
     Mutant(
         "mixed: a model's forwards are held to cost nothing",
         CHOICE,
-        "(sizes + found) + pace.forward * forwards\n",
-        "(sizes + found) + 0 * forwards\n",
+        "verify.each * (sizes + found) + drafting)\n",
+        "verify.each * (sizes + found) + 0 * drafting)\n",
         ("tests/test_mixed.py::TestChoice",),
     ),
     Mutant(
