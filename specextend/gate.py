@@ -46,7 +46,9 @@ class Gate:
 
     def __init__(self, config: SpecConfig, most: int, follows: bool):
         self.enabled, self.follows = config.gate == "auto", follows
-        self._pace, self._depth = Pace(), Depth(most)
+        self._pace, self._most = Pace(), most
+        # Levels that are measured have to show that they pay.
+        self._depth = Depth(most, (most + 1) // 2 if self.enabled else most)
         self._threshold = config.tree_threshold if config.tree_shape == "opt" else 0.0
         self._rounds = 0
         self._resting, self._rest = 0, self.REST
@@ -61,7 +63,7 @@ class Gate:
             self._rounds += 1
             if self._rounds % self.PROBE == self.PATIENCE:
                 return 0
-        return self._depth.levels
+        return self._most if self.follows else self._depth.levels
 
     def price(self) -> Price:
         """Return what the draft is told that parts of the next tree have to bring."""
@@ -72,8 +74,10 @@ class Gate:
 
     def count(self, took: Round) -> None:
         """Learn from a round."""
-        if took.gain is not None and not self.follows:
-            self._depth.follow(took.levels, took.gain, self._price())
+        if took.levels and not self.follows:
+            # Of a draft that does not say what it expects, all levels are wanted.
+            gain = float("inf") if took.gain is None else took.gain
+            self._depth.follow(took.levels, gain, self._price())
         if not self.enabled or took.seconds is None:
             return
         self._pace.count(took)

@@ -204,14 +204,15 @@ class Depth:
     see what a level brings.
 
     Args:
-        most: levels at most, with which it begins.
+        most: levels at most.
+        first: levels of the first tree.
 
     Attributes:
         levels: of the next tree.
     """
 
-    def __init__(self, most: int):
-        self.levels = self._most = most
+    def __init__(self, most: int, first: int):
+        self._most, self.levels = most, first
 
     def follow(self, levels: int, gain: float, price: Price) -> None:
         """Learn what the last one of a tree's ``levels`` was expected to add; a tree that had to be

@@ -126,6 +126,17 @@ def test_others_follow_a_level_at_a_time(forward, levels):
     assert abs(gate._depth.levels - levels) <= 1
 
 
+def test_others_begin_with_half_of_the_levels():
+    """And all of them are wanted of a draft that does not say what it expects."""
+    gate, depths = Gate(AUTO, 8, follows=False), []
+    for _ in range(5):
+        depths.append(gate.next_depth())
+        gate.count(Round(depths[-1], depths[-1], 3, 1.0))
+    assert depths == [4, 5, 6, 7, 8]
+    assert Gate(AUTO, 8, follows=True).next_depth() == 8
+    assert Gate(OFF, 8, follows=False).next_depth() == 8
+
+
 def test_without_a_measure_the_shape_decides():
     """``tree_threshold`` is what a level of OPT-Tree's has to add."""
     for shape, price in (("opt", Price(0.2)), ("top_k", FREE), ("fixed", FREE)):

@@ -119,9 +119,9 @@ class TestPace:
 
 
 def test_depth_follows_what_the_last_level_adds():
-    depth, price = Depth(5), Price(0.2)
-    assert depth.levels == 5
-    for gain, levels in ((0.1, 4), (0.1, 3), (0.3, 4), (0.3, 5), (0.3, 5), (0.2, 4)):
+    depth, price = Depth(5, 3), Price(0.2)
+    assert depth.levels == 3
+    for gain, levels in ((0.1, 2), (0.3, 3), (0.3, 4), (0.3, 5), (0.3, 5), (0.2, 4)):
         depth.follow(depth.levels, gain, price)
         assert depth.levels == levels
     depth.follow(2, 0.0, price)  # of a tree for which there was no room

@@ -588,8 +588,8 @@ MUTANTS = [
     Mutant(
         "gate: the depth follows where a draft is told the price",
         GATE,
-        "        if took.gain is not None and not self.follows:\n",
-        "        if took.gain is not None:\n",
+        "return self._most if self.follows else self._depth.levels\n",
+        "return self._depth.levels\n",
         ("tests/test_gate.py",),
     ),
     Mutant(
