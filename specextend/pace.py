@@ -123,21 +123,24 @@ class Quotient:
     Args:
         value: beforehand.
         weight: below the line, that it counts for.
+
+    Attributes:
+        above, below: the sums.
     """
 
     def __init__(self, value: float = 0.0, weight: float = 0.0):
-        self._above, self._below = value * weight, weight
+        self.above, self.below = value * weight, weight
 
     def count(self, above: float, below: float) -> None:
         """Add what a round had above the line and below it."""
         keep = 1 - 1 / MEMORY
-        self._above = keep * self._above + above
-        self._below = keep * self._below + below
+        self.above = keep * self.above + above
+        self.below = keep * self.below + below
 
     @property
     def value(self) -> float:
         """Return the quotient."""
-        return self._above / self._below
+        return self.above / self.below
 
 
 class Pace:
@@ -154,13 +157,11 @@ class Pace:
         self._draft = Seconds(1.0)
         self._plain: deque[float] = deque(maxlen=_LATEST)  # seconds of plain rounds
         self._trust = Quotient(_TRUST, _PRIOR)
-        self._tokens = self._seconds = 0.0
+        self._written = Quotient()  # tokens by seconds
 
     def count(self, took: Round) -> None:
         """Learn from a round."""
-        keep = 1 - 1 / MEMORY
-        self._tokens = keep * self._tokens + took.emitted
-        self._seconds = keep * self._seconds + took.seconds
+        self._written.count(took.emitted, took.seconds)
         self.verify.count(took.nodes, took.seconds - took.drafting)
         if not took.nodes:
             self._plain.append(took.seconds)
@@ -191,7 +192,8 @@ class Pace:
         """Return the tokens that a second is worth: those that are written in it, which are no
         fewer than could be written plainly."""
         plain = self.plain
-        return max((self._tokens + _PRIOR) / (self._seconds + _PRIOR * plain), 1 / plain)
+        written = self._written
+        return max((written.above + _PRIOR) / (written.below + _PRIOR * plain), 1 / plain)
 
     def price(self) -> Price:
         """Return what parts of the next tree have to bring."""

@@ -88,7 +88,7 @@ class MixedDraft(Draft):
         self._lookup = LookUp(self.config, max_length + 1)
         self._lookup.begin(prompt[0].tolist())
         self._choice = self._choose(self.config, self._hoped)
-        # The model can be told what pays where it works as it is told, and may be waited for.
+        # On a GPU, and where the model runs from graphs, nobody waits to see what it has come to.
         self._follows = prompt.device.type == "cpu" and not graphs.enabled
         self.accepted = Counter()
         self._waiting: list[Decided] = []  # what the model has yet to take in
