@@ -62,7 +62,9 @@ class TestTapedRound:
 
     @pytest.mark.parametrize("draft_cache", ["full", "window", "retrieval"])
     @pytest.mark.parametrize("shape", ["opt", "top_k", "fixed"])
-    def test_greedy(self, models, tapes, draft_cache, shape):
+    def test_greedy(self, models, tapes, draft_cache, shape, monkeypatch):
+        # Where the host follows, chunks are read when they are wanted; here neither does.
+        monkeypatch.setattr("specextend.draft.causal_lm.follows", lambda *given: False)
         config = CONFIG.replace(draft_cache=draft_cache, tree_shape=shape, tree_widths=(3, 4, 2))
         ids = prompt(70)
         got, spec = run(models, config, ids, tapes, max_new_tokens=60, **GREEDY)

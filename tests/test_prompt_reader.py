@@ -66,8 +66,7 @@ class TestReading:
         full = KVCache(2, 120, 1, ids.device)
         patched = PatchedModel(model)
         with torch.inference_mode():
-            read_chunks(ids, chosen, full, config, patched.read)
-        assert full.length == int(full.lens) == 101
+            assert torch.equal(read_chunks(ids, chosen, full, config, patched.read), chosen)
 
         chunks = [0, 1, 3, 4, 7, 8, 9, 11, 12]
         rows = torch.cat([torch.arange(8 * c, min(8 * c + 8, 101)) for c in chunks])
@@ -89,6 +88,33 @@ class TestReading:
             read_chunks(ids, chosen, full, CONFIG, PatchedModel(tiny_model("llama")).read)
         for layer in full.layers:
             assert not layer.keys[:, :, 8:48].any() and layer.keys[:, :, 48:64].any()
+
+    @pytest.mark.parametrize("window", [None, 5, 16])
+    def test_what_is_read_later_is_as_if_it_were_read_then(self, window):
+        """And what was there before stays, bit by bit; also the chunk before one of the new."""
+        ids, config = prompt(101), CONFIG.replace(draft_prefill_window=window)
+        patched = PatchedModel(tiny_model("llama"))
+        first, later = torch.zeros(2, 13, dtype=torch.bool)
+        first[[0, 5, 12]] = True
+        later[[6, 9]] = True
+        full, alone = (KVCache(2, 120, 1, ids.device) for _ in range(2))
+        with torch.inference_mode():
+            known = read_chunks(ids, first, full, config, patched.read)
+            before = [(layer.keys.clone(), layer.values.clone()) for layer in full.layers]
+            both = read_chunks(ids, later, full, config, patched.read, known)
+            read_chunks(ids, later, alone, config, patched.read)
+        assert torch.equal(both, first | later)
+
+        def rows(chunks):
+            return torch.cat([torch.arange(8 * c, min(8 * c + 8, 101)) for c in chunks])
+
+        for ours, theirs, (keys, values) in zip(full.layers, alone.layers, before, strict=True):
+            for a, b, c in ((ours.keys, theirs.keys, keys), (ours.values, theirs.values, values)):
+                assert torch.equal(a[:, :, rows([0, 5, 12])], c[:, :, rows([0, 5, 12])])
+                assert torch.equal(a[:, :, rows([6, 9, 8])], b[:, :, rows([6, 9, 8])])
+        # The chunk before a new one was read again, which is not what is kept.
+        again, kept = (x[:, :, rows([5])] for x in (alone.layers[-1].keys, full.layers[-1].keys))
+        assert not torch.equal(again, kept)
 
 
 def by_hand(model, tokens, positions, seen):
@@ -130,12 +156,16 @@ class TestGeneration:
         stream.close()
         handle.remove()
 
-    @pytest.mark.parametrize("draft_cache", ["window", "retrieval"])
+    @pytest.mark.parametrize(
+        "draft_cache, later", [("window", True), ("retrieval", False), ("retrieval", True)]
+    )
     @pytest.mark.parametrize("seed", range(3))
-    def test_what_was_not_read_is_not_used(self, draft_cache, seed, monkeypatch):
-        """With NaN in its place: the same rounds."""
+    def test_what_was_not_read_is_not_used(self, draft_cache, later, seed, monkeypatch):
+        """With NaN in its place: the same rounds. Where nobody waits, later retrievals choose among
+        the chunks that were read at first; else these are read when they are wanted."""
         target, draft = tiny_model("llama"), tiny_model("llama", seed=1)
         config, ids = CONFIG.replace(draft_cache=draft_cache), prompt(300, seed=seed)
+        monkeypatch.setattr("specextend.draft.causal_lm.follows", lambda *given: later)
         spec = SpecExtend(target, draft, config)
         expected = spec.generate(ids, max_new_tokens=60, do_sample=False)
         accepted = spec.stats.num_accepted_tokens
@@ -143,19 +173,26 @@ class TestGeneration:
         chosen = []
 
         def poisoned(tokens, which, full, *rest):
-            chosen.append(which)
-            read_chunks(tokens, which, full, *rest)
-            lost = ~which.repeat_interleave(8)[: tokens.shape[1]]
-            assert lost.sum() > 150
+            known = read_chunks(tokens, which, full, *rest)
+            lost = ~known.repeat_interleave(8)[: tokens.shape[1]]
+            assert chosen or lost.sum() > 150
+            chosen.append(known)
             for layer in full.layers:
                 layer.keys[:, :, : len(lost)][:, :, lost] = torch.nan
                 layer.values[:, :, : len(lost)][:, :, lost] = torch.nan
+            return known
 
         monkeypatch.setattr("specextend.draft.causal_lm.read_chunks", poisoned)
         assert torch.equal(spec.generate(ids, max_new_tokens=60, do_sample=False), expected)
         assert spec.stats.num_accepted_tokens == accepted
         of_prompt = {c for ids in spec.stats.retrieved_chunks for c in ids if c < len(chosen[0])}
-        assert all(chosen[0][c] for c in of_prompt)
+        assert all(chosen[-1][c] for c in of_prompt)
+        assert (len(chosen) > 1) == (later and draft_cache == "retrieval")
+        if len(chosen) > 1:
+            assert any(not chosen[0][c] for c in of_prompt)
+            assert chosen[-1].sum() == chosen[0].sum() + len(
+                [c for c in of_prompt if not chosen[0][c]]
+            )
         assert (draft_cache == "window") == (not of_prompt)
 
     def test_the_last_layer_is_run_for_its_keys_alone(self):

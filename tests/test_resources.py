@@ -60,6 +60,7 @@ def test_at_most_one_host_read_per_round(models, monkeypatch):
     """O19, where the host does not follow the draft as on a CPU: everything that turns a tensor
     into a Python value is counted, the model's own too."""
     monkeypatch.setattr(Generation, "_draft_follows", lambda self: False)
+    monkeypatch.setattr("specextend.draft.causal_lm.follows", lambda *given: False)
     for options in (dict(do_sample=False), dict(do_sample=True, temperature=0.8, top_p=0.9)):
         spec = SpecExtend(*models, CONFIG)
         stream = spec.stream(prompt(300), max_new_tokens=60, **options)

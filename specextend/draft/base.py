@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -49,6 +50,12 @@ class Decided:
     def __len__(self) -> int:
         """Count the tokens, T."""
         return self.tokens.shape[1]
+
+
+def follows(device: torch.device, graphs: Graphs) -> bool:
+    """Tell whether a draft may look at what it has come to: on a GPU, and where it runs from
+    graphs, nobody waits for that."""
+    return device.type == "cpu" and not graphs.enabled
 
 
 class Draft(ABC):

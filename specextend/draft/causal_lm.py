@@ -19,7 +19,7 @@ from ..longrope import frequencies
 from ..rotary import Rotary, probe_rotary
 from ..target import Target
 from ..tokenizers import differing_ids
-from .base import Decided, Source, Tokenizers
+from .base import Decided, Source, Tokenizers, follows
 from .cached import CachedDraft
 from .checkpoint import Checkpoint
 from .prompt_reader import choose_chunks, part_read, read_chunks
@@ -134,14 +134,25 @@ class CausalLMDraft(CachedDraft):
 
     def finish_prefill(self, scores) -> bool:
         tokens, config, caches = self._prompt, self.config, self.caches
-        caches.chosen = choose_chunks(scores, tokens.shape[1], config, tokens.device)
-        if caches.chosen is not None:
-            read_chunks(tokens, caches.chosen, caches.full, config, self._keys)
+        chosen = choose_chunks(scores, tokens.shape[1], config, tokens.device)
+        if chosen is not None:
+            caches.chosen = read_chunks(tokens, chosen, caches.full, config, self._keys)
+            caches.full.advance(tokens.shape[1])
             return True
         width = config.prefill_chunk or max(tokens.shape[1], 1)
         for start in range(0, tokens.shape[1], width):
             self._fill(Decided(tokens[:, start : start + width]))
         return True
+
+    def retrieve(self, scores) -> Tensor:
+        caches = self.caches
+        if caches.chosen is not None and follows(scores.device, self._graphs):
+            missing = caches.missing(scores)
+            if bool(missing.any()):
+                caches.chosen = read_chunks(
+                    self._prompt, missing, caches.full, self.config, self._keys, caches.chosen
+                )
+        return super().retrieve(scores)
 
     def _keys(self, tokens: Tensor, positions: Tensor, state: Pass) -> None:
         """Run tokens for their keys alone."""

@@ -19,7 +19,7 @@ from ..config import SpecConfig
 from ..graphs import Stopwatch
 from ..pace import FREE, HOPED, Price, Round
 from ..tree import Tree
-from .base import Decided, Draft
+from .base import Decided, Draft, follows
 from .choice import Choice
 from .lookup import LookUp, deepest
 from .ngram import NGramDraft
@@ -88,8 +88,7 @@ class MixedDraft(Draft):
         self._lookup = LookUp(self.config, max_length + 1)
         self._lookup.begin(prompt[0].tolist())
         self._choice = self._choose(self.config, self._hoped)
-        # On a GPU, and where the model runs from graphs, nobody waits to see what it has come to.
-        self._follows = prompt.device.type == "cpu" and not graphs.enabled
+        self._follows = follows(prompt.device, graphs)
         self.accepted = Counter()
         self._waiting: list[Decided] = []  # what the model has yet to take in
         self._ran = False  # the model has, in this generation

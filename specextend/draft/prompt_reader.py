@@ -2,7 +2,8 @@
 
 A draft attends to ``budget`` tokens, whatever the length of the text. Of a long prompt it reads the
 chunks that the target's attention points at behind the prompt, more than it holds at a time, each
-with the chunk before it, whose keys its first tokens see. Later retrievals choose among these.
+with the chunk before it, whose keys its first tokens see. Chunks that a later retrieval points at
+are read then, or left out where nobody waits to see which they are.
 Positions are those of the prompt; what was left out is neither read nor attended to.
 """
 
@@ -27,7 +28,7 @@ Read = Callable[[Tensor, Tensor, Pass], None]
 def choose_chunks(
     scores: Tensor | None, length: int, config: SpecConfig, device: torch.device
 ) -> Tensor | None:
-    """Choose the chunks of a prompt that a draft's cache may come to hold.
+    """Choose the chunks of a prompt that a draft's cache is likely to hold at some time.
 
     Args:
         scores: [1, C] fp32, the target's attention mass per chunk; None: the last ones are wanted.
@@ -76,23 +77,34 @@ def part_read(length: int, config: SpecConfig) -> float:
 
 
 def read_chunks(
-    tokens: Tensor, chosen: Tensor, full: KVCache, config: SpecConfig, read: Read
-) -> None:
+    tokens: Tensor,
+    chosen: Tensor,
+    full: KVCache,
+    config: SpecConfig,
+    read: Read,
+    known: Tensor | None = None,
+) -> Tensor:
     """Read some chunks of a prompt, and the one before each, to their rows of a draft's full cache.
 
-    A token sees ``draft_prefill_window`` positions, as far as they are read.
+    A token sees ``draft_prefill_window`` positions, as far as they are read here.
 
     Args:
         tokens: [1, L] int64, the prompt.
         chosen: [C] bool, which chunks.
-        full: the draft's cache, empty; L rows are committed.
+        full: the draft's cache. Nothing is committed.
         config: of chunks and windows.
         read: runs the draft's model.
+        known: [C] bool, chunks that were read before, whose rows stay as they are.
+
+    Returns:
+        [C] bool, the chunks that have been asked for by now.
     """
     length, window = tokens.shape[1], config.draft_prefill_window
     with_before = chosen.clone()
     with_before[:-1] |= chosen[1:]
+    known = torch.zeros_like(chosen) if known is None else known
     rows = with_before.repeat_interleave(config.chunk_size)[:length].nonzero()[:, 0]
+    new_rows = ~known.repeat_interleave(config.chunk_size)[rows]
     positions = rows.to(torch.int32)[None]
     width = config.prefill_chunk or len(rows)
     memory = len(rows) if window is None else min(window - 1, len(rows))
@@ -103,6 +115,7 @@ def read_chunks(
     for start in range(0, len(rows), width):
         part = rows[start : start + width]
         kept, end = min(start, memory), start + len(part)
+        wanted = new_rows[start:end].nonzero()[:, 0]
         state = Pass(
             beside,
             [(beside, beside.lens + kept)],
@@ -116,7 +129,7 @@ def read_chunks(
             if not ours.is_initialized:
                 ours.like(theirs)
             for to, new in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
-                to.index_copy_(2, part, new[:, :, kept : kept + len(part)])
+                to.index_copy_(2, part[wanted], new[:, :, kept + wanted])
                 first = max(0, kept + len(part) - memory)
                 new[:, :, : kept + len(part) - first] = new[:, :, first : kept + len(part)].clone()
-    full.advance(length)
+    return known | chosen

@@ -129,9 +129,25 @@ class WorkingCache:
         return ids
 
     def _refill(self, scores: Tensor | None) -> Tensor:
+        if scores is not None and self.chosen is not None:
+            scores = self._among_chosen(scores)
         ids, counts = self._select(scores)
         self._gather(ids, counts)
         return ids
+
+    def missing(self, scores: Tensor) -> Tensor:
+        """Return [C] bool, the prompt's chunks that ``scores`` want most, a quarter of the budget,
+        and that the full cache lacks."""
+        count, most = len(self.chosen), max(1, self.config.budget_chunks // 4)
+        best = scores[0].topk(min(most, scores.shape[1])).indices
+        wanted = torch.zeros_like(self.chosen)
+        wanted[best[best < count]] = True  # others are behind the prompt
+        return wanted & ~self.chosen
+
+    def _among_chosen(self, scores: Tensor) -> Tensor:
+        """Leave out the prompt's chunks that the full cache lacks."""
+        lacking = F.pad(~self.chosen, (0, scores.shape[1] - len(self.chosen)))
+        return scores.masked_fill(lacking, -torch.inf)
 
     def _select(self, scores: Tensor | None) -> tuple[Tensor, Tensor]:
         config, full = self.config, self.full
@@ -140,9 +156,6 @@ class WorkingCache:
             num_chunks = -(-full.capacity // config.chunk_size)
             scores = torch.zeros(1, num_chunks, device=full.lens.device)
             recent = config.budget_chunks - config.sink_chunks
-        elif self.chosen is not None:
-            missing = F.pad(~self.chosen, (0, scores.shape[1] - len(self.chosen)))
-            scores = scores.masked_fill(missing, -torch.inf)
         return ops.select_chunks(
             scores,
             full.lens,

@@ -996,9 +996,16 @@ MUTANTS = [
     Mutant(
         "reading: chunks are retrieved that were not read",
         WORKING,
-        "scores = scores.masked_fill(missing, -torch.inf)",
-        "scores = scores.masked_fill(missing & ~missing, -torch.inf)",
+        "        return scores.masked_fill(lacking, -torch.inf)\n",
+        "        return scores\n",
         ("tests/test_prompt_reader.py::TestGeneration",),
+    ),
+    Mutant(
+        "reading: what was read before is read over",
+        READER,
+        "new_rows = ~known.repeat_interleave(config.chunk_size)[rows]\n",
+        "new_rows = torch.ones_like(rows, dtype=torch.bool)\n",
+        ("tests/test_prompt_reader.py::TestReading",),
     ),
     Mutant(
         "reading: the last layer is run to its end",
