@@ -94,4 +94,10 @@ inline void check_range(const char* op, const char* name, int64_t value, int64_t
                   "], got ", value);
 }
 
+// Checks the size of a head in attention. `of` says whose heads they are.
+inline void check_head_dim(const char* op, const char* of, int64_t dim, int64_t most) {
+  STD_TORCH_CHECK(dim >= 8 && dim <= most && dim % 8 == 0, op, ": the head dimension of ", of,
+                  " must be a multiple of 8 in [8, ", most, "], got ", dim);
+}
+
 }  // namespace specextend

@@ -1,9 +1,9 @@
 #pragma once
 
 // The plain parameters of every kernel, on the CPU and in CUDA. Letters: B batch, M query rows, N
-// tree keys, S cache capacity, P prefix length, Hq and Hkv heads, D head dim, V vocabulary, L
-// layers; of products, K summands and N columns. Strides are in elements; the last dimension of a
-// tensor with strides has stride 1.
+// tree keys, S cache capacity, P prefix length, Hq and Hkv heads, D head dim, Dv that of values
+// where it may be another, V vocabulary, L layers; of products, K summands and N columns. Strides
+// are in elements; the last dimension of a tensor with strides has stride 1.
 
 #include <cstdint>
 
@@ -13,27 +13,30 @@ enum class DType : int { kFloat32, kFloat16, kBFloat16 };
 
 constexpr int kMaxCaches = 256;         // one launch of compact_kv serves no more caches
 constexpr int kMaxRotatedPairs = 4096;  // the table of gather_chunks fits shared memory
+constexpr int kMaxHeadDim = 576, kMaxValueDim = 512;  // of attention: latent keys, their values
 
 // tree_attention: M rows attend to a prefix, which all of them see, and to N tree keys behind it.
 struct TreeAttentionParams {
   const void* q;  // [B, M, Hq, D]
   const void* k;  // [B, S, Hkv, D]; rows [0, P) are the prefix, rows [P, P + N) the tree's own
-  const void* v;  // [B, S, Hkv, D]
+  const void* v;  // [B, S, Hkv, Dv]
   int64_t q_stride_b, q_stride_m, q_stride_h;
   int64_t k_stride_b, k_stride_s, k_stride_h;
   int64_t v_stride_b, v_stride_s, v_stride_h;
   const int32_t* prefix_lens;  // [B]: P, clamped to [0, S - N]
   const uint64_t* mask;        // [B, M, ceil(N / 64)] packed visibility (tree.h); null: a chain
   const int32_t* q_depths;     // [B, M]: position of a row is P + depth; null: a chain's
-  const int32_t* k_depths;     // [B, N]: likewise for the tree's keys; both serve windows alone
+  const int32_t* k_depths;     // [B, N]: likewise for the tree's keys; for windows and chunks alone
   const float* sinks;          // [Hq]: a logit in the softmax that has no value; or null
-  void* out;                   // [B, M, Hq, D], contiguous; or null: v is not read
+  void* out;                   // [B, M, Hq, Dv], contiguous; or null: v is not read
   float* lse;                  // [B, M, Hq], natural log, over the keys alone (without the sink)
   float* chunk_lse;            // [B, M, Hq, num_chunks] over the prefix's chunks, or null
   int64_t capacity;            // S
-  int batch, num_rows, num_tree_keys, num_heads, num_kv_heads, head_dim;
+  int batch, num_rows, num_tree_keys, num_heads, num_kv_heads, head_dim;  // head_dim: of q and k
+  int value_dim;                                                          // of v and out
   int chunk_size, num_chunks;  // num_chunks = ceil(S / chunk_size)
   int window;                  // keys at positions > position - window are seen; 0: all
+  int attention_chunk;         // a row sees from the start of its own chunk on; 0: all
   float scale, softcap;        // softcap > 0: logits become softcap * tanh(logit / softcap)
 };
 

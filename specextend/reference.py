@@ -219,6 +219,7 @@ def tree_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     window: int = 0,
+    attention_chunk: int = 0,
     q_depths: Tensor | None = None,
     k_depths: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -230,7 +231,7 @@ def tree_attention(
     keys = rows if num_tree_keys is None else num_tree_keys
     scale = dim**-0.5 if scale is None else scale
     stat = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = q.new_empty(batch, rows, heads, v.shape[-1])
     lse = q.new_empty(batch, rows, heads, dtype=stat)
     chunks = -(-capacity // chunk_size) if chunk_size else 0
     chunk_lse = q.new_full((batch, rows, heads, chunks), -torch.inf, dtype=stat)
@@ -243,11 +244,12 @@ def tree_attention(
         else:
             tree = _unpack(tree_mask[b], keys)
         visible = torch.cat([tree.new_ones(rows, prefix), tree], 1)
-        if window:
+        if window or attention_chunk:
             q_pos = prefix + (row + keys - rows if q_depths is None else q_depths[b])
             tree_pos = prefix + (slot if k_depths is None else k_depths[b])
             k_pos = torch.cat([torch.arange(prefix, device=q.device), tree_pos])
-            visible = visible & (k_pos > q_pos[:, None] - window)
+            first = q_pos - window + 1 if window else q_pos // attention_chunk * attention_chunk
+            visible = visible & (k_pos >= first[:, None])
         # Keys that nobody sees may hold anything.
         read = visible.any(0)[:, None, None]
         kb = torch.where(read, k[b, : prefix + keys], 0).repeat_interleave(group, 1)

@@ -54,9 +54,17 @@ def test_attention_fuzz(isa):
     test_tree_attention.test_fuzz("cpu", 40)
 
 
-@pytest.mark.parametrize("dim", [8, 40, 72, 120, 128, 192, 256])
+@pytest.mark.parametrize("dim", [8, 40, 72, 120, 128, 192, 256, 264, 512, 576])
 def test_attention_head_dims(dim, isa):
-    test_tree_attention.test_head_dims(dim, "cpu")
+    test_tree_attention.test_head_dims(dim, "cpu", Scheduler())
+
+
+@pytest.mark.parametrize("dims", [(192, 128), (64, 96), (24, 8), (576, 512)])
+def test_attention_values_of_another_size(dims, isa):
+    for dtype in test_tree_attention.DTYPES:
+        test_tree_attention.test_few_rows(dims, dtype)
+    test_tree_attention.test_values_of_another_size(dims, torch.bfloat16, "cpu", Scheduler())
+    test_tree_attention.test_row_invariance((2, 1), dims, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", test_tree_attention.DTYPES)
@@ -77,6 +85,7 @@ def test_attention_unrolled(isa):
     """The last keys of a line are put together for each row of a tree where tiles are used."""
     test_tree_attention.test_path_unrolling(torch.bfloat16, "cpu", Scheduler())
     test_tree_attention.test_window_row_invariance(torch.bfloat16)
+    test_tree_attention.test_attention_chunk_row_invariance(torch.bfloat16)
     for group in (1, 7, 20):  # query heads of one row in one tile and in two
         test_tree_attention.test_groups(group, "cpu")
 

@@ -296,7 +296,14 @@ def check_keys(q, k, rows, lens, device="cpu", **options):
 @pytest.mark.parametrize("chunk_size", [1, 7, 32, 64, 1000])
 def test_keys(chunk_size, dtype, device):
     for seed, (heads, kv_heads, dim, capacity) in enumerate(
-        [(4, 2, 64, 90), (1, 1, 8, 3), (6, 2, 80, 1), (8, 1, 128, 1300), (3, 3, 256, 257)]
+        [
+            (4, 2, 64, 90),
+            (1, 1, 8, 3),
+            (6, 2, 80, 1),
+            (8, 1, 128, 1300),
+            (3, 3, 256, 257),
+            (4, 1, 576, 140),
+        ]
     ):
         case = random_keys(seed, dtype, heads=heads, kv_heads=kv_heads, dim=dim, capacity=capacity)
         got = check_keys(*case, device=device, chunk_size=chunk_size)
@@ -409,7 +416,14 @@ K = torch.zeros(2, 9, 2, 16)
         (Q, K.half(), INTS, INTS, {}, "k must be float32, got float16"),
         (Q, K[..., :8], INTS, INTS, {}, r"k must have shape \[2, 9, 2, 16\], got \[2, 9, 2, 8\]"),
         (Q[:, :0], K, INTS, INTS, {}, "the number of rows M must be in .*, got 0"),
-        (Q[..., :4], K[..., :4], INTS, INTS, {}, "the head dimension must be a multiple of 8 .* 4"),
+        (
+            Q[..., :4],
+            K[..., :4],
+            INTS,
+            INTS,
+            {},
+            "the head dimension of q and k must be a .* 576.* 4",
+        ),
         (Q[:, :, :3], K, INTS, INTS, {}, "the heads of q must be a multiple of .*, got 3 and 2"),
         (Q.mT.contiguous().mT, K, INTS, INTS, {}, "q must have a last stride of 1, got 4"),
         (Q, K.mT.contiguous().mT, INTS, INTS, {}, "k must have a last stride of 1, got 2"),

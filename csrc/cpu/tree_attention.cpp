@@ -54,7 +54,7 @@ void tree_attention(const TreeAttentionParams& p, DType dtype) {
   const int64_t work = total * p.num_kv_heads * p.head_dim * (packed + kReadingRows);
   const int64_t threads = work < kSerialWork ? 1 : int64_t(torch::stable::get_num_threads());
 
-  const int dim = p.out ? (p.head_dim + kernels.lanes - 1) / kernels.lanes * kernels.lanes : 0;
+  const int dim = p.out ? (p.value_dim + kernels.lanes - 1) / kernels.lanes * kernels.lanes : 0;
   const int block_rows = (packed + blocks - 1) / blocks;
   const int64_t unit_partials = int64_t(segments) * block_rows * (dim + 2);
   const bool split = segments > 1 && units < 4 * threads && threads > 1 &&

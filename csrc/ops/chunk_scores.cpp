@@ -1,6 +1,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -124,8 +125,7 @@ PreparedKeys prepare_keys(const KeysArguments& a) {
   const int64_t capacity = a.k.size(1), kv_heads = a.k.size(2);
   check_shape(kKeysOp, "k", a.k, {batch, capacity, kv_heads, dim});
   check_range(kKeysOp, "the number of rows M", num_rows, 1, INT32_MAX);
-  STD_TORCH_CHECK(dim >= 8 && dim <= 256 && dim % 8 == 0, kKeysOp,
-                  ": the head dimension must be a multiple of 8 in [8, 256], got ", dim);
+  check_head_dim(kKeysOp, "q and k", dim, kMaxHeadDim);
   STD_TORCH_CHECK(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, kKeysOp,
                   ": the heads of q must be a multiple of those of k, got ", heads, " and ",
                   kv_heads);
@@ -155,6 +155,7 @@ PreparedKeys prepare_keys(const KeysArguments& a) {
   p.capacity = capacity;
   p.batch = int(batch), p.num_rows = int(num_rows), p.num_tree_keys = 0;
   p.num_heads = int(heads), p.num_kv_heads = int(kv_heads), p.head_dim = int(dim);
+  p.value_dim = int(std::min<int64_t>(dim, kMaxValueDim));  // some size that kernels have
   p.chunk_size = int(a.chunk_size), p.num_chunks = int(num_chunks);
   p.window = int(a.window);
   p.scale = float(scale), p.softcap = float(a.softcap);

@@ -29,7 +29,7 @@ struct Arguments {
   std::optional<int64_t> num_tree_keys;
   std::optional<double> scale;
   double softcap;
-  int64_t window;
+  int64_t window, attention_chunk;
   const std::optional<Tensor>&q_depths, &k_depths, &sinks;
   int64_t chunk_size;
 };
@@ -53,15 +53,16 @@ void check_side(const char* name, const Tensor& t, ScalarType type,
 Prepared prepare(const Arguments& a) {
   check_dim(kOp, "q", a.q, 4, "[B, M, Hq, D]");
   check_dim(kOp, "k", a.k, 4, "[B, S, Hkv, D]");
+  check_dim(kOp, "v", a.v, 4, "[B, S, Hkv, Dv]");
   check_float(kOp, "q", a.q);
   check_dtype(kOp, "k", a.k, a.q.scalar_type());
   check_dtype(kOp, "v", a.v, a.q.scalar_type());
   const int64_t batch = a.q.size(0), rows = a.q.size(1), heads = a.q.size(2), dim = a.q.size(3);
-  const int64_t capacity = a.k.size(1), kv_heads = a.k.size(2);
+  const int64_t capacity = a.k.size(1), kv_heads = a.k.size(2), value_dim = a.v.size(3);
   check_shape(kOp, "k", a.k, {batch, capacity, kv_heads, dim});
-  check_shape(kOp, "v", a.v, {batch, capacity, kv_heads, dim});
-  STD_TORCH_CHECK(dim >= 8 && dim <= 256 && dim % 8 == 0, kOp,
-                  ": the head dimension must be a multiple of 8 in [8, 256], got ", dim);
+  check_shape(kOp, "v", a.v, {batch, capacity, kv_heads, value_dim});
+  check_head_dim(kOp, "q and k", dim, kMaxHeadDim);
+  check_head_dim(kOp, "v", value_dim, kMaxValueDim);
   STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, kOp,
                   ": the heads of q must be a multiple of those of k, got ", heads, " and ",
                   kv_heads);
@@ -84,6 +85,10 @@ Prepared prepare(const Arguments& a) {
   if (a.k_depths) check_side("k_depths", *a.k_depths, ScalarType::Int, {batch, keys}, a.q);
   if (a.sinks) check_side("sinks", *a.sinks, ScalarType::Float, {heads}, a.q);
   check_range(kOp, "window", a.window, 0, kIntMax);
+  check_range(kOp, "attention_chunk", a.attention_chunk, 0, kIntMax);
+  STD_TORCH_CHECK(!a.window || !a.attention_chunk, kOp,
+                  ": window and attention_chunk must not be given together, got ", a.window,
+                  " and ", a.attention_chunk);
   check_range(kOp, "chunk_size", a.chunk_size, 0, kIntMax);
   STD_TORCH_CHECK(a.softcap >= 0 && std::isfinite(a.softcap), kOp,
                   ": softcap must be finite and not negative, got ", a.softcap);
@@ -91,7 +96,7 @@ Prepared prepare(const Arguments& a) {
   STD_TORCH_CHECK(std::isfinite(scale), kOp, ": scale must be finite, got ", scale);
 
   const int64_t chunks = a.chunk_size ? (capacity + a.chunk_size - 1) / a.chunk_size : 0;
-  Prepared r{allocate(a.q, {batch, rows, heads, dim}, a.q.scalar_type()),
+  Prepared r{allocate(a.q, {batch, rows, heads, value_dim}, a.q.scalar_type()),
              allocate(a.q, {batch, rows, heads}, ScalarType::Float),
              a.chunk_size ? allocate(a.q, {batch, rows, heads, chunks}, ScalarType::Float)
                           : allocate(a.q, {0}, ScalarType::Float),
@@ -115,8 +120,9 @@ Prepared prepare(const Arguments& a) {
   p.capacity = capacity;
   p.batch = int(batch), p.num_rows = int(rows), p.num_tree_keys = int(keys);
   p.num_heads = int(heads), p.num_kv_heads = int(kv_heads), p.head_dim = int(dim);
+  p.value_dim = int(value_dim);
   p.chunk_size = int(a.chunk_size), p.num_chunks = int(chunks);
-  p.window = int(a.window);
+  p.window = int(a.window), p.attention_chunk = int(a.attention_chunk);
   p.scale = float(scale), p.softcap = float(a.softcap);
   return r;
 }
@@ -124,11 +130,11 @@ Prepared prepare(const Arguments& a) {
 std::tuple<Tensor, Tensor, Tensor> tree_attention_cpu(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_lens,
     const std::optional<Tensor>& tree_mask, std::optional<int64_t> num_tree_keys,
-    std::optional<double> scale, double softcap, int64_t window,
+    std::optional<double> scale, double softcap, int64_t window, int64_t attention_chunk,
     const std::optional<Tensor>& q_depths, const std::optional<Tensor>& k_depths,
     const std::optional<Tensor>& sinks, int64_t chunk_size) {
   Prepared r = prepare({q, k, v, prefix_lens, tree_mask, num_tree_keys, scale, softcap, window,
-                        q_depths, k_depths, sinks, chunk_size});
+                        attention_chunk, q_depths, k_depths, sinks, chunk_size});
   cpu::tree_attention(r.params, r.dtype);
   return {r.out, r.lse, r.chunk_lse};
 }
@@ -162,11 +168,11 @@ Family choose_family([[maybe_unused]] const Prepared& r, [[maybe_unused]] int32_
 std::tuple<Tensor, Tensor, Tensor> tree_attention_cuda(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_lens,
     const std::optional<Tensor>& tree_mask, std::optional<int64_t> num_tree_keys,
-    std::optional<double> scale, double softcap, int64_t window,
+    std::optional<double> scale, double softcap, int64_t window, int64_t attention_chunk,
     const std::optional<Tensor>& q_depths, const std::optional<Tensor>& k_depths,
     const std::optional<Tensor>& sinks, int64_t chunk_size) {
   Prepared r = prepare({q, k, v, prefix_lens, tree_mask, num_tree_keys, scale, softcap, window,
-                        q_depths, k_depths, sinks, chunk_size});
+                        attention_chunk, q_depths, k_depths, sinks, chunk_size});
   const int32_t device = q.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Family family = choose_family(r, device);
@@ -186,7 +192,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(specextend, m) {
   m.def(
       "tree_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_lens, Tensor? tree_mask=None, *, "
       "int? num_tree_keys=None, float? scale=None, float softcap=0.0, int window=0, "
-      "Tensor? q_depths=None, Tensor? k_depths=None, Tensor? sinks=None, int chunk_size=0) "
+      "int attention_chunk=0, Tensor? q_depths=None, Tensor? k_depths=None, Tensor? sinks=None, "
+      "int chunk_size=0) "
       "-> (Tensor out, Tensor lse, Tensor chunk_lse)");
 }
 STABLE_TORCH_LIBRARY_IMPL(specextend, CPU, m) {

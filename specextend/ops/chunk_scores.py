@@ -76,7 +76,7 @@ def chunk_scores_keys(
     Args:
         q: [B, M, Hq, D], fp32, fp16 or bf16, any strides with a unit last one.
         k: [B, S, Hkv, D] of the same dtype, any strides with a unit last one. Hq is a multiple of
-            Hkv; D a multiple of 8 up to 256.
+            Hkv; D a multiple of 8 up to 576.
         rows: [B] int32, contiguous. The row of ``q`` to score for; clamped to [0, M).
         lens: [B] int32, contiguous. Keys of each sequence, clamped to [0, S].
         chunk_size: keys per chunk.

@@ -17,6 +17,7 @@ def tree_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     window: int = 0,
+    attention_chunk: int = 0,
     q_depths: Tensor | None = None,
     k_depths: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -30,10 +31,13 @@ def tree_attention(
     which cross-model retrieval scores chunks with (SpecExtend section 3.3), is a by-product.
 
     Args:
-        q: [B, M, Hq, D], fp32, fp16 or bf16; D a multiple of 8 up to 256. Any strides with a unit
+        q: [B, M, Hq, D], fp32, fp16 or bf16; D a multiple of 8 up to 576. Any strides with a unit
             last one, as for ``k`` and ``v``.
-        k, v: [B, S, Hkv, D], the cache, Hq a multiple of Hkv. Rows [0, P) are the prefix, rows
+        k: [B, S, Hkv, D], the cache, Hq a multiple of Hkv. Rows [0, P) are the prefix, rows
             [P, P + N) the tree's own; the others are not read.
+        v: [B, S, Hkv, Dv], likewise; Dv a multiple of 8 up to 512. It may share memory with ``k``,
+            as where values are the first columns of latent keys (``v = k[..., :512]``, multi-head
+            latent attention, DeepSeek-V2, arXiv 2405.04434, section 2.1).
         prefix_lens: [B] int32. P of each sequence, clamped to [0, S - N]; never read by the host.
         tree_mask: [B, M, ceil(N / 64)] int64, contiguous. Bit j % 64 of word j / 64 says that a row
             sees tree key j. None: a chain, row i sees the tree keys j <= i + N - M.
@@ -43,13 +47,16 @@ def tree_attention(
         window: above 0, a key is seen only at positions > position of the row - window. A prefix
             key's position is its row, that of tree key j is ``P + k_depths[j]``, that of row i
             ``P + q_depths[i]``.
-        q_depths, k_depths: [B, M] and [B, N] int32, contiguous, read with a window only. None:
-            those of a chain, ``i + N - M`` and ``j``.
+        attention_chunk: c > 0 cuts positions into chunks of c; a row at position p sees a key only
+            at positions >= p // c * c, the start of its own chunk (Llama 4's chunked attention).
+            Not together with ``window``.
+        q_depths, k_depths: [B, M] and [B, N] int32, contiguous, read with ``window`` or
+            ``attention_chunk`` only. None: those of a chain, ``i + N - M`` and ``j``.
         sinks: [Hq] fp32. One more logit per head, which takes part in the softmax with no value.
         chunk_size: above 0, ``chunk_lse`` is returned.
 
     Returns:
-        out: [B, M, Hq, D], contiguous, dtype of ``q``. 0 for a row that sees no key.
+        out: [B, M, Hq, Dv], contiguous, dtype of ``q``. 0 for a row that sees no key.
         lse: [B, M, Hq] fp32, natural log-sum-exp over the keys (without the sink); -inf for none.
         chunk_lse: [B, M, Hq, ceil(S / chunk_size)] fp32. The part of each chunk of the prefix in
             ``lse``: chunk c holds the keys [c * chunk_size, (c + 1) * chunk_size) below P; -inf
@@ -83,6 +90,7 @@ def tree_attention(
         scale=scale,
         softcap=softcap,
         window=window,
+        attention_chunk=attention_chunk,
         q_depths=q_depths,
         k_depths=k_depths,
         sinks=sinks,
@@ -95,7 +103,7 @@ def _(q, k, v, prefix_lens, tree_mask=None, *, chunk_size=0, **_options):
     batch, rows, heads, _ = q.shape
     chunks = (k.shape[1] + chunk_size - 1) // chunk_size if chunk_size else 0
     return (
-        q.new_empty(q.shape),
+        q.new_empty(batch, rows, heads, v.shape[-1]),
         q.new_empty(batch, rows, heads, dtype=torch.float32),
         q.new_empty((batch, rows, heads, chunks) if chunk_size else (0,), dtype=torch.float32),
     )

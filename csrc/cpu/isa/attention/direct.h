@@ -4,7 +4,7 @@
 // packing does not pay. Each instruction set brings a Direct<Math, T> in a file of its own:
 //
 //   kRows                        the most rows that it takes
-//   takes(rows, dim)             whether it serves so many rows of this head dimension
+//   takes(rows, dim)             whether it serves so many rows of keys or values of this size
 //   logits(p, k, room, ahead)    C [rows, kBlock] = scale * A k^T. A's rows are contiguous; `room`
 //                                holds kBlock keys
 //   values(p, v, ahead)          C [rows, dim] = A v, plus rescale * C if that is given. C's rows

@@ -27,7 +27,7 @@ struct ItemRows {
         tree_begin(item.row_begin / group),
         tree_count((item.row_begin + count - 1) / group - tree_begin + 1),
         prefix(max_of(0, min_of(p.prefix_lens[item.b], p.capacity - p.num_tree_keys))),
-        masked(p.num_tree_keys > 0 && (p.mask || (p.window && p.k_depths))) {}
+        masked(p.num_tree_keys > 0 && (p.mask || (p.k_depths && by_position()))) {}
 
   int tree_row(int i) const { return (item.row_begin + i) / group; }
   int head(int i) const { return item.kv_head * group + (item.row_begin + i) % group; }
@@ -45,6 +45,16 @@ struct ItemRows {
   int64_t position(int m) const {
     return prefix + (p.q_depths ? p.q_depths[int64_t(item.b) * p.num_rows + m]
                                 : m + p.num_tree_keys - p.num_rows);
+  }
+
+  // Returns whether a row's position hides keys.
+  bool by_position() const { return p.window || p.attention_chunk; }
+
+  // Returns the first position that tree row m sees.
+  int64_t first_seen(int m) const {
+    if (p.window) return max_of(0, position(m) - p.window + 1);
+    if (p.attention_chunk) return max_of(0, position(m)) / p.attention_chunk * p.attention_chunk;
+    return 0;
   }
 
   // Returns the position of a tree key.
@@ -110,7 +120,7 @@ struct ItemScratch {
       return begin;
     };
     words = shape.words;
-    dim = p.out ? round_up(p.head_dim, kLanes) : 0;
+    dim = p.out ? round_up(p.value_dim, kLanes) : 0;
     keys = round_up(kBlock + p.num_tree_keys, 2 * kLanes) + 2 * kLanes;
     q = take(int64_t(rows) * words);
     packed_keys = take(int64_t(keys) * words);

@@ -33,10 +33,10 @@ void finish_row(const TreeAttentionParams& p, int64_t row, SoftmaxState state, c
   const float lse = empty ? -INFINITY : (state.max + log2f(state.sum)) * kLn2;
   p.lse[row] = lse;
   if (!p.out) return;
-  T* to = static_cast<T*>(p.out) + row * p.head_dim;
+  T* to = static_cast<T*>(p.out) + row * p.value_dim;
   float factor = empty ? 0.f : 1.f / state.sum;
   if (p.sinks && !empty) factor /= 1.f + expf(p.sinks[row % p.num_heads] - lse);
-  for (int d = 0; d < p.head_dim; ++d) from_float(empty ? 0.f : out[d] * factor, to + d);
+  for (int d = 0; d < p.value_dim; ++d) from_float(empty ? 0.f : out[d] * factor, to + d);
 }
 
 }  // namespace attention

@@ -89,7 +89,7 @@ class RowBlock {
       blocks_.set_query(i, q);
       RowState& s = scratch_.states[i];
       s.tree_row = m - rows_.tree_begin;
-      s.begin = p_.window ? max_of(0, rows_.position(m) - p_.window + 1) : 0;
+      s.begin = rows_.first_seen(m);
       s.end = rows_.masked ? prefix : max_of(prefix, prefix + m + n - p_.num_rows + 1);
       s.total = {-INFINITY, 0.f};
       first_begin_ = min_of(first_begin_, s.begin);

@@ -73,7 +73,7 @@ class Softmax {
     if (p_.softcap > 0)
       for (int j = 0; j < keys; j += kLanes) store(in_line + j, softcapped(load(in_line + j)));
     for (int j = 0; j < prefix_keys && block.at + j < s.begin; ++j) in_line[j] = -INFINITY;
-    for (int j = 0; p_.window && j < tree_keys; ++j)
+    for (int j = 0; rows_.by_position() && j < tree_keys; ++j)
       if (rows_.key_position(slots[j]) < s.begin) in_line[prefix_keys + j] = -INFINITY;
     const int columns = round_up(keys, kLanes);
     run_line(i, in_line, 0, keys, columns, prefix_keys, false);

@@ -36,7 +36,7 @@ class TileBlocks {
         softmax_(*softmax),
         cache_(rows),
         tiles_((rows.count + kTile - 1) / kTile),
-        row_lines_((p_.head_dim * int(sizeof(BFloat16)) + 63) / 64),
+        value_lines_((p_.value_dim * int(sizeof(BFloat16)) + 63) / 64),
         own_(scratch.own, tiles_, scratch) {}
 
   static ItemScratch make_scratch(const TreeAttentionParams& p, int rows, float* memory) {
@@ -70,7 +70,7 @@ class TileBlocks {
   void run(const KeyBlock& block, bool first) {
     const bool output = cache_.v.first;
     if (first && output) memset(scratch_.out, 0, size_t(tiles_) * kTile * size_t(scratch_.dim) * 4);
-    prefetch_ = {{}, 0, p_.head_dim * int(sizeof(BFloat16)), {}};
+    prefetch_ = {};
     const Prefetcher::Rows next_keys = cache_.block_behind(cache_.k, block.row_begin, kBlock);
     prefetch_.append(output ? to_fetch(cache_.v, block.row_begin, block.keys) : next_keys);
     const CacheRows<BFloat16> keys = whole_tiles(block);
@@ -150,7 +150,8 @@ class TileBlocks {
       memset(reinterpret_cast<char*>(to) + bytes, 0, all - bytes);
     }
     memset(to, 0, size_t(round_up(block.keys, kStep) - block.keys) * all);
-    return {reinterpret_cast<const BFloat16*>(scratch_.packed_keys), words * Math::kPerWord};
+    return {reinterpret_cast<const BFloat16*>(scratch_.packed_keys), words * Math::kPerWord,
+            p_.head_dim};
   }
 
   // Computes the scores of a pair of tiles of keys for the group of rows from first_row on.
@@ -208,8 +209,8 @@ class TileBlocks {
     Prefetcher ahead = prefetch_;
     for (int at = begin; at < end; at += 2, to += scratch_.dim) {
       const BFloat16* const from[2] = {row(at), row(at + 1)};
-      Math::pack_value_row(from, 0, p_.head_dim, scratch_.dim, to);
-      ahead.steps(row_lines_);  // and as many in multiply_values
+      Math::pack_value_row(from, 0, p_.value_dim, scratch_.dim, to);
+      ahead.steps(value_lines_);  // and as many in multiply_values
     }
     prefetch_ = ahead;
   }
@@ -273,8 +274,8 @@ class TileBlocks {
   const TreeSlots& slots_;
   Softmax<Math>& softmax_;
   const ItemCache<BFloat16> cache_;
-  const int tiles_;      // of rows
-  const int row_lines_;  // cache lines of a row of keys or values
+  const int tiles_;        // of rows
+  const int value_lines_;  // cache lines of a row of values
   const Own own_;
   Prefetcher prefetch_;
 };
