@@ -149,7 +149,7 @@ class Case:
         # Half an ulp of the result's own rounding comes on top where plain PyTorch is lucky, and
         # more in large heads: a logit's terms are summed one after the other here, not in parts.
         ulp = torch.finfo(self.q.dtype).eps / 2
-        more = 1 if self.q.shape[-1] <= 192 else 4
+        more = 1 if self.q.shape[-1] <= 192 else self.q.shape[-1] / 48
         assert_within_twice(got[0], exact[0], plain[0], max(more * 1e-6, ulp))
         assert_within_twice(got[1], exact[1], single[1], more * 2e-6)
         assert_within_twice(got[2], exact[2], single[2], more * 2e-6)
@@ -210,7 +210,7 @@ def test_head_dims(dim, device, schedule):
 def test_values_of_another_size(dims, dtype, device, schedule):
     """Whatever else is asked for: trees and chains, few rows and many, windows, chunks, sinks."""
     layouts = ["latent"] * (dims[1] <= dims[0]) + LAYOUTS
-    for i, rows in enumerate([1, 9] if schedule.emulated else [1, 6, 18, 70]):
+    for i, rows in enumerate([1, 9] if schedule.emulated else [1, 6, 18, 34]):
         layout = layouts[i % len(layouts)]
         case = Case((150, 3), rows, heads=(4, 2), dim=dims, dtype=dtype, layout=layout, seed=i)
         case.check(device, chunk_size=32)
