@@ -18,8 +18,8 @@ struct ItemCache {
     const TreeAttentionParams& p = rows.p;
     const AttentionItem& item = rows.item;
     k = {static_cast<const T*>(p.k) + item.b * p.k_stride_b + item.kv_head * p.k_stride_h,
-         p.k_stride_s, p.head_dim};
-    v = {nullptr, p.v_stride_s, p.value_dim};
+         p.k_stride_s};
+    v = {nullptr, p.v_stride_s};
     if (p.out)
       v.first = static_cast<const T*>(p.v) + item.b * p.v_stride_b + item.kv_head * p.v_stride_h;
     end = min_of(int64_t(item.segment_end) * kAttentionSegment, rows.prefix + p.num_tree_keys);

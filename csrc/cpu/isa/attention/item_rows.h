@@ -37,6 +37,10 @@ struct ItemRows {
     return (int64_t(item.b) * p.num_rows + tree_row(i)) * p.num_heads + head(i);
   }
 
+  // Returns the size of a row of keys or values, or, if they differ, the smaller one: so much of
+  // each is fetched ahead.
+  int shorter_row() const { return int(min_of(p.head_dim, p.value_dim)); }
+
   // Returns what products of queries and keys are multiplied by: to logits of base 2, or by their
   // softcap.
   float logit_scale() const { return p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2E; }

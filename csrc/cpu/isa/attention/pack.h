@@ -67,11 +67,10 @@ __attribute__((noinline)) void pack_keys(const CacheRows<T>& k, int keys, int co
 
 // Packs panels of B for the output: B[key (pair), d]. Keys that are not seen become 0.
 template <typename Math, typename T>
-__attribute__((noinline)) void pack_values(const CacheRows<T>& v, int keys, SeenKeys seen,
+__attribute__((noinline)) void pack_values(const CacheRows<T>& v, int keys, int dim, SeenKeys seen,
                                            float* packed, Prefetcher* prefetch) {
   constexpr int kWidth = kPanel * kLanes;
-  const int dim = v.dim, columns = round_up(dim, kLanes);
-  const int steps = (keys + Math::kPerWord - 1) / Math::kPerWord;
+  const int steps = (keys + Math::kPerWord - 1) / Math::kPerWord, columns = round_up(dim, kLanes);
   const T* first = v.first;
   const int64_t stride = v.stride;
   for (int s = 0; s < steps; ++s) {

@@ -8,15 +8,14 @@ namespace specextend::cpu {
 namespace {
 namespace attention {
 
-// Keys or values of one KV head, row after row of the cache. Sizes are in elements.
+// Keys or values of one KV head, row after row of the cache. `stride` is in elements.
 template <typename T>
 struct CacheRows {
   const T* first;  // null: these rows are not wanted
   int64_t stride;
-  int dim;  // of a row
 
   SPECEXTEND_ALWAYS_INLINE const T* row(int64_t n) const { return first + n * stride; }
-  SPECEXTEND_ALWAYS_INLINE CacheRows from(int64_t n) const { return {row(n), stride, dim}; }
+  SPECEXTEND_ALWAYS_INLINE CacheRows from(int64_t n) const { return {row(n), stride}; }
 };
 
 // Fetches cache rows ahead of their use, a line at a time between arithmetic: of prefetches that
@@ -24,11 +23,11 @@ struct CacheRows {
 struct Prefetcher {
   struct Rows {
     const char* first;
-    int64_t stride;    // bytes
-    int count, bytes;  // bytes of a row
+    int64_t stride;  // bytes
+    int count;
   };
-  Rows now;  // the rest of the rows being fetched
-  int at;    // offset in their first
+  Rows now;       // the rest of the rows being fetched
+  int at, bytes;  // offset in their first; bytes of a row
   Rows next;
 
   // Appends rows to what is to be fetched. There is room for two lots, and a third is left out.
@@ -44,7 +43,7 @@ struct Prefetcher {
     if (now.count <= 0) return;
     __builtin_prefetch(now.first + at, 0, 2);
     at += 64;
-    if (at < now.bytes) return;
+    if (at < bytes) return;
     at = 0;
     now.first += now.stride;
     if (--now.count > 0) return;
@@ -60,7 +59,7 @@ struct Prefetcher {
 template <typename T>
 Prefetcher::Rows to_fetch(const CacheRows<T>& rows, int64_t begin, int64_t count) {
   return {reinterpret_cast<const char*>(rows.row(begin)), rows.stride * int64_t(sizeof(T)),
-          int(count), rows.dim * int(sizeof(T))};
+          int(count)};
 }
 
 }  // namespace attention

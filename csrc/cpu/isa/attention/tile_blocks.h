@@ -70,7 +70,7 @@ class TileBlocks {
   void run(const KeyBlock& block, bool first) {
     const bool output = cache_.v.first;
     if (first && output) memset(scratch_.out, 0, size_t(tiles_) * kTile * size_t(scratch_.dim) * 4);
-    prefetch_ = {};
+    prefetch_ = {{}, 0, rows_.shorter_row() * int(sizeof(BFloat16)), {}};
     const Prefetcher::Rows next_keys = cache_.block_behind(cache_.k, block.row_begin, kBlock);
     prefetch_.append(output ? to_fetch(cache_.v, block.row_begin, block.keys) : next_keys);
     const CacheRows<BFloat16> keys = whole_tiles(block);
@@ -150,8 +150,7 @@ class TileBlocks {
       memset(reinterpret_cast<char*>(to) + bytes, 0, all - bytes);
     }
     memset(to, 0, size_t(round_up(block.keys, kStep) - block.keys) * all);
-    return {reinterpret_cast<const BFloat16*>(scratch_.packed_keys), words * Math::kPerWord,
-            p_.head_dim};
+    return {reinterpret_cast<const BFloat16*>(scratch_.packed_keys), words * Math::kPerWord};
   }
 
   // Computes the scores of a pair of tiles of keys for the group of rows from first_row on.

@@ -45,7 +45,7 @@ class VectorBlocks {
 
   void run(const KeyBlock& block, bool first) {
     empty_ = first;
-    prefetch_ = {};
+    prefetch_ = {{}, 0, rows_.shorter_row() * int(sizeof(T)), {}};
     const bool full = !block.masked && block.keys == kBlock;
     if (full && Path::takes(rows_.count, p_.head_dim) && Path::takes(rows_.count, p_.value_dim)) {
       run_direct(block);
@@ -108,8 +108,8 @@ class VectorBlocks {
       const int n = int(min_of(part, block.keys - j));
       if (first == 0) {
         const SeenKeys seen{block.tree_begin - j, block.masked ? slots_.seen() : nullptr};
-        pack_values<Math>(cache_.v.from(block.row_begin + j), n, seen, scratch_.packed_values,
-                          &prefetch_);
+        pack_values<Math>(cache_.v.from(block.row_begin + j), n, p_.value_dim, seen,
+                          scratch_.packed_values, &prefetch_);
       }
       const float* const rescale = j > 0 ? kOnes : empty_ ? nullptr : scratch_.rescale + first;
       Product product = values_product(n, rescale);
