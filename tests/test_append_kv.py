@@ -44,6 +44,12 @@ def test_head_dims(dim, device):
     check("sliced", "bhsd", [3, 2, 1, 0], 4, dims=(dim, 2 * dim), device=device)
 
 
+@pytest.mark.parametrize("dims", [(192, 128), (96, 64), (576, 512), (64, 512)])
+def test_keys_and_values_of_latent_attention(dims, device):
+    for layout in ("bshd", "bhsd"):
+        check(layout, "bshd", [3, 2, 1, 22], 4, dims, torch.bfloat16, device)
+
+
 @pytest.mark.parametrize("offset", [0, 1, 2, 4, 8])
 def test_alignments(offset, device):
     """Memory that begins a power of two of elements behind a multiple of 16 bytes."""

@@ -105,6 +105,11 @@ def test_caches_of_many_shapes(device):
         for i in range(24)
     ]
     check(caches, [4, 9], [[0, 3, 4, 8], [0, 1, 5, -1]], [3, 2], device)
+    caches = [
+        Guarded(LAYOUTS[i % 4], 2, 30, 1 + i // 4, dim, torch.bfloat16, device, i)
+        for i, dim in enumerate((192, 128, 96, 64, 576, 512, 576, 512))
+    ]
+    check(caches, [4, 9], [[0, 3, 4, 8], [0, 1, 5, -1]], [3, 2], device)
 
 
 WHOLE = slice(None)

@@ -128,6 +128,12 @@ def test_rotary_dims(pairs, dtype, interleaved, device):
     Case(pairs=pairs, dims=dims, dtype=dtype, device=device, interleaved=interleaved).check()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_and_values_of_latent_attention(dtype, device):
+    dims = ((2, 192, 128), (1, 576, 512), (1, 64, 512), (2, 96, 64))
+    Case(pairs=32, dims=dims, dtype=dtype, device=device, right_aligned=True).check()
+
+
 @pytest.mark.parametrize("right_aligned", [False, True])
 @for_each(seed=range(12))
 def test_random(seed, right_aligned, device):

@@ -160,8 +160,8 @@ Family choose_family([[maybe_unused]] const Prepared& r, [[maybe_unused]] int32_
       wanted != AttentionFamily::kHopper, kOp,
       ": SPECEXTEND_ATTENTION=hopper, but the Hopper kernels do not serve this call; they "
       "want a build for sm_90a, compute capability 9.0, 16-bit floats, more than 64 rows "
-      "of a KV head, no softcap, chunks of 32 if any and then heads of at most 192, and "
-      "tensors aligned to 16 bytes");
+      "of a KV head, no softcap, keys and values of one size of at most 256, chunks of 32 if "
+      "any and then of at most 192, and tensors aligned to 16 bytes");
   return {plan_tree_attention, launch_tree_attention};
 }
 
