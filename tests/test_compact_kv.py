@@ -315,6 +315,10 @@ PATH = torch.zeros(2, 5, dtype=torch.int32)
             {"caches": [CACHE, CACHE[:, :, :1].expand(2, 8, 3, 4)]},
             r"caches\[1\] is written to and must not be expanded, got stride 0 in dimension 2",
         ),
+        (
+            {"caches": [CACHE, torch.zeros_like(CACHE), CACHE[..., :2]]},
+            r"caches\[2\] must not share memory with caches\[0\]",
+        ),
         ({"path": PATH[0]}, r"path must be \[B, N\], got \[5\]"),
         ({"path": PATH[:1]}, r"path must have shape \[2, 5\], got \[1, 5\]"),
         ({"path": PATH.long()}, "path must be int32, got int64"),

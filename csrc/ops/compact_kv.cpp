@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -19,6 +20,20 @@ namespace {
 
 constexpr const char* kOp = "compact_kv";
 
+// Checks that no memory is given twice, as where layers share keys or values are columns of keys:
+// rows would move twice.
+void check_distinct(const std::vector<Tensor>& caches) {
+  std::vector<std::pair<const void*, size_t>> starts;
+  for (size_t i = 0; i < caches.size(); ++i) {
+    if (caches[i].numel() > 0) starts.emplace_back(caches[i].const_data_ptr(), i);
+  }
+  std::sort(starts.begin(), starts.end());
+  for (size_t i = 1; i < starts.size(); ++i) {
+    STD_TORCH_CHECK(starts[i - 1].first != starts[i].first, kOp, ": caches[", starts[i].second,
+                    "] must not share memory with caches[", starts[i - 1].second, "]");
+  }
+}
+
 void check(const std::vector<Tensor>& caches, const Tensor& prefix_lens, const Tensor& path,
            const Tensor& num_accepted) {
   STD_TORCH_CHECK(!caches.empty(), kOp,
@@ -31,6 +46,7 @@ void check(const std::vector<Tensor>& caches, const Tensor& prefix_lens, const T
     check_not_expanded(kOp, name.c_str(), t);
     check_same_device(kOp, name.c_str(), t, "caches[0]", first);
   }
+  check_distinct(caches);
   const int64_t batch = caches[0].size(0);
   check_dim(kOp, "path", path, 2, "[B, N]");
   check_range(kOp, "the length of the path N", path.size(1), 0, INT32_MAX);

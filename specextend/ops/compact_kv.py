@@ -17,8 +17,8 @@ def compact_kv(
     Args:
         caches: at least one; keys and values of all layers, [B, S, Hkv, D] each, of any dtype and
             any strides with a unit last one; written in place. They may differ in Hkv, D, dtype and
-            strides; all that agree in these are served at once. No two may share memory: of values
-            that are columns of the keys, give the keys alone.
+            strides; all that agree in these are served at once. No two share memory: where values
+            are columns of the keys, give the keys alone.
         prefix_lens: [B] int32, contiguous: P, the committed rows.
         path: [B, N] int32, contiguous: the tree slots of the path as ``verify_tree`` gives them.
             They start with 0 and increase strictly up to ``num_accepted``, so that path[i] >= i;
