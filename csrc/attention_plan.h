@@ -25,19 +25,37 @@ inline int packed_rows(const TreeAttentionParams& p) {
 
 // --- the portable family ---
 
+// Returns the size of values, 0 where none are read.
+inline int read_value_dim(const TreeAttentionParams& p) { return p.out ? p.value_dim : 0; }
+
+// Returns the sizes of the kernel for 16-bit floats.
+inline AttentionDims portable_dims(const TreeAttentionParams& p) {
+  return attention_dims(p.head_dim, read_value_dim(p));
+}
+
+// Returns the size of rows in the shared memory of the kernel for fp32.
+inline int float_dim(const TreeAttentionParams& p) {
+  return AttentionDims{p.head_dim, read_value_dim(p)}.larger();
+}
+
 // Returns the shared memory of a block.
 inline int portable_block_bytes(const TreeAttentionParams& p, DType dtype) {
-  if (dtype == DType::kFloat32) return float_attention_bytes(p.head_dim);
-  return attention_layout(attention_dim(p.head_dim), attention_rows(packed_rows(p)),
-                          p.chunk_lse != nullptr)
-      .bytes;
+  if (dtype == DType::kFloat32) return float_attention_bytes(float_dim(p));
+  const AttentionDims dims = portable_dims(p);
+  const int rows = attention_rows(dims, packed_rows(p));
+  return is_wide(dims) ? wide_layout(dims, rows).bytes
+                       : attention_layout(dims, rows, p.chunk_lse != nullptr).bytes;
 }
 
 // Returns how many blocks a multiprocessor holds at a time (its occupancy).
 inline int portable_blocks_per_sm(const TreeAttentionParams& p, DType dtype, const GpuLimits& gpu) {
   constexpr int kReserved = 1024;  // bytes that the system takes of every block
   const int fitting = gpu.shared_bytes / (portable_block_bytes(p, dtype) + kReserved);
-  return int(clamp_between(fitting, 1, kAttentionBlocksPerSm));
+  const AttentionDims dims = portable_dims(p);
+  const bool wide = dtype != DType::kFloat32 && is_wide(dims);
+  return int(clamp_between(
+      fitting, 1,
+      wide ? wide_blocks_per_sm(attention_rows(dims, packed_rows(p))) : kAttentionBlocksPerSm));
 }
 
 // Returns the work partition of the portable kernels.
@@ -47,10 +65,11 @@ inline WorkCut portable_cut(const TreeAttentionParams& p, DType dtype, const Gpu
   cut.num_kv_heads = p.num_kv_heads;
   if (dtype == DType::kFloat32) {
     cut.rows_per_block = kFloatAttentionRows;
-    cut.tile_keys = kFloatAttentionTileKeys;
+    cut.tile_keys = float_attention_tile_keys(float_dim(p));
   } else {
-    cut.rows_per_block = attention_rows(packed_rows(p));
-    cut.tile_keys = attention_tile_keys(attention_dim(p.head_dim), cut.rows_per_block);
+    const AttentionDims dims = portable_dims(p);
+    cut.rows_per_block = attention_rows(dims, packed_rows(p));
+    cut.tile_keys = attention_tile_keys(dims, cut.rows_per_block);
   }
   cut.row_blocks = int(divide_up(packed_rows(p), cut.rows_per_block));
   // A part's output, written and read in fp32, is as much memory traffic as the keys and values of
@@ -68,6 +87,7 @@ inline WorkCut portable_cut(const TreeAttentionParams& p, DType dtype, const Gpu
 inline bool hopper_serves(const TreeAttentionParams& p, DType dtype) {
   const bool chunks = p.chunk_lse != nullptr;
   return dtype != DType::kFloat32 && packed_rows(p) > kHopperMinRows && p.softcap == 0 &&
+         p.head_dim == p.value_dim && p.head_dim <= kHopperMaxDim &&
          (!chunks || (p.chunk_size == kHopperChunk && p.head_dim <= kHopperChunkDim)) &&
          p.batch > 0 && p.capacity > 0;
 }

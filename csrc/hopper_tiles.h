@@ -11,6 +11,7 @@ namespace specextend {
 constexpr int kHopperWarpgroupRows = 64;  // rows of one product of a warpgroup
 constexpr int kHopperBlockRows = 128;     // rows of a block: two warpgroups multiply
 constexpr int kHopperMinRows = 64;        // the family takes KV heads of more rows
+constexpr int kHopperMaxDim = 256;        // the largest heads, of keys and values alike
 constexpr int kHopperChunkDim = 192;      // above it sums of chunks would not fit into registers
 constexpr int kHopperChunk = 32;          // keys; kernels are made for this size of chunks alone
 constexpr int kHopperMinRun = 4;          // positions: a tile costs less than a partial of its rows

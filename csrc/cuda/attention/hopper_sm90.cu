@@ -67,7 +67,8 @@ cudaError_t plan_tree_attention_sm90(const TreeAttentionParams& p, DType, int de
 cudaError_t launch_tree_attention_sm90(const TreeAttentionParams& p, DType dtype,
                                        const AttentionPlan& plan, void* workspace,
                                        cudaStream_t stream) {
-  const AttentionCall call = attention_call(p, plan.cut, hopper_dim(p.head_dim), workspace);
+  const int dim = hopper_dim(p.head_dim);
+  const AttentionCall call = attention_call(p, plan.cut, {dim, dim}, workspace);
   return dtype == DType::kFloat16 ? launch_both<__half>(call, plan.early_combine, stream)
                                   : launch_both<__nv_bfloat16>(call, plan.early_combine, stream);
 }

@@ -2,7 +2,7 @@
 
     python csrc/cuda/attention/instantiate.py FOLDER
 
-A file holds the kernels of one head dimension, so that a build compiles many side by side, and a
+A file holds the kernels for heads of one size, so that a build compiles many side by side, and a
 test only those that it looks at. CMake runs this when it configures, tests/emulation before it
 compiles. A file that is there and right keeps its time.
 """
@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TYPES = {"half": "__half", "bf16": "__nv_bfloat16"}
-DIMS = (64, 80, 96, 128, 192, 256)  # as attention_dim in attention_layout.h
+# Sizes of keys and of values, as kAttentionDims in attention_layout.h; those of wide heads apart.
+DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+WIDE_DIMS = ((512, 512), (576, 512))
 HOPPER_DIMS = (64, 128, 192, 256)  # as hopper_dim in hopper_tiles.h
 HOPPER_CHUNK, HOPPER_CHUNK_DIM = 32, 192  # kHopperChunk, kHopperChunkDim
 
@@ -38,15 +40,27 @@ def text(header: str, instantiation: str, arguments: list[str]) -> str:
     return SOURCE.format(header=header, instantiations="".join(lines))
 
 
+def size(dims: tuple[int, int]) -> str:
+    """Name the size of heads in a file's name."""
+    keys, values = dims
+    return f"d{keys}" if keys == values else f"d{keys}_{values}"
+
+
 def sources() -> Iterator[tuple[str, str]]:
     """Yield the name and the text of every file; a name that ends in _sm90 is Hopper's."""
     header = "kernels/attention/portable/kernel.cuh"
     launch = "launch_attention<{}>(const AttentionCall&, cudaStream_t)"
-    for dim in DIMS:
+    for dims in DIMS:
         for name, kind in TYPES.items():
             for suffix, chunks in (("", "false"), ("_chunks", "true")):
-                content = text(header, launch, [f"{kind}, {dim}, {chunks}"])
-                yield f"tree_attention_{name}_d{dim}{suffix}.cu", content
+                content = text(header, launch, [f"{kind}, {dims[0]}, {dims[1]}, {chunks}"])
+                yield f"tree_attention_{name}_{size(dims)}{suffix}.cu", content
+    header = "kernels/attention/portable/wide.cuh"
+    launch = "launch_wide_attention<{}>(const AttentionCall&, cudaStream_t)"
+    for dims in WIDE_DIMS:
+        for name, kind in TYPES.items():
+            content = text(header, launch, [f"{kind}, {dims[0]}, {dims[1]}"])
+            yield f"tree_attention_{name}_{size(dims)}.cu", content
     header = "kernels/attention/hopper/kernel.cuh"
     launch = "launch_hopper_attention<{}>(const AttentionCall&, int, cudaStream_t)"
     for dim in HOPPER_DIMS:

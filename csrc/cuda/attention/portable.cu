@@ -1,6 +1,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <iterator>
 #include <utility>
 
 #include "attention_plan.h"
@@ -12,29 +13,37 @@
 namespace specextend {
 namespace {
 
-template <typename T, bool kChunks>
-cudaError_t launch_dim(int dim, const AttentionCall& call, cudaStream_t stream) {
-  switch (dim) {
-    case 64:
-      return launch_attention<T, 64, kChunks>(call, stream);
-    case 80:
-      return launch_attention<T, 80, kChunks>(call, stream);
-    case 96:
-      return launch_attention<T, 96, kChunks>(call, stream);
-    case 128:
-      return launch_attention<T, 128, kChunks>(call, stream);
-    case 192:
-      return launch_attention<T, 192, kChunks>(call, stream);
-    default:
-      return launch_attention<T, 256, kChunks>(call, stream);
+// Launches the kernel for entry kIndex of kAttentionDims, or for a later one that is equal to
+// `dims`.
+template <typename T, int kIndex = 0>
+cudaError_t launch_dims(AttentionDims dims, const AttentionCall& call, cudaStream_t stream) {
+  constexpr AttentionDims kDims = kAttentionDims[kIndex];
+  if constexpr (kIndex + 1 < int(std::size(kAttentionDims))) {
+    if (dims.keys != kDims.keys || dims.values != kDims.values) {
+      return launch_dims<T, kIndex + 1>(dims, call, stream);
+    }
+  }
+  if constexpr (is_wide(kDims)) {
+    return launch_wide_attention<T, kDims.keys, kDims.values>(call, stream);
+  } else {
+    return call.chunk_lse ? launch_attention<T, kDims.keys, kDims.values, true>(call, stream)
+                          : launch_attention<T, kDims.keys, kDims.values, false>(call, stream);
   }
 }
 
 template <typename T>
-cudaError_t launch_both(int dim, const AttentionCall& call, bool early, cudaStream_t stream) {
-  const cudaError_t error = call.chunk_lse ? launch_dim<T, true>(dim, call, stream)
-                                           : launch_dim<T, false>(dim, call, stream);
+cudaError_t launch_both(const AttentionCall& call, bool early, cudaStream_t stream) {
+  const cudaError_t error = launch_dims<T>(portable_dims(call), call, stream);
   return error == cudaSuccess ? launch_attention_combine<T>(call, early, stream) : error;
+}
+
+cudaError_t launch_float_both(const AttentionCall& call, bool early, cudaStream_t stream) {
+  const int dim = float_dim(call);
+  const cudaError_t error =
+      launch(dim <= 256 ? tree_attention_float_kernel<256> : tree_attention_float_kernel<512>,
+             unsigned(call.cut.grid), kFloatAttentionThreads, size_t(float_attention_bytes(dim)),
+             stream, call);
+  return error == cudaSuccess ? launch_attention_combine<float>(call, early, stream) : error;
 }
 
 }  // namespace
@@ -60,19 +69,14 @@ cudaError_t launch_tree_attention(const TreeAttentionParams& p, DType dtype,
                                   const AttentionPlan& plan, void* workspace, cudaStream_t stream) {
   if (p.batch == 0 || p.num_rows == 0 || p.num_heads == 0) return cudaSuccess;
   const bool early = plan.early_combine;
-  const int dim = attention_dim(p.head_dim);
-  const AttentionCall call = attention_call(p, plan.cut, dim, workspace);
+  const AttentionCall call = attention_call(p, plan.cut, portable_dims(p), workspace);
   switch (dtype) {
     case DType::kFloat16:
-      return launch_both<__half>(dim, call, early, stream);
+      return launch_both<__half>(call, early, stream);
     case DType::kBFloat16:
-      return launch_both<__nv_bfloat16>(dim, call, early, stream);
-    default: {
-      const cudaError_t error =
-          launch(tree_attention_float_kernel, unsigned(plan.cut.grid), kFloatAttentionThreads,
-                 size_t(float_attention_bytes(p.head_dim)), stream, call);
-      return error == cudaSuccess ? launch_attention_combine<float>(call, early, stream) : error;
-    }
+      return launch_both<__nv_bfloat16>(call, early, stream);
+    default:
+      return launch_float_both(call, early, stream);
   }
 }
 

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention_layout.h"
 #include "kernels/attention/softmax.cuh"
 #include "params.h"
 #include "work_partition.h"
@@ -18,7 +19,7 @@ struct AttentionWorkspace {
   PartialSum* sums;  // [partials, rows_per_block]
   // [partials, 2, rows_per_block]: the softmax of the chunks that its begin and its end cut.
   PartialSum* edges;
-  float* values;  // [partials, rows_per_block, D]: weighted sums of values, times 2^-max
+  float* values;  // [partials, rows_per_block, Dv]: weighted sums of values, times 2^-max
 };
 
 // Sets `w` into the memory at `base`, which may be null, and returns the bytes that it takes.
@@ -34,7 +35,7 @@ inline size_t lay_out_workspace(const TreeAttentionParams& p, const WorkCut& cut
   w->lines = static_cast<int64_t*>(take((size_t(cut.batch) + 1) * sizeof(int64_t)));
   w->sums = static_cast<PartialSum*>(take(rows * sizeof(PartialSum)));
   w->edges = static_cast<PartialSum*>(take(p.chunk_lse ? 2 * rows * sizeof(PartialSum) : 0));
-  w->values = static_cast<float*>(take(p.out ? rows * size_t(p.head_dim) * sizeof(float) : 0));
+  w->values = static_cast<float*>(take(p.out ? rows * size_t(p.value_dim) * sizeof(float) : 0));
   return bytes;
 }
 
@@ -43,16 +44,16 @@ struct AttentionCall : TreeAttentionParams {
   WorkCut cut;
   AttentionWorkspace workspace;
   bool q_aligned, kv_aligned;  // 16-byte copies may take all vectors of 8 elements
-  bool whole_vectors;          // keys and values are aligned, and D is what the kernel is for
+  bool whole_vectors;          // these are aligned, and D and Dv are what the kernel is for
   // The scale of the softmax, times log2(e): it makes logits base 2. The sign of the scale and the
   // softcap are applied apart, so that it is positive; it is not 0, which would make NaN of masked
   // logits.
   float factor;
 };
 
-// Completes the parameters for a kernel of head dimension `dim`, which is at least D.
-inline AttentionCall attention_call(const TreeAttentionParams& p, const WorkCut& cut, int dim,
-                                    void* workspace) {
+// Completes the parameters for a kernel of heads of `dims`, which are no smaller than D and Dv.
+inline AttentionCall attention_call(const TreeAttentionParams& p, const WorkCut& cut,
+                                    AttentionDims dims, void* workspace) {
   AttentionCall c{};
   static_cast<TreeAttentionParams&>(c) = p;
   c.cut = cut;
@@ -63,7 +64,8 @@ inline AttentionCall attention_call(const TreeAttentionParams& p, const WorkCut&
   c.q_aligned = aligned(p.q, p.q_stride_b, p.q_stride_m, p.q_stride_h);
   c.kv_aligned = aligned(p.k, p.k_stride_b, p.k_stride_s, p.k_stride_h) &&
                  (!p.out || aligned(p.v, p.v_stride_b, p.v_stride_s, p.v_stride_h));
-  c.whole_vectors = c.kv_aligned && p.head_dim == dim;
+  c.whole_vectors =
+      c.kv_aligned && p.head_dim == dims.keys && (!p.out || p.value_dim == dims.values);
   const float factor = (p.scale < 0 ? -p.scale : p.scale) * kLog2E;
   c.factor = p.softcap > 0 ? 1.f : factor > 0x1p-126f ? factor : 0x1p-126f;
   return c;

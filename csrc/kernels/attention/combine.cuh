@@ -69,7 +69,7 @@ __device__ __forceinline__ void combine_parts(const AttentionCall& c, const Comb
   if (lane == 0) c.lse[output] = natural_lse(total);
   if (!c.out) return;
   const float scale = output_scale(c, total, r.at.head);
-  for (int column = lane * 4; column < c.head_dim; column += 128) {
+  for (int column = lane * 4; column < c.value_dim; column += 128) {
     float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 4
     for (int64_t block = r.blocks.begin; block < r.blocks.end; ++block) {
@@ -77,11 +77,11 @@ __device__ __forceinline__ void combine_parts(const AttentionCall& c, const Comb
       const float max = c.workspace.sums[at].max;
       const float weight = max == -INFINITY ? 0.f : exp2f(max - total.max);
       const float4 part =
-          *reinterpret_cast<const float4*>(c.workspace.values + at * c.head_dim + column);
+          *reinterpret_cast<const float4*>(c.workspace.values + at * c.value_dim + column);
       x.x += weight * part.x, x.y += weight * part.y;
       x.z += weight * part.z, x.w += weight * part.w;
     }
-    store4(static_cast<T*>(c.out) + output * c.head_dim + column,
+    store4(static_cast<T*>(c.out) + output * c.value_dim + column,
            make_float4(x.x * scale, x.y * scale, x.z * scale, x.w * scale));
   }
 }
@@ -116,7 +116,7 @@ __device__ __forceinline__ void combine_chunks(const AttentionCall& c, const Com
 }
 
 // Writes -inf to chunks without any key that the row's sequence sees: they lie behind the prefix,
-// or before all windows. By whole warps.
+// or before the first position of all rows. By whole warps.
 __device__ __forceinline__ void clear_chunks(const AttentionCall& c, const CombineRow& r,
                                              int64_t prefix, Range tiles) {
   float* const to = c.chunk_lse + r.at.output(c, r.b) * c.num_chunks;

@@ -20,9 +20,10 @@ namespace specextend {
 
 // Copies rows of keys or values to shared memory, a warp per row, and writes zeros for those that
 // are not readable.
+template <int kTileKeys>
 __device__ __forceinline__ void load_float_rows(float* to, int pitch, const float* from,
                                                 int64_t stride, int dim, uint32_t readable) {
-  for (int key = int(threadIdx.x / 32); key < kFloatAttentionTileKeys; key += 4) {
+  for (int key = int(threadIdx.x / 32); key < kTileKeys; key += 4) {
     for (int d = int(threadIdx.x % 32); d < dim; d += 32) {
       to[key * pitch + d] = readable >> key & 1 ? from[key * stride + d] : 0.f;
     }
@@ -30,13 +31,14 @@ __device__ __forceinline__ void load_float_rows(float* to, int pitch, const floa
 }
 
 // Computes a block's segment of a unit. Eight threads share a row; each has every eighth key of a
-// tile and every eighth column of the output.
+// tile and every eighth of the output's columns, of which there are at most kMaxColumns.
+template <int kMaxColumns>
 class FloatSegment {
  public:
   __device__ __forceinline__ FloatSegment(const AttentionCall& call, const SegmentState& state)
       : c_(call),
         s_(state),
-        at_(float_attention_layout(call.head_dim)),
+        at_(float_attention_layout(max(call.head_dim, call.out ? call.value_dim : 0))),
         row_(int(threadIdx.x / 8)),
         part_(int(threadIdx.x % 8)),
         packed_(call, state.kv_head, state.first_packed + min(row_, state.num_rows - 1)),
@@ -50,18 +52,18 @@ class FloatSegment {
     const float* const v =
         static_cast<const float*>(c_.v) + s_.b * c_.v_stride_b + s_.kv_head * c_.v_stride_h;
     for (int tile = 0; tile < s_.num_tiles; ++tile) {
-      const int64_t key = (s_.first_tile + tile) * kFloatAttentionTileKeys;
+      const int64_t key = (s_.first_tile + tile) * kTileKeys;
       const uint32_t readable = readable_keys(c_, s_, key);
       __syncthreads();
-      load_float_rows(tile_rows(), at_.pitch, k + key * c_.k_stride_s, c_.k_stride_s, c_.head_dim,
-                      readable);
+      load_float_rows<kTileKeys>(tile_rows(), at_.pitch, k + key * c_.k_stride_s, c_.k_stride_s,
+                                 c_.head_dim, readable);
       __syncthreads();
       const float rescale = weigh(key);
       __syncthreads();
       if (c_.chunk_lse) emit_chunks_of(tile);
       if (!c_.out) continue;
-      load_float_rows(tile_rows(), at_.pitch, v + key * c_.v_stride_s, c_.v_stride_s, c_.head_dim,
-                      readable);
+      load_float_rows<kTileKeys>(tile_rows(), at_.pitch, v + key * c_.v_stride_s, c_.v_stride_s,
+                                 c_.value_dim, readable);
       __syncthreads();
       add_values(rescale);
     }
@@ -69,8 +71,9 @@ class FloatSegment {
   }
 
  private:
-  static constexpr int kOwnKeys = kFloatAttentionTileKeys / 8;  // of a tile
-  static constexpr int kOwnColumns = kFloatAttentionMaxDim / 8;
+  static constexpr int kTileKeys = float_attention_tile_keys(kMaxColumns);
+  static constexpr int kOwnKeys = kTileKeys / 8;
+  static constexpr int kOwnColumns = kMaxColumns / 8;
 
   __device__ __forceinline__ static float* shared() {
     return reinterpret_cast<float*>(ptx::shared_memory() + kSegmentStateBytes);
@@ -81,10 +84,10 @@ class FloatSegment {
   // Returns where rows of keys are, then rows of values.
   __device__ __forceinline__ float* tile_rows() const { return shared() + at_.keys; }
   __device__ __forceinline__ float* logits(int row) const {
-    return shared() + at_.logits + row * kFloatAttentionTilePitch;
+    return shared() + at_.logits + row * at_.tile_pitch;
   }
   __device__ __forceinline__ float* weights() const {
-    return shared() + at_.weights + row_ * kFloatAttentionTilePitch;
+    return shared() + at_.weights + row_ * at_.tile_pitch;
   }
 
   __device__ __forceinline__ void load_query() const {
@@ -131,8 +134,7 @@ class FloatSegment {
   }
 
   __device__ __forceinline__ void emit_chunks_of(int tile) const {
-    emit_chunks(c_, s_, tile, kFloatAttentionTileKeys,
-                reinterpret_cast<PartialSum*>(shared() + at_.carry),
+    emit_chunks(c_, s_, tile, kTileKeys, reinterpret_cast<PartialSum*>(shared() + at_.carry),
                 [&](int r, int begin, int end) { return sum_logits(logits(r), begin, end); });
   }
 
@@ -140,9 +142,9 @@ class FloatSegment {
 #pragma unroll
     for (int i = 0; i < kOwnColumns; ++i) {
       const int d = part_ + 8 * i;
-      if (d >= c_.head_dim) break;
+      if (d >= c_.value_dim) break;
       float sum = out_[i] * rescale;
-      for (int j = 0; j < kFloatAttentionTileKeys; ++j) {
+      for (int j = 0; j < kTileKeys; ++j) {
         sum = fmaf(weights()[j], tile_rows()[j * at_.pitch + d], sum);
       }
       out_[i] = sum;
@@ -152,7 +154,7 @@ class FloatSegment {
   // Writes the row of a whole unit, or of a partial for the combine.
   __device__ __forceinline__ void store() const {
     if (row_ >= s_.num_rows) return;
-    const int dim = c_.head_dim;
+    const int dim = c_.value_dim;
     const bool whole = s_.segment.opens && s_.segment.closes;
     const int64_t output = packed_.output(c_, s_.b);
     const int64_t partial = partial_of(blockIdx.x, s_.segment.opens) * kFloatAttentionRows + row_;
@@ -179,11 +181,12 @@ class FloatSegment {
   float out_[kOwnColumns] = {};
 };
 
+template <int kMaxColumns>
 __global__ void __launch_bounds__(kFloatAttentionThreads)
     tree_attention_float_kernel(const __grid_constant__ AttentionCall call) {
   ptx::let_successors_begin();
   SegmentState& state = *reinterpret_cast<SegmentState*>(ptx::shared_memory());
-  for_each_segment(call, state, [&] { FloatSegment(call, state).run(); });
+  for_each_segment(call, state, [&] { FloatSegment<kMaxColumns>(call, state).run(); });
 }
 
 }  // namespace specextend

@@ -8,9 +8,14 @@
 
 namespace specextend {
 
-// Launches the kernel of portable/kernel.cuh for call.cut; D is at most kDim.
-template <typename T, int kDim, bool kChunks>
+// Launches the kernel of portable/kernel.cuh for call.cut; D is at most kDim, and Dv at most
+// kValueDim.
+template <typename T, int kDim, int kValueDim, bool kChunks>
 cudaError_t launch_attention(const AttentionCall& call, cudaStream_t stream);
+
+// Launches that of portable/wide.cuh likewise, with chunks or without.
+template <typename T, int kDim, int kValueDim>
+cudaError_t launch_wide_attention(const AttentionCall& call, cudaStream_t stream);
 
 // Launches the kernel of hopper/kernel.cuh in clusters of `cluster` blocks; D is at most kDim.
 // kChunk is the size of chunks, 0 without any.

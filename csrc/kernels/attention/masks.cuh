@@ -1,7 +1,8 @@
 #pragma once
 
 // Positions and masks: which keys a query row sees, through the tree's mask, the end of its
-// sequence and a window. Functions that say "by whole warps" are called by all lanes of a warp.
+// sequence, and a window or the chunk that it is in. Functions that say "by whole warps" are called
+// by all lanes of a warp.
 
 #include <cuda_runtime.h>
 
@@ -25,15 +26,28 @@ __device__ __forceinline__ int row_depth(const TreeAttentionParams& p, int b, in
                     : row + p.num_tree_keys - p.num_rows;
 }
 
-// Returns the first position that the window of a row holds; 0 without a window.
+// Returns whether rows see from a position on that depends on their own.
+__device__ __forceinline__ bool sees_by_position(const TreeAttentionParams& p) {
+  return p.window || p.attention_chunk;
+}
+
+// Returns the first position that a row sees: that of its window or of its own chunk; 0 without
+// either. It never falls with the depth.
 __device__ __forceinline__ int64_t first_position(const TreeAttentionParams& p, int64_t prefix,
                                                   int depth) {
-  return p.window ? prefix + depth - p.window + 1 : 0;
+  const int64_t position = prefix + depth;
+  if (p.attention_chunk) {
+    // Divisions of 64 bits are many times slower. Before 0 there are no keys, but nodes may be.
+    return position >= 0
+               ? position - uint32_t(position) % uint32_t(p.attention_chunk)
+               : (position + 1) / p.attention_chunk * p.attention_chunk - p.attention_chunk;
+  }
+  return p.window ? position - p.window + 1 : 0;
 }
 
 // Returns the least depth of the rows of a sequence, 0 where it is not needed. By whole warps.
 __device__ __forceinline__ int least_depth(const TreeAttentionParams& p, int b) {
-  if (!p.window) return 0;
+  if (!sees_by_position(p)) return 0;
   if (!p.q_depths) return row_depth(p, b, 0);
   int least = INT32_MAX;
   for (int row = int(threadIdx.x % 32); row < p.num_rows; row += 32) {
@@ -42,7 +56,8 @@ __device__ __forceinline__ int least_depth(const TreeAttentionParams& p, int b) 
   return __reduce_min_sync(kAllLanes, least);
 }
 
-// Returns the cache rows that some query row may see: prefix keys outside all windows are none.
+// Returns the cache rows that some query row may see: prefix keys before the first position of all
+// rows are none.
 __device__ __forceinline__ Range keys_of(const TreeAttentionParams& p, int64_t prefix,
                                          int least_depth) {
   return {clamp_between(first_position(p, prefix, least_depth), 0, prefix),
@@ -67,18 +82,18 @@ struct PackedRow {
 // Says which keys a query row sees: its mask.
 struct RowView {
   const uint64_t* mask;   // the row's words of the tree mask, or null
-  const int32_t* depths;  // depths of the tree's keys, which windows alone need; or null
+  const int32_t* depths;  // depths of the tree's keys, which `by_position` alone needs; or null
   int64_t first, prefix;
   int last, num_tree_keys;
-  bool window;
+  bool by_position;
 
   __device__ __forceinline__ RowView(const TreeAttentionParams& p, int b, int64_t prefix, int row)
-      : prefix(prefix), num_tree_keys(p.num_tree_keys), window(p.window != 0) {
+      : prefix(prefix), num_tree_keys(p.num_tree_keys), by_position(sees_by_position(p)) {
     row = min(row, p.num_rows - 1);  // a row behind the last one may see whatever it likes
     mask =
         p.mask ? p.mask + (int64_t(b) * p.num_rows + row) * mask_words(p.num_tree_keys) : nullptr;
     depths = p.k_depths ? p.k_depths + int64_t(b) * p.num_tree_keys : nullptr;
-    first = window ? first_position(p, prefix, row_depth(p, b, row)) : 0;
+    first = by_position ? first_position(p, prefix, row_depth(p, b, row)) : 0;
     last = row + p.num_tree_keys - p.num_rows;
   }
   __device__ __forceinline__ bool sees(int64_t key) const {
@@ -86,7 +101,7 @@ struct RowView {
     const int64_t slot = key - prefix;
     if (slot >= num_tree_keys) return false;
     if (!(mask ? mask_bit(mask, int(slot)) : slot <= last)) return false;
-    return !window || prefix + (depths ? depths[slot] : slot) >= first;
+    return !by_position || prefix + (depths ? depths[slot] : slot) >= first;
   }
 };
 

@@ -23,7 +23,7 @@ __device__ __forceinline__ int64_t for_each_sequence(const AttentionCall& c, con
   int64_t total = 0;
   for (int first = 0; first < c.batch; first += 32) {
     int depth = 0;
-    for (int i = 0; c.window && i < 32 && first + i < c.batch; ++i) {
+    for (int i = 0; sees_by_position(c) && i < 32 && first + i < c.batch; ++i) {
       const int least = least_depth(c, first + i);
       if (lane == i) depth = least;
     }
@@ -135,7 +135,7 @@ struct SegmentState {
     const int rows = min(c.cut.rows_per_block, c.num_rows * group - packed);
     const int begin = packed / group, end = (packed + rows - 1) / group + 1;
     int64_t from = 0;
-    if (c.window) {
+    if (sees_by_position(c)) {
       int most = INT32_MIN;
       for (int row = begin + lane; row < end; row += 32) most = max(most, row_depth(c, b, row));
       from = first_position(c, prefix, __reduce_max_sync(kAllLanes, most));

@@ -25,7 +25,7 @@ __device__ __forceinline__ uint64_t visible_keys(const RowView& view, int64_t ke
   uint64_t tree = view.mask ? mask_bits(view.mask, view.num_tree_keys, slot)
                             : low_bits(view.last + 1 - slot) & low_bits(view.num_tree_keys - slot) &
                                   ~low_bits(-slot);
-  for (uint64_t rest = view.window ? tree : 0; rest != 0; rest &= rest - 1) {
+  for (uint64_t rest = view.by_position ? tree : 0; rest != 0; rest &= rest - 1) {
     const int i = __ffsll(static_cast<long long>(rest)) - 1;
     if (!view.sees(key + i)) tree &= ~(uint64_t(1) << i);
   }

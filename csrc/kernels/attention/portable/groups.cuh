@@ -20,7 +20,7 @@ namespace specextend {
 template <typename T, typename Shape>
 class PortableGroups {
  public:
-  static constexpr int kDim = Shape::kDim, kRows = Shape::kRows;
+  static constexpr int kDim = Shape::kValueDim, kRows = Shape::kRows;
   static constexpr AttentionLayout kAt = Shape::kAt;
 
   __device__ __forceinline__ explicit PortableGroups(const PortableThread<Shape>& at)
@@ -89,7 +89,7 @@ class PortableGroups {
     const AttentionCall& p = at_.p;
     for (int i = int(threadIdx.x); i < at_.s.num_rows * (kDim / 4); i += kAttentionThreads) {
       const int row = i / (kDim / 4), column = i % (kDim / 4) * 4;
-      if (column >= p.head_dim) continue;
+      if (column >= p.value_dim) continue;
       float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
       for (int g = 0; g < Shape::kKeyGroups; ++g) {
@@ -102,9 +102,9 @@ class PortableGroups {
       if (whole_) {
         const PackedRow packed(p, at_.s.kv_head, at_.s.first_packed + row);
         const int64_t to = packed.output(p, at_.s.b);
-        store4(static_cast<T*>(p.out) + to * p.head_dim + column, x);
+        store4(static_cast<T*>(p.out) + to * p.value_dim + column, x);
       } else {
-        store4(p.workspace.values + (partial_ * kRows + row) * p.head_dim + column, x);
+        store4(p.workspace.values + (partial_ * kRows + row) * p.value_dim + column, x);
       }
     }
   }

@@ -63,14 +63,16 @@ class AttentionBlock {
 
  private:
   using Tiles = PortableTiles<T, Shape>;
-  static constexpr int kDim = Shape::kDim;
+  using Keys = typename Tiles::Keys;
+  using Values = typename Tiles::Values;
+  static constexpr int kDim = Shape::kDim, kValueDim = Shape::kValueDim;
 
   __device__ __forceinline__ void clear() {
     softmax_.clear();
 #pragma unroll
     for (int i = 0; i < Shape::kRowTiles; ++i) {
 #pragma unroll
-      for (int d = 0; d < kDim / 8; ++d) {
+      for (int d = 0; d < kValueDim / 8; ++d) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) out_[i][d][j] = 0.f;
       }
@@ -82,12 +84,12 @@ class AttentionBlock {
     const unsigned char* keys = tiles_.slot(tiles_.first_half(tile));
     const int64_t key = at_.first_key(tile);
     const int row = at_.lane % 8 + at_.lane / 16 * 8;
-    const int exchange = at_.lane / 8 % 2 * 16 ^ Tiles::swizzle(row);
+    const int exchange = at_.lane / 8 % 2 * 16 ^ Keys::swizzle(row);
     typename Shape::Logits logits = {};
 #pragma unroll
     for (int d = 0; d < kDim / 16; ++d) {
       uint32_t k[4];
-      ptx::ldmatrix_x4(k, keys + Tiles::row_offset(row) + Tiles::vector_offset(2 * d, exchange));
+      ptx::ldmatrix_x4(k, keys + Keys::offset(row) + Keys::vector_offset(2 * d, exchange));
 #pragma unroll
       for (int i = 0; i < Shape::kRowTiles; ++i) {
         ptx::mma_m16n8k16<T>(logits[i][0], q_[i][d], k[0], k[1]);
@@ -105,12 +107,12 @@ class AttentionBlock {
   __device__ __forceinline__ void multiply_values(int tile,
                                                   const typename Shape::Weights& weights) {
     const unsigned char* values = tiles_.slot(tiles_.first_half(tile) + 1);
-    const int row = at_.lane % 16, exchange = at_.lane / 16 * 16 ^ Tiles::swizzle(row);
+    const int row = at_.lane % 16, exchange = at_.lane / 16 * 16 ^ Values::swizzle(row);
 #pragma unroll
-    for (int d = 0; d < kDim / 16; ++d) {
+    for (int d = 0; d < kValueDim / 16; ++d) {
       uint32_t v[4];
-      ptx::ldmatrix_x4_trans(
-          v, values + Tiles::row_offset(row) + Tiles::vector_offset(2 * d, exchange));
+      ptx::ldmatrix_x4_trans(v,
+                             values + Values::offset(row) + Values::vector_offset(2 * d, exchange));
 #pragma unroll
       for (int i = 0; i < Shape::kRowTiles; ++i) {
         ptx::mma_m16n8k16<T>(out_[i][2 * d], weights[i], v[0], v[1]);
@@ -139,31 +141,31 @@ class AttentionBlock {
   typename Shape::Outputs out_;
 };
 
-template <typename T, int kDim, int kRows, bool kChunks>
+template <typename T, int kDim, int kValueDim, int kRows, bool kChunks>
 __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocksPerSm)
     tree_attention_kernel(const __grid_constant__ AttentionCall call) {
   ptx::let_successors_begin();
   SegmentState& state = *reinterpret_cast<SegmentState*>(ptx::shared_memory());
-  AttentionBlock<T, PortableShape<kDim, kRows, kChunks>> block(call, state);
+  AttentionBlock<T, PortableShape<kDim, kValueDim, kRows, kChunks>> block(call, state);
   for_each_segment(call, state, [&] { block.run(); });
 }
 
-template <typename T, int kDim, int kRows, bool kChunks>
+template <typename T, int kDim, int kValueDim, int kRows, bool kChunks>
 cudaError_t launch_attention_rows(const AttentionCall& call, cudaStream_t stream) {
-  return launch(tree_attention_kernel<T, kDim, kRows, kChunks>, unsigned(call.cut.grid),
-                kAttentionThreads, size_t(attention_layout(kDim, kRows, kChunks).bytes), stream,
-                call);
+  return launch(tree_attention_kernel<T, kDim, kValueDim, kRows, kChunks>, unsigned(call.cut.grid),
+                kAttentionThreads,
+                size_t(attention_layout({kDim, kValueDim}, kRows, kChunks).bytes), stream, call);
 }
 
-template <typename T, int kDim, bool kChunks>
+template <typename T, int kDim, int kValueDim, bool kChunks>
 cudaError_t launch_attention(const AttentionCall& call, cudaStream_t stream) {
   switch (call.cut.rows_per_block) {
     case 16:
-      return launch_attention_rows<T, kDim, 16, kChunks>(call, stream);
+      return launch_attention_rows<T, kDim, kValueDim, 16, kChunks>(call, stream);
     case 32:
-      return launch_attention_rows<T, kDim, 32, kChunks>(call, stream);
+      return launch_attention_rows<T, kDim, kValueDim, 32, kChunks>(call, stream);
     default:
-      return launch_attention_rows<T, kDim, 64, kChunks>(call, stream);
+      return launch_attention_rows<T, kDim, kValueDim, 64, kChunks>(call, stream);
   }
 }
 

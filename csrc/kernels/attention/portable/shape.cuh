@@ -12,18 +12,20 @@
 
 namespace specextend {
 
-// Gives the sizes of a block, its rows, keys of a tile and warps, for head dimensions up to kDim.
-template <int kDimensions, int kBlockRows, bool kWithChunks>
+// Gives the sizes of a block, its rows, keys of a tile and warps, for heads up to kDim and
+// kValueDim.
+template <int kDimensions, int kValueDimensions, int kBlockRows, bool kWithChunks>
 struct PortableShape {
-  static constexpr int kDim = kDimensions, kRows = kBlockRows;
+  static constexpr int kDim = kDimensions, kValueDim = kValueDimensions, kRows = kBlockRows;
+  static constexpr AttentionDims kDims{kDim, kValueDim};
   static constexpr bool kChunks = kWithChunks;
-  static constexpr int kRowTiles = attention_row_tiles(kDim, kRows);
-  static constexpr int kRowWarps = attention_row_warps(kDim, kRows);
-  static constexpr int kTileKeys = attention_tile_keys(kDim, kRows);
+  static constexpr int kRowTiles = attention_row_tiles(kDims, kRows);
+  static constexpr int kRowWarps = attention_row_warps(kDims, kRows);
+  static constexpr int kTileKeys = attention_tile_keys(kDims, kRows);
   static constexpr int kPartTiles = kAttentionPartKeys / kTileKeys;
   static constexpr int kKeyGroups = 4 / kRowWarps;
-  static constexpr int kGroupThreads = 32 * kRowWarps;
-  static constexpr AttentionLayout kAt = attention_layout(kDim, kRows, kChunks);
+  static constexpr int kThreads = kAttentionThreads, kGroupThreads = 32 * kRowWarps;
+  static constexpr AttentionLayout kAt = attention_layout(kDims, kRows, kChunks);
   static_assert(kAt.ahead >= 1);
 
   // Holds the logits of a warp's rows and 16 keys. Thread t has elements 2 (t % 4) and the next of
@@ -32,7 +34,7 @@ struct PortableShape {
   // Holds the weights of the same keys: they are the left operand of the product with the values.
   using Weights = uint32_t[kRowTiles][4];
   // Holds the sums of weighted values of the warp's rows, likewise.
-  using Outputs = float[kRowTiles][kDim / 8][4];
+  using Outputs = float[kRowTiles][kValueDim / 8][4];
 };
 
 // What a thread works on.
@@ -45,7 +47,7 @@ struct PortableThread {
   __device__ __forceinline__ PortableThread(const AttentionCall& call, const SegmentState& state)
       : p(call), s(state), lane(int(threadIdx.x % 32)) {
     const int warp = int(threadIdx.x / 32);
-    key_group = warp / Shape::kRowWarps;
+    key_group = Shape::kKeyGroups == 1 ? 0 : warp / Shape::kRowWarps;
     warp_row = warp % Shape::kRowWarps * 16 * Shape::kRowTiles;
   }
 

@@ -125,7 +125,7 @@ class PortableSoftmax {
             before == -INFINITY ? 1.f : ptx::exp2_approx(before - (most + kAttentionSlack));
         sum(i, half) *= scale;
 #pragma unroll
-        for (int d = 0; d < Shape::kDim / 8; ++d) {
+        for (int d = 0; d < Shape::kValueDim / 8; ++d) {
           out[i][d][2 * half] *= scale;
           out[i][d][2 * half + 1] *= scale;
         }

@@ -27,19 +27,18 @@ __device__ __forceinline__ void copy_vector(void* to, const T* from, bool valid,
   *static_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// The ring of half tiles (pipeline stages): keys and values of a tile take turns in it. Rows of
-// kDim elements lie one behind the other; in a row, vectors of 16 bytes are exchanged (swizzled),
-// so that eight rows' vectors of one column lie in different banks.
-template <typename T, typename Shape>
-class PortableTiles {
- public:
-  static constexpr int kDim = Shape::kDim;
-  static constexpr AttentionLayout kAt = Shape::kAt;
-
-  __device__ __forceinline__ explicit PortableTiles(const PortableThread<Shape>& at) : at_(at) {}
+// How rows of kDim elements lie in a half tile: one behind the other; in a row, vectors of 16 bytes
+// are exchanged (swizzled), so that eight rows' vectors of one column lie in different banks.
+template <int kDim>
+struct TileRows {
+  static constexpr int kVectors = kDim / 8;  // vectors of a row
+  // So many threads copy along a row. In wide rows they are few, so that a thread has one row:
+  // places in further rows would take registers.
+  static constexpr int kAcross = kVectors > 32 ? 8 : kVectors & -kVectors;
+  static constexpr int kSwizzle = kAcross < 8 ? kAcross : 8;
 
   // Returns where a row begins, and what the places of its vectors are exchanged with.
-  __device__ static __forceinline__ int row_offset(int row) { return row * kDim * 2; }
+  __device__ static __forceinline__ int offset(int row) { return row * kDim * 2; }
   __device__ static __forceinline__ int swizzle(int row) {
     return row / (8 / kSwizzle) % kSwizzle * 16;
   }
@@ -49,6 +48,18 @@ class PortableTiles {
     const int low = vector % kSwizzle * 16, high = vector * 16 - low;
     return high + (low ^ lane_exchange);
   }
+};
+
+// The ring of half tiles (pipeline stages): keys and values of a tile take turns in it.
+template <typename T, typename Shape>
+class PortableTiles {
+ public:
+  static constexpr int kDim = Shape::kDim;
+  static constexpr auto kAt = Shape::kAt;
+  using Keys = TileRows<kDim>;  // and queries
+  using Values = TileRows<Shape::kValueDim>;
+
+  __device__ __forceinline__ explicit PortableTiles(const PortableThread<Shape>& at) : at_(at) {}
 
   __device__ __forceinline__ unsigned char* ring() const { return ptx::shared_memory() + kAt.ring; }
 
@@ -60,7 +71,7 @@ class PortableTiles {
   // Returns where the key group's part of a half tile is.
   __device__ __forceinline__ unsigned char* slot(int half) const {
     return ring() + unsigned(half) % unsigned(kAt.slots) * kAt.half +
-           row_offset(16 * at_.key_group);
+           at_.key_group * (kAt.half / Shape::kKeyGroups);
   }
 
   // Asks for the block's queries. They come behind the slots that are filled first.
@@ -68,10 +79,10 @@ class PortableTiles {
     unsigned char* to = ring() + kAt.ahead * kAt.half;
     const T* q = static_cast<const T*>(at_.p.q) + at_.s.b * at_.p.q_stride_b;
 #pragma unroll 1
-    for (int i = int(threadIdx.x); i < Shape::kRows * kVectors; i += kAttentionThreads) {
-      const int row = i / kVectors, vector = i % kVectors;
+    for (int i = int(threadIdx.x); i < Shape::kRows * Keys::kVectors; i += Shape::kThreads) {
+      const int row = i / Keys::kVectors, vector = i % Keys::kVectors;
       const PackedRow from(at_.p, at_.s.kv_head, at_.s.first_packed + row);
-      copy_vector(to + row_offset(row) + (vector * 16 ^ swizzle(row)),
+      copy_vector(to + Keys::offset(row) + (vector * 16 ^ Keys::swizzle(row)),
                   q + from.row * at_.p.q_stride_m + from.head * at_.p.q_stride_h + vector * 8,
                   row < at_.s.num_rows && vector * 8 < at_.p.head_dim, at_.p.q_aligned);
     }
@@ -88,10 +99,10 @@ class PortableTiles {
 #pragma unroll
     for (int i = 0; i < Shape::kRowTiles; ++i) {
       const int row = at_.warp_row + 16 * i + at_.lane % 16;
-      const int exchange = at_.lane / 16 * 16 ^ swizzle(row);
+      const int exchange = at_.lane / 16 * 16 ^ Keys::swizzle(row);
 #pragma unroll
       for (int d = 0; d < kDim / 16; ++d) {
-        ptx::ldmatrix_x4(q[i][d], from + row_offset(row) + vector_offset(2 * d, exchange));
+        ptx::ldmatrix_x4(q[i][d], from + Keys::offset(row) + Keys::vector_offset(2 * d, exchange));
 #pragma unroll
         for (int j = 0; j < 4; ++j) q[i][d][j] ^= sign;
       }
@@ -110,10 +121,10 @@ class PortableTiles {
       const T* from = static_cast<const T*>(of_values ? p.v : p.k) +
                       at_.s.b * (of_values ? p.v_stride_b : p.k_stride_b) +
                       at_.s.kv_head * (of_values ? p.v_stride_h : p.k_stride_h) + key * stride;
-      if (key >= at_.s.keys.begin && key + 16 <= at_.s.prefix && p.whole_vectors) {
-        copy_keys<true>(slot(half), from, stride, 0);
+      if (kDim == Shape::kValueDim || !of_values) {
+        copy_half<Keys>(slot(half), from, stride, key, of_values ? p.value_dim : p.head_dim);
       } else {
-        copy_keys<false>(slot(half), from, stride, readable_keys(p, at_.s, key));
+        copy_half<Values>(slot(half), from, stride, key, p.value_dim);
       }
     }
     ptx::cp_async_commit();
@@ -133,53 +144,69 @@ class PortableTiles {
 
  private:
   static constexpr int kGroupThreads = Shape::kGroupThreads;
-  static constexpr int kVectors = kDim / 8;             // vectors of a row
-  static constexpr int kAcross = kVectors & -kVectors;  // threads that copy along a row
-  static constexpr int kSwizzle = kAcross < 8 ? kAcross : 8;
-  static constexpr int kDown = kGroupThreads / kAcross < 16 ? kGroupThreads / kAcross : 16;
+  // So many rows of 16 are copied at a time.
+  template <typename Rows>
+  static constexpr int kDown =
+      kGroupThreads / Rows::kAcross < 16 ? kGroupThreads / Rows::kAcross : 16;
+
+  // Copies the group's 16 rows of keys or values, of which `key` is the first and of which each has
+  // `dim` elements.
+  template <typename Rows>
+  __device__ __forceinline__ void copy_half(unsigned char* to, const T* from, int64_t stride,
+                                            int64_t key, int dim) const {
+    const AttentionCall& p = at_.p;
+    if (key >= at_.s.keys.begin && key + 16 <= at_.s.prefix && p.whole_vectors) {
+      copy_keys<Rows, true>(to, from, stride, 0, dim);
+    } else {
+      copy_keys<Rows, false>(to, from, stride, readable_keys(p, at_.s, key), dim);
+    }
+  }
 
   // Copies those of 16 rows of keys or values whose bit in `readable` is set, or all; zeros take
-  // the place of others.
-  template <bool kAll>
+  // the place of others, and of what a row has not.
+  template <typename Rows, bool kAll>
   __device__ __forceinline__ void copy_keys(unsigned char* to, const T* from, int64_t stride,
-                                            uint32_t readable) const {
+                                            uint32_t readable, int dim) const {
+    constexpr int kAcross = Rows::kAcross, kDown = PortableTiles::template kDown<Rows>;
     const int thread = int(threadIdx.x) % kGroupThreads;
     const int row = thread / kAcross, vector = thread % kAcross;
     if (kDown * kAcross < kGroupThreads && row >= kDown) return;
-    to += row_offset(row);
+    to += Rows::offset(row);
     from += row * stride + vector * 8;
     readable >>= row;
     // The thread's rows are row + a multiple of kDown, a power of two, so that the exchanges of the
     // two parts add up.
-    const int place = vector * 16 ^ swizzle(row);
+    const int place = vector * 16 ^ Rows::swizzle(row);
     if (kAll || at_.p.kv_aligned) {
 #pragma unroll
       for (int i = 0; i < 16 / kDown; ++i, from += kDown * stride) {
 #pragma unroll
-        for (int j = 0; j < kVectors / kAcross; ++j) {
-          const bool valid = kAll || ((readable >> (i * kDown) & 1) &&
-                                      (vector + j * kAcross) * 8 < at_.p.head_dim);
+        for (int j = 0; j < Rows::kVectors / kAcross; ++j) {
+          const bool valid =
+              kAll || ((readable >> (i * kDown) & 1) && (vector + j * kAcross) * 8 < dim);
           ptx::cp_async_16(
-              to + row_offset(i * kDown) + j * kAcross * 16 + (place ^ swizzle(i * kDown)),
+              to + Rows::offset(i * kDown) + j * kAcross * 16 + (place ^ Rows::swizzle(i * kDown)),
               from + j * kAcross * 8, valid);
         }
       }
     } else {
-      copy_unaligned_keys(to, from, stride, readable, vector, place);
+      copy_unaligned_keys<Rows>(to, from, stride, readable, dim, vector, place);
     }
   }
 
+  template <typename Rows>
   __device__ __forceinline__ void copy_unaligned_keys(unsigned char* to, const T* from,
-                                                      int64_t stride, uint32_t readable, int vector,
-                                                      int place) const {
+                                                      int64_t stride, uint32_t readable, int dim,
+                                                      int vector, int place) const {
+    constexpr int kAcross = Rows::kAcross, kDown = PortableTiles::template kDown<Rows>;
 #pragma unroll 1
     for (int i = 0; i < 16 / kDown; ++i, from += kDown * stride) {
 #pragma unroll 1
-      for (int j = 0; j < kVectors / kAcross; ++j) {
-        copy_vector(to + row_offset(i * kDown) + j * kAcross * 16 + (place ^ swizzle(i * kDown)),
-                    from + j * kAcross * 8,
-                    (readable >> (i * kDown) & 1) && (vector + j * kAcross) * 8 < at_.p.head_dim,
-                    false);
+      for (int j = 0; j < Rows::kVectors / kAcross; ++j) {
+        copy_vector(
+            to + Rows::offset(i * kDown) + j * kAcross * 16 + (place ^ Rows::swizzle(i * kDown)),
+            from + j * kAcross * 8,
+            (readable >> (i * kDown) & 1) && (vector + j * kAcross) * 8 < dim, false);
       }
     }
   }
