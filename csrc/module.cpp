@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -23,14 +24,18 @@ namespace {
 using namespace specextend;
 
 py::dict plan_attention(int num_rows, int num_heads, int num_kv_heads, int head_dim,
-                        int64_t prefix_len, int batch, const std::string& dtype, int chunk_size,
-                        int multiprocessors, int shared_bytes, int major, int minor) {
-  const int least = std::min({num_rows, num_heads, num_kv_heads, head_dim, batch, multiprocessors});
-  if (least < 1 || prefix_len < 0 || chunk_size < 0 || head_dim > 256 ||
-      num_heads % std::max(num_kv_heads, 1) != 0) {
-    throw std::invalid_argument(
-        "plan_attention: sizes must be positive, head_dim at most 256, num_heads a multiple of "
-        "num_kv_heads");
+                        std::optional<int> values, int64_t prefix_len, int batch,
+                        const std::string& dtype, int chunk_size, int multiprocessors,
+                        int shared_bytes, int major, int minor) {
+  const int value_dim = values.value_or(head_dim);
+  const int least =
+      std::min({num_rows, num_heads, num_kv_heads, head_dim, value_dim, batch, multiprocessors});
+  if (least < 1 || prefix_len < 0 || chunk_size < 0 || head_dim > kMaxHeadDim ||
+      value_dim > kMaxValueDim || num_heads % std::max(num_kv_heads, 1) != 0) {
+    throw std::invalid_argument("plan_attention: sizes must be positive, head_dim at most " +
+                                std::to_string(kMaxHeadDim) + ", value_dim at most " +
+                                std::to_string(kMaxValueDim) +
+                                ", num_heads a multiple of num_kv_heads");
   }
   if (dtype != "fp32" && dtype != "fp16" && dtype != "bf16") {
     throw std::invalid_argument("plan_attention: dtype must be fp32, fp16 or bf16, got " + dtype);
@@ -38,10 +43,11 @@ py::dict plan_attention(int num_rows, int num_heads, int num_kv_heads, int head_
   const DType type = dtype == "fp32"   ? DType::kFloat32
                      : dtype == "fp16" ? DType::kFloat16
                                        : DType::kBFloat16;
-  float chunks = 0;  // that there are some is all that counts
+  float chunks = 0, out = 0;  // that there are some is all that counts
   TreeAttentionParams p{};
   p.batch = batch, p.num_rows = p.num_tree_keys = num_rows;
   p.num_heads = num_heads, p.num_kv_heads = num_kv_heads, p.head_dim = head_dim;
+  p.value_dim = value_dim, p.out = &out;
   p.capacity = prefix_len + num_rows;
   p.chunk_size = chunk_size, p.chunk_lse = chunk_size > 0 ? &chunks : nullptr;
   const GpuLimits gpu{multiprocessors, shared_bytes, major, minor};
@@ -92,12 +98,14 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_sm90a") = false;
 #endif
   m.def("plan_attention", &plan_attention, py::kw_only(), py::arg("num_rows"), py::arg("num_heads"),
-        py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("prefix_len"), py::arg("batch") = 1,
-        py::arg("dtype") = "bf16", py::arg("chunk_size") = 0, py::arg("multiprocessors") = 132,
+        py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("value_dim") = py::none(),
+        py::arg("prefix_len"), py::arg("batch") = 1, py::arg("dtype") = "bf16",
+        py::arg("chunk_size") = 0, py::arg("multiprocessors") = 132,
         py::arg("shared_bytes") = 228 * 1024, py::arg("major") = 9, py::arg("minor") = 0,
         R"(How tree_attention lays out a call on a GPU, by default one like the H200; needs none.
 
 num_rows: rows of the tree, the root included; all sequences have prefix_len keys before it.
+value_dim: of values, if it is another than head_dim, that of keys.
 shared_bytes: shared memory of a multiprocessor. major, minor: compute capability.
 
 Returns a dict: family ("hopper" or "portable"); packed_rows of a KV head (num_rows x group) and

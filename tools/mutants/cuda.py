@@ -18,9 +18,9 @@ FLOAT, SOFTMAX, MASKS, SEGMENTS, CHUNK_LSE, COMBINE = (
     f"{KERNELS}/attention/{name}.cuh"
     for name in ("float", "softmax", "masks", "segments", "chunks", "combine")
 )
-TILES, OWN_MASKS, OWN_SOFTMAX, OWN_CHUNKS, GROUPS, BLOCK = (
+TILES, OWN_MASKS, OWN_SOFTMAX, OWN_CHUNKS, GROUPS, BLOCK, WIDE = (
     f"{KERNELS}/attention/portable/{name}.cuh"
-    for name in ("tiles", "masks", "softmax", "chunks", "groups", "kernel")
+    for name in ("tiles", "masks", "softmax", "chunks", "groups", "kernel", "wide")
 )
 HOPPER_SHARED, PRODUCER, HOPPER_MASKS, HOPPER_SOFTMAX, ROWS, CONSUMER, HOPPER = (
     f"{KERNELS}/attention/hopper/{name}.cuh"
@@ -56,6 +56,8 @@ CHUNKED = (
     "multiprocessors[emulated-dtype2]",
 )
 WINDOWS = ("tree_attention", "window[emulated-7-dtype2]", "window[emulated-64-dtype2]")
+BF16_WIDE = instance("tree_attention_bf16_d512")
+WIDE_HEADS = ("head_sizes", "wide_heads[emulated-dtype2]")
 CUTS = ("tree_attention", "multiprocessors[emulated-dtype2]", "batch[emulated-dtype2]")
 
 # Here are more sequences than the largest grid takes: they come one after the other in a block.
@@ -740,7 +742,7 @@ MUTANTS = [
     Mutant(
         "tree_attention: a tile's columns behind the head dimension are what they are",
         TILES,
-        "(vector + j * kAcross) * 8 < at_.p.head_dim);\n          ptx::cp_async_16(",
+        "(vector + j * kAcross) * 8 < dim);\n          ptx::cp_async_16(",
         "(vector + j * kAcross) * 8 < kDim);\n          ptx::cp_async_16(",
         tests("tree_attention", "head_dims[emulated-40]", "head_dims[emulated-8]"),
         BF16,
@@ -820,9 +822,17 @@ MUTANTS = [
     Mutant(
         "attention_work: a window is one short",
         MASKS,
-        "return p.window ? prefix + depth - p.window + 1 : 0;",
-        "return p.window ? prefix + depth - p.window + 2 : 0;",
+        "return p.window ? position - p.window + 1 : 0;",
+        "return p.window ? position - p.window + 2 : 0;",
         tests(*WINDOWS),
+        BF16,
+    ),
+    Mutant(
+        "attention_work: the last position of a chunk is taken for the next one's first",
+        MASKS,
+        "position - uint32_t(position) % uint32_t(p.attention_chunk)",
+        "position - (uint32_t(position) + 1) % uint32_t(p.attention_chunk)",
+        tests("tree_attention", "attention_chunk[emulated-16-dtype2]"),
         BF16,
     ),
     Mutant(
@@ -1028,6 +1038,46 @@ MUTANTS = [
         "from[key * stride + d]",
         tests("tree_attention", "masked_keys_may_hold_anything[emulated-dtype0]"),
         cuda("attention/portable"),
+    ),
+    Mutant(
+        "tree_attention: values are as large as keys",
+        TILES,
+        "of_values ? p.value_dim : p.head_dim",
+        "p.head_dim",
+        tests("tree_attention", "values_of_another_size[emulated-dims2-dtype2]"),
+        instance("tree_attention_bf16_d96"),
+    ),
+    Mutant(
+        "tree_attention, wide heads: sums are added before all quarters of a row are there",
+        WIDE,
+        "        __syncthreads();\n        weigh(tile, has_chunks);",
+        "        weigh(tile, has_chunks);",
+        tests(*WIDE_HEADS),
+        BF16_WIDE,
+    ),
+    Mutant(
+        "tree_attention, wide heads: outputs are not rescaled",
+        WIDE,
+        "out_[d][j] *= scale[j / 2];",
+        "out_[d][j] *= 1.f;",
+        tests(*WIDE_HEADS),
+        BF16_WIDE,
+    ),
+    Mutant(
+        "tree_attention, wide heads: a partial has the place of the first rows'",
+        WIDE,
+        "whole ? packed.output(p, at_.s.b) : partial + row",
+        "whole ? packed.output(p, at_.s.b) : partial + row % 16",
+        tests(*WIDE_HEADS),
+        BF16_WIDE,
+    ),
+    Mutant(
+        "tree_attention, wide heads: the ring is a slot longer than its memory",
+        "csrc/attention_layout.h",
+        "at.bytes = at.ring + at.slots * at.half;",
+        "at.bytes = at.ring + (at.slots - 1) * at.half;",
+        tests(*WIDE_HEADS),
+        (*BF16_WIDE, *cuda("attention/portable")),
     ),
     Mutant(
         "launch: more shared memory than the device was asked for",
