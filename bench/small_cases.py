@@ -43,20 +43,25 @@ def tree(nodes: int) -> Tensor:
 
 
 def attention_cases(few: bool) -> Iterator[Case]:
-    def case(dtype, heads, rows, lens, dim=64, capacity=1000, **options):
+    def case(dtype, heads, rows, lens, dim=64, value_dim=None, capacity=1000, **options):
         hq, hkv = heads
         q = torch.randn(len(lens), rows, hq, dim).to(dtype)
-        k, v = (torch.randn(len(lens), hkv, capacity, dim).to(dtype).transpose(1, 2) for _ in "kv")
+        values = dim if value_dim is None else value_dim
+        k, v = (
+            torch.randn(len(lens), hkv, capacity, d).to(dtype).transpose(1, 2)
+            for d in (dim, values)
+        )
         mask = pack_mask(ancestor_mask(tree(rows))).expand(len(lens), -1, -1).contiguous()
         text = " ".join(f"{n}={x}" for n, x in options.items() if not isinstance(x, Tensor))
         family = "portable"
         if "softcap" not in options:
             plan = _C.plan_attention(
-                num_rows=rows, num_heads=hq, num_kv_heads=hkv, head_dim=dim, prefix_len=max(lens),
-                dtype=_NAMES[dtype], chunk_size=options.get("chunk_size", 0),
+                num_rows=rows, num_heads=hq, num_kv_heads=hkv, head_dim=dim, value_dim=values,
+                prefix_len=max(lens), dtype=_NAMES[dtype], chunk_size=options.get("chunk_size", 0),
             )  # fmt: skip
             family = plan["family"]  # on a Hopper GPU
-        shape = f"{_NAMES[dtype]} {hq}/{hkv}/{dim} rows={rows} lens={lens}"
+        size = dim if values == dim else f"{dim},{values}"
+        shape = f"{_NAMES[dtype]} {hq}/{hkv}/{size} rows={rows} lens={lens}"
         name = f"tree_attention/{family} {shape} {text}"
         return Case(name, ops.tree_attention, (q, k, v, ints(*lens), mask), options)
 
@@ -68,7 +73,12 @@ def attention_cases(few: bool) -> Iterator[Case]:
     depths = tree_depths(9)[None]
     for dim in (64, 128, 256) if few else (64, 80, 96, 128, 192, 256):
         yield case(bf16, (2, 2), 9, [130], dim)
+    for dims in ((192, 128), (512, 512), (576, 512)):
+        for dtype in (bf16,) if few else (bf16, fp16, fp32):
+            yield case(dtype, (4, 2), 7, [130, 33], *dims, chunk_size=16)
+            yield case(dtype, (4, 1), 9, [70], *dims)
     yield case(bf16, (4, 2), 9, [200], window=40, q_depths=depths, k_depths=depths)
+    yield case(bf16, (4, 2), 9, [200], attention_chunk=90, q_depths=depths, k_depths=depths)
     yield case(bf16, (4, 2), 9, [200], softcap=20.0, sinks=torch.randn(4))
     yield case(bf16, (7, 1), 5, [129], 128, chunk_size=16)
     if not few:

@@ -61,7 +61,8 @@ cudaError_t launch_tree_attention(const TreeAttentionParams& p, DType dtype,
                                   const AttentionPlan& plan, void* workspace, cudaStream_t stream);
 
 // These do the same by the Hopper family, on compute capability 9.0, for the calls that it serves:
-// 16-bit floats, more than 64 rows of a KV head, memory that tensor copies take.
+// 16-bit floats, values as large as keys, more than 64 rows of a KV head, memory that tensor copies
+// take.
 bool tree_attention_sm90_serves(const TreeAttentionParams& p, DType dtype);
 cudaError_t plan_tree_attention_sm90(const TreeAttentionParams& p, DType dtype, int device,
                                      AttentionPlan* plan);

@@ -102,6 +102,16 @@ def test_windows(window, on_hopper):
         Case((400,), 35, heads=(4, 1), dtype=FP16, tree=False).check(window=window)
 
 
+@pytest.mark.parametrize("size", [1, 100, 400, 410, 1000])
+def test_attention_chunks(size, on_hopper):
+    """Their borders lie in the prefix, at its end, in the tree, and nowhere."""
+    case = Case((400, 20), 35, heads=(2, 1), dtype=FP16)
+    with on_hopper():
+        case.check(attention_chunk=size, chunk_size=32)
+        case.check(attention_chunk=size, **case.depths())
+        Case((400,), 35, heads=(4, 1), dtype=FP16, tree=False).check(attention_chunk=size)
+
+
 def test_sinks(on_hopper):
     for i, (prefixes, rows, heads) in enumerate([((150, 0), 40, (4, 2)), ((700,), 40, (4, 1))]):
         with on_hopper(i, 1 + 3 * i):
@@ -222,6 +232,9 @@ LEFT = "no kernel image is available"  # what the portable family says here
         ({}, {"softcap": 2.0}),
         ({}, {"chunk_size": 16}),
         ({"dim": 200}, {"chunk_size": 32}),
+        ({"dim": (128, 64)}, {}),
+        ({"dim": (64, 128)}, {}),
+        ({"dim": 264}, {}),
     ],
     ids=str,
 )

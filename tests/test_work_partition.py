@@ -192,9 +192,26 @@ def test_what_is_planned_is_what_blocks_find(lib, heads):
         assert 0 <= plan["padded_rows"] - plan["packed_rows"] < plan["padded_rows"] // row_blocks
 
 
+def test_sizes_of_heads():
+    """Hopper's kernels are for values as large as keys; wide heads have blocks of fewer rows."""
+    shape = dict(num_rows=33, num_heads=8, num_kv_heads=1, prefix_len=1000)
+    for dims, family, padded in [
+        ((128, 128), "hopper", 384), ((192, 128), "portable", 320), ((128, 192), "portable", 320),
+        ((256, 256), "hopper", 384), ((264, 264), "portable", 288), ((576, 512), "portable", 288),
+    ]:  # fmt: skip
+        plan = _C.plan_attention(head_dim=dims[0], value_dim=dims[1], **shape)
+        assert (plan["family"], plan["padded_rows"]) == (family, padded)
+    for batch, blocks in ((1, 1), (200, 132)):  # registers suffice for one block of 32 wide rows
+        plan = _C.plan_attention(head_dim=576, value_dim=512, batch=batch, **shape)
+        assert batch == 1 or (plan["grid"], plan["waves"]) == (blocks, 1.0)
+
+
 def test_a_plan_says_what_is_wrong():
     right = dict(num_rows=3, num_heads=8, num_kv_heads=2, head_dim=64, prefix_len=9)
-    for wrong in (dict(num_heads=7), dict(num_rows=0), dict(head_dim=257), dict(prefix_len=-1)):
+    for wrong in (
+        dict(num_heads=7), dict(num_rows=0), dict(prefix_len=-1), dict(head_dim=577),
+        dict(head_dim=520), dict(value_dim=513), dict(value_dim=0),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="plan_attention: sizes must be positive"):
             _C.plan_attention(**{**right, **wrong})
     with pytest.raises(ValueError, match="dtype must be fp32, fp16 or bf16, got int8"):

@@ -1394,6 +1394,14 @@ MUTANTS += [
         LAUNCH90,
     ),
     Mutant(
+        "hopper: it serves values of another size than keys",
+        "csrc/attention_plan.h",
+        "p.head_dim == p.value_dim && p.head_dim <= kHopperMaxDim &&",
+        "p.head_dim <= kHopperMaxDim &&",
+        ("tests/test_hopper.py::test_what_is_left_to_the_portable_family",),
+        LAUNCH90,
+    ),
+    Mutant(
         "hopper: a map's strides are those of the keys",
         HOPPER,
         "error = map(&c.v, call.v, call.v_stride_s, call.v_stride_h, call.v_stride_b);",

@@ -45,6 +45,7 @@ struct AttentionCall : TreeAttentionParams {
   AttentionWorkspace workspace;
   bool q_aligned, kv_aligned;  // 16-byte copies may take all vectors of 8 elements
   bool whole_vectors;          // these are aligned, and D and Dv are what the kernel is for
+  bool latent;                 // values are the first columns of the keys, in the same memory
   // The scale of the softmax, times log2(e): it makes logits base 2. The sign of the scale and the
   // softcap are applied apart, so that it is positive; it is not 0, which would make NaN of masked
   // logits.
@@ -66,6 +67,8 @@ inline AttentionCall attention_call(const TreeAttentionParams& p, const WorkCut&
                  (!p.out || aligned(p.v, p.v_stride_b, p.v_stride_s, p.v_stride_h));
   c.whole_vectors =
       c.kv_aligned && p.head_dim == dims.keys && (!p.out || p.value_dim == dims.values);
+  c.latent = p.v == p.k && p.value_dim <= p.head_dim && p.v_stride_b == p.k_stride_b &&
+             p.v_stride_s == p.k_stride_s && p.v_stride_h == p.k_stride_h;
   const float factor = (p.scale < 0 ? -p.scale : p.scale) * kLog2E;
   c.factor = p.softcap > 0 ? 1.f : factor > 0x1p-126f ? factor : 0x1p-126f;
   return c;

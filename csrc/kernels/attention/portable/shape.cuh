@@ -18,7 +18,7 @@ template <int kDimensions, int kValueDimensions, int kBlockRows, bool kWithChunk
 struct PortableShape {
   static constexpr int kDim = kDimensions, kValueDim = kValueDimensions, kRows = kBlockRows;
   static constexpr AttentionDims kDims{kDim, kValueDim};
-  static constexpr bool kChunks = kWithChunks;
+  static constexpr bool kChunks = kWithChunks, kLatent = false;
   static constexpr int kRowTiles = attention_row_tiles(kDims, kRows);
   static constexpr int kRowWarps = attention_row_warps(kDims, kRows);
   static constexpr int kTileKeys = attention_tile_keys(kDims, kRows);
@@ -52,6 +52,10 @@ struct PortableThread {
   }
 
   __device__ __forceinline__ bool has_values() const { return !Shape::kChunks || p.out != nullptr; }
+  // Returns whether values are copied besides keys.
+  __device__ __forceinline__ bool copies_values() const {
+    return has_values() && !(Shape::kLatent && p.latent);
+  }
 
   // Returns one of the thread's rows, as a row of the block.
   __device__ __forceinline__ int own_row(int tile, int half) const {

@@ -65,7 +65,7 @@ class PortableTiles {
 
   // Returns a tile's first half, counted among the half tiles of the segment.
   __device__ __forceinline__ int first_half(int tile) const {
-    return at_.has_values() ? 2 * tile : tile;
+    return at_.copies_values() ? 2 * tile : tile;
   }
 
   // Returns where the key group's part of a half tile is.
@@ -113,9 +113,9 @@ class PortableTiles {
   // Asks for the key group's part of a half tile of the segment; for nothing if it is negative.
   __device__ __forceinline__ void request_half(int half) const {
     const AttentionCall& p = at_.p;
-    const int tile = at_.has_values() ? half >> 1 : half;
+    const int tile = at_.copies_values() ? half >> 1 : half;
     if (half >= 0 && tile < at_.s.num_tiles) {
-      const bool of_values = at_.has_values() && half % 2 == 1;
+      const bool of_values = at_.copies_values() && half % 2 == 1;
       const int64_t key = at_.first_key(tile);
       const int64_t stride = of_values ? p.v_stride_s : p.k_stride_s;
       const T* from = static_cast<const T*>(of_values ? p.v : p.k) +

@@ -7,7 +7,8 @@
 // 16 rows and divide dimensions: each multiplies queries and keys over a quarter of D, and weights
 // and values for a quarter of Dv. The sums over the quarters meet in shared memory. There the eight
 // threads of each row add them up, mask them, and make weights, which all four warps read. A block
-// has 16 or 32 rows and takes 16 keys at a time through the ring of portable/tiles.cuh.
+// has 16 or 32 rows and takes 16 keys at a time through the ring of portable/tiles.cuh. Values that
+// are columns of the keys (latent attention) are read where these lie.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -36,7 +37,7 @@ template <int kDimensions, int kValueDimensions, int kBlockRows>
 struct WideShape {
   static constexpr int kDim = kDimensions, kValueDim = kValueDimensions, kRows = kBlockRows;
   static constexpr AttentionDims kDims{kDim, kValueDim};
-  static constexpr bool kChunks = true;  // the call says whether there are any
+  static constexpr bool kChunks = true, kLatent = true;  // the call says what of these it is
   static constexpr int kThreads = wide_threads(kRows), kGroupThreads = kThreads;
   static constexpr int kRowWarps = kThreads / 32, kKeyGroups = 1;  // all warps take the same keys
   static constexpr int kRowTiles = 1;                              // a warp's
@@ -55,11 +56,11 @@ class WideBlock {
   __device__ __forceinline__ void run() {
     // As in portable/kernel.cuh, the first turns only ask.
     constexpr int kAhead = Shape::kAt.ahead;
-    const bool has_values = at_.has_values(), has_chunks = at_.p.chunk_lse != nullptr;
+    const bool copies_values = at_.copies_values(), has_chunks = at_.p.chunk_lse != nullptr;
     tiles_.request_queries();
     clear();
 #pragma unroll 1
-    for (int tile = has_values ? -(kAhead + 1) / 2 : -kAhead; tile < at_.s.num_tiles; ++tile) {
+    for (int tile = copies_values ? -(kAhead + 1) / 2 : -kAhead; tile < at_.s.num_tiles; ++tile) {
       if (tile == 0) take_queries();
       tiles_.await_half();
       tiles_.request_half(tiles_.first_half(tile) + kAhead);
@@ -68,15 +69,14 @@ class WideBlock {
         __syncthreads();
         weigh(tile, has_chunks);
       }
-      if (has_values) {
+      if (copies_values) {
         tiles_.await_half();
       } else {
         __syncthreads();
       }
       if (has_chunks && tile >= 0) emit_chunks_of(tile);
-      if (!has_values) continue;
-      if (tile >= 0) multiply_values(tile);
-      tiles_.request_half(tiles_.first_half(tile) + kAhead + 1);
+      if (at_.has_values() && tile >= 0) multiply_values(tile);
+      if (copies_values) tiles_.request_half(tiles_.first_half(tile) + kAhead + 1);
     }
     finish();
   }
@@ -91,6 +91,7 @@ class WideBlock {
   static constexpr int kColumns = Shape::kValueDim / 4;  // a warp has so many of the outputs'
   static constexpr int kOwnKeys = Shape::kTileKeys / kWideRowThreads;  // of a thread, in its row
   static_assert(Keys::kSwizzle == 8 && Values::kSwizzle == 8);
+  static_assert(Shape::kValueDim <= Shape::kDim, "values may lie among the columns of the keys");
 
   struct alignas(4 * kOwnKeys) Logits {
     float x[kOwnKeys];
@@ -257,14 +258,14 @@ class WideBlock {
     }
     uint32_t w[4];
     ptx::ldmatrix_x4(w, weights(warp_row() + at_.lane % 16) + at_.lane / 16 * 16);
-    const unsigned char* values =
-        tiles_.slot(tiles_.first_half(tile) + 1) + quarter() * kColumns * 2;
     const int row = at_.lane % 16, exchange = at_.lane / 16 * 16 ^ Values::swizzle(row);
+    const unsigned char* values = tiles_.slot(tiles_.first_half(tile) + at_.copies_values()) +
+                                  (at_.copies_values() ? Values::offset(row) : Keys::offset(row)) +
+                                  quarter() * kColumns * 2;
 #pragma unroll
     for (int d = 0; d < kColumns / 16; ++d) {
       uint32_t v[4];
-      ptx::ldmatrix_x4_trans(v,
-                             values + Values::offset(row) + Values::vector_offset(2 * d, exchange));
+      ptx::ldmatrix_x4_trans(v, values + Values::vector_offset(2 * d, exchange));
       ptx::mma_m16n8k16<T>(out_[2 * d], w, v[0], v[1]);
       ptx::mma_m16n8k16<T>(out_[2 * d + 1], w, v[2], v[3]);
     }
