@@ -828,10 +828,10 @@ MUTANTS = [
         BF16,
     ),
     Mutant(
-        "attention_work: the last position of a chunk is taken for the next one's first",
+        "attention_work: a chunk's first position is not seen",
         MASKS,
-        "position - uint32_t(position) % uint32_t(p.attention_chunk)",
-        "position - (uint32_t(position) + 1) % uint32_t(p.attention_chunk)",
+        "size - 1 - rest : rest);",
+        "size - 1 - rest : rest - (rest > 0));",
         tests("tree_attention", "attention_chunk[emulated-16-dtype2]"),
         BF16,
     ),

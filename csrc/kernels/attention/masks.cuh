@@ -37,10 +37,10 @@ __device__ __forceinline__ int64_t first_position(const TreeAttentionParams& p, 
                                                   int depth) {
   const int64_t position = prefix + depth;
   if (p.attention_chunk) {
-    // Divisions of 64 bits are many times slower. Before 0 there are no keys, but nodes may be.
-    return position >= 0
-               ? position - uint32_t(position) % uint32_t(p.attention_chunk)
-               : (position + 1) / p.attention_chunk * p.attention_chunk - p.attention_chunk;
+    // 32 bits are enough, and divisions of 64 take many registers. Nodes may lie before 0.
+    const uint32_t size = uint32_t(p.attention_chunk);
+    const uint32_t rest = uint32_t(position < 0 ? ~position : position) % size;
+    return position - (position < 0 ? size - 1 - rest : rest);
   }
   return p.window ? position - p.window + 1 : 0;
 }
