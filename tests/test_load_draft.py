@@ -277,7 +277,7 @@ class TestBrokenHeads:
             load(other, make(dialect).write(tmp_path))
 
     @pytest.mark.parametrize("dialect", DIALECTS)
-    @pytest.mark.parametrize("change", [dict(head_dim=12), dict(head_dim=264),
+    @pytest.mark.parametrize("change", [dict(head_dim=12), dict(head_dim=520),
                                         dict(num_key_value_heads=3)], ids=str)  # fmt: skip
     def test_attention_that_no_kernel_takes(self, target, dialect, change, tmp_path):
         """Refused when it is loaded, not in the first generation."""
@@ -298,7 +298,7 @@ class TestBrokenHeads:
         with pytest.raises(ValueError, match="EAGLE head .* attention cannot be computed: .* head"):
             load(target, made.write(tmp_path))
 
-    @pytest.mark.parametrize("dim", [12, 264])
+    @pytest.mark.parametrize("dim", [12, 520])
     def test_models_that_no_kernel_takes(self, target, dim):
         small = tiny_model("llama", head_dim=dim)
         for models in ((small, None), (small, "self"), (target, small)):
