@@ -18,19 +18,19 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
-from . import ops
-from .cache import ATTENTION, KVCache, Pass, current_pass, in_pass, running
-from .compat import CACHE
+from . import ops, recurrent
+from .cache import ATTENTION, AllStored, KVCache, Pass, current_pass, in_pass, running
+from .compat import CACHE, layer_kinds
 from .fused import TOKENS as TRIAL
 from .fused import Fusion, calls_of, install, is_off, tried
 from .longrope import changing_modules, redirect
 from .products import FewRows
+from .recurrent import Keeper, keepers_of
 from .switches import Undo, switched
 from .windows import TOKENS, question
 
-
-class _KeysWritten(Exception):
-    """Ends a forward of which only keys and values are wanted."""
+# Tensors that models hand on to every attention, and that say nothing new to ours.
+_HARMLESS = {"position_ids", "cache_position"}
 
 
 def _attention(
@@ -47,29 +47,38 @@ def _attention(
     **kwargs,
 ) -> tuple[Tensor, None]:
     state = current_pass()
-    layer_idx = module.layer_idx
-    state.calls.append(layer_idx)
     if attention_mask is not None:
         raise RuntimeError(
             f"{type(module).__name__} brings an attention mask of its own; specextend serves "
             "models whose attention is causal, with or without a sliding window"
         )
-    if state.keys_only and len(state.calls) == len(state.cache.layers):
-        raise _KeysWritten  # those of the last layer too: nothing that follows is wanted
-    layer = state.cache.layers[layer_idx]
+    for name, given in kwargs.items():
+        if isinstance(given, Tensor) and name not in _HARMLESS:
+            raise RuntimeError(
+                f"{type(module).__name__} brings a {name} of its own, which specextend's attention "
+                "does not know"
+            )
+    source, new = state.source(key)
+    if new:
+        state.calls.append(source)
+        state.write(source, key, value)
+    if state.keys_only and state.last == source:
+        raise AllStored  # nothing that follows is wanted
+    layer, layer_idx = state.cache.layers[source], module.layer_idx
     window = state.layer_windows.get(layer_idx, sliding_window or 0)
-    if state.window:
+    chunk = state.layer_chunks.get(layer_idx, 0)
+    if state.window and not chunk:
         window = min(window, state.window) if window else state.window
     q = state.queries(query)
-    scored = layer_idx in state.score_layers
+    scored = (source if new else layer_idx) in state.score_layers
     if not state.fused:
         if softcap or s_aux is not None:
             raise ValueError(
                 "tree_attention=False: torch's SDPA knows no softcap and no sink logit"
             )
         if scored:
-            state.recorded[layer_idx] = (q, scaling)
-        return _dense_attention(state, layer, q.transpose(1, 2), scaling, window), None
+            state.recorded[layer_idx] = (q, scaling, source)
+        return _dense_attention(state, layer, q.transpose(1, 2), scaling, window, chunk), None
     out, lse, chunk_lse = ops.tree_attention(
         q,
         layer.k,
@@ -80,23 +89,24 @@ def _attention(
         scale=scaling,
         softcap=softcap or 0.0,
         window=window,
-        q_depths=state.q_depths if window else None,
-        k_depths=state.k_depths if window else None,
+        attention_chunk=chunk,
+        q_depths=state.q_depths if window or chunk else None,
+        k_depths=state.k_depths if window or chunk else None,
         sinks=None if s_aux is None else s_aux.float(),
         chunk_size=state.chunk_size if scored else 0,
     )
     if scored:
-        state.recorded[layer_idx] = (chunk_lse, lse)
+        state.recorded[layer_idx] = (chunk_lse, lse, source)
     return out, None
 
 
 def _dense_attention(
-    state: Pass, layer, query: Tensor, scaling: float | None, window: int
+    state: Pass, layer, query: Tensor, scaling: float | None, window: int, chunk: int
 ) -> Tensor:
     """Attend to prefix and tree by torch's SDPA with a dense mask: the ablation's baseline."""
     length = state.cache.length
     end = length + state.num_tree_keys
-    mask = state.dense_mask(query.shape[2], length, window, query.device)
+    mask = state.dense_mask(query.shape[2], length, window, chunk, query.device)
     out = F.scaled_dot_product_attention(
         query,
         layer.keys[:, :, :end],
@@ -161,11 +171,14 @@ def _in_passes(own: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
 
 # What is known of models. It is found anew whenever a model is tried, as it may have changed.
-_windows: WeakKeyDictionary[PreTrainedModel, dict[int, int]] = WeakKeyDictionary()
+_windows: WeakKeyDictionary[PreTrainedModel, tuple[dict[int, int], dict[int, int]]] = (
+    WeakKeyDictionary()
+)
 # With the dtype and the device that it was tried in.
 _fusions: WeakKeyDictionary[PreTrainedModel, tuple[object, tuple[Fusion, ...]]] = (
     WeakKeyDictionary()
 )
+_keepers: WeakKeyDictionary[PreTrainedModel, tuple[Keeper, ...]] = WeakKeyDictionary()
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
@@ -205,11 +218,12 @@ class PatchedModel:
         configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
         self._configs = [c for c in configs.values() if isinstance(c, PreTrainedConfig)]
         self._changing = changing_modules(model)
+        self.kinds = layer_kinds(model.config)
         self._few_rows = FewRows(model)
 
     @property
     def num_layers(self) -> int:
-        """Count the layers, all of which attend."""
+        """Count the layers."""
         return self.model.config.get_text_config().num_hidden_layers
 
     @property
@@ -223,6 +237,8 @@ class PatchedModel:
         changes |= {("rotary", id(m)): partial(redirect, m) for m in self._changing}
         if state.fusions:
             changes["fusions", id(self.model)] = partial(install, state.fusions)
+        if state.keepers:
+            changes["keepers", id(self.model)] = partial(recurrent.install, state.keepers)
         if state.feature_layers:
             changes["features", id(state)] = partial(self._collect, state)
         with switched(changes), evaluating(self.model), self._few_rows.active(), running(state):
@@ -233,28 +249,46 @@ class PatchedModel:
         """Return where token ids are wanted."""
         return device_of(self.model)
 
+    @property
+    def keeps_states(self) -> bool:
+        """Tell whether any layer keeps a state, of which nothing can be taken back."""
+        return any(kind.states for kind in self.kinds)
+
+    def make_cache(self, capacity: int, batch: int = 1) -> KVCache:
+        """Make a cache for what each of the model's layers keeps of ``capacity`` tokens."""
+        return recurrent.cache_class(type(self.model))(self.kinds, capacity, batch, self.device)
+
     def find_windows(self) -> dict[int, int]:
         """Ask the model's masks how far each layer sees, as :mod:`specextend.windows` describes it.
 
         Returns:
-            By layer, keys that a token sees, the own one included; 0: all.
+            By layer, keys that a token sees, the own one included; 0: all, or from the start of its
+            own chunk on, where masks cut attention into chunks.
         """
         asked = question(self.model, self.device)
         tokens = torch.zeros(1, TOKENS, dtype=torch.int64, device=self.device)
         seen = torch.ones_like(tokens)  # without this, some make no mask
         with torch.inference_mode(), self._installed(asked):
             self.model(input_ids=tokens, attention_mask=seen, use_cache=False, logits_to_keep=1)
-        _windows[self.model] = asked.windows
+        _windows[self.model] = asked.windows, asked.chunks
         return asked.windows
+
+    @property
+    def chunks(self) -> dict[int, int]:
+        """Return, by layer, the length of its chunks of attention, where it has any; known from
+        :meth:`find_windows`."""
+        return _windows[self.model][1]
 
     def find_fusions(self) -> tuple[Fusion, ...]:
         """Try which of the model's modules our operators may compute (:mod:`specextend.fused`)."""
-        cache = KVCache(self.num_layers, TRIAL, 1, self.device)
-        state = Pass(cache, [(cache, cache.lens)], TRIAL, layer_windows=_windows[self.model])
-        padding = self.model.config.get_text_config().pad_token_id  # of which some would warn
+        cache = self.make_cache(TRIAL)
+        state = Pass(cache, [(cache, cache.lens)], TRIAL)
+        state.layer_windows, state.layer_chunks = _windows[self.model]
+        # Of padding some would warn.
+        padding = getattr(self.model.config.get_text_config(), "pad_token_id", None)
         positions = torch.arange(TRIAL, device=self.device)[None]
         with torch.inference_mode(), self._installed(state):
-            with calls_of(self.model, state) as calls:
+            with calls_of(self.model, state) as calls, keepers_of(self.model, state) as keepers:
                 self.model(
                     input_ids=torch.full_like(positions, int(padding == 0)),
                     position_ids=positions,
@@ -264,6 +298,7 @@ class PatchedModel:
                 )
             found = tried(self.model, calls, state)
         _fusions[self.model] = self._computed_in, found
+        _keepers[self.model] = tuple(Keeper(module) for module in keepers.values())
         return found
 
     @property
@@ -312,7 +347,7 @@ class PatchedModel:
             hasattr(m, "_hf_hook") or hasattr(m, "_orig_mod") or m._compiled_call_impl is not None
             for m in self.model.modules()
         )
-        with contextlib.suppress(_KeysWritten):
+        with contextlib.suppress(AllStored):
             self.forward(tokens, positions, state, last_only=True)
 
     def forward(
@@ -341,7 +376,9 @@ class PatchedModel:
             self.find_windows()
         if _fusions.get(self.model, (None,))[0] != self._computed_in:
             self.find_fusions()
-        state.layer_windows = _windows[self.model]
+        state.positions = positions
+        state.layer_windows, state.layer_chunks = _windows[self.model]
+        state.keepers = _keepers[self.model]
         state.fusions = None if is_off() else _fusions[self.model][1]
         with self._installed(state):
             return self.model(

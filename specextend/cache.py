@@ -2,14 +2,15 @@
 
 A :class:`KVCache` never grows, copies or crops: new keys and values go to rows behind the committed
 ones (``append_kv``), attention reads them where they lie, and accepted rows move to the front
-(``compact_kv``). Lengths live on the device. Which cache a forward of a model attends to, and which
-ones it writes to, is said by its :class:`Pass`.
+(``compact_kv``). Layers that keep a state have it beside them. Lengths live on the device. Which
+cache a forward of a model attends to, and which ones it writes to, is said by its :class:`Pass`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,79 +18,55 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from . import ops
-from .compat import CacheLayer
+from .cache_layers import HybridLayer, KVLayer, StateLayer
+from .compat import Kind
+from .layout import by_rows
 
 #: the name that our attention has in `transformers`
 ATTENTION = "specextend"
 
 
-class KVLayer(CacheLayer):
-    """Holds keys and values of one layer: [B, Hkv, S, D], the rows of a head contiguous.
-
-    ``k`` and ``v`` are the same memory seen as [B, S, Hkv, D], the layout of the ops.
-    """
-
-    is_sliding = False
-
-    def __init__(self, capacity: int):
-        super().__init__()
-        self.capacity = capacity
-        self.k: Tensor | None = None
-        self.v: Tensor | None = None
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
-        if value_states is None:
-            value_states = key_states
-        batch, heads, _, k_dim = key_states.shape
-        v_dim = value_states.shape[-1]
-        # Zeros: rows are read before they are written only under a mask, and 0 * 0 stays 0.
-        self.keys = key_states.new_zeros(batch, heads, self.capacity, k_dim)
-        self.values = value_states.new_zeros(batch, heads, self.capacity, v_dim)
-        self.k, self.v = self.keys.transpose(1, 2), self.values.transpose(1, 2)
-        self.is_initialized = True
-
-    def like(self, other: KVLayer) -> None:
-        """Allocate with the heads, head dim, dtype and device of another layer."""
-        self.lazy_initialization(other.keys[:, :, :1], other.values[:, :, :1])
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
-        current_pass().write(self, key_states, value_states)
-        return key_states, value_states
-
-    # Asked for by code that builds masks, which our attention name switches off, and by models that
-    # derive positions from the cache, which always get theirs from us.
-    def get_seq_length(self, *args) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length) -> tuple[int, int]:
-        return self.capacity, 0
-
-    def get_max_length(self) -> int:
-        return self.capacity
-
-
 class KVCache(Cache):
-    """Holds a :class:`KVLayer` per layer and the number of committed rows, on the device.
+    """Holds what each layer keeps and the number of committed rows, on the device.
 
     Args:
-        num_layers: layers of the model.
+        layers: of the model: how many, or what each keeps (:func:`compat.layer_kinds`).
         capacity: rows of each layer.
         batch, device: of ``lens``.
 
     Attributes:
         lens: [B] int32, committed rows; the same tensor for as long as the cache lives.
         length: the same number on the host, for batch 1, as far as it has learnt.
+        shares: some layer keeps nothing; it may attend to what another keeps.
         rotary_length: tokens of the text that the rows are read as a part of. Where the factors of
             a rotary embedding depend on the length of a forward, they are those of one over as many
             tokens, or more; 0: of each forward's own.
     """
 
-    def __init__(self, num_layers: int, capacity: int, batch: int, device: torch.device):
-        super().__init__(layers=[KVLayer(capacity) for _ in range(num_layers)])
+    def __init__(
+        self, layers: int | Sequence[Kind], capacity: int, batch: int, device: torch.device
+    ):
+        self.kinds = (Kind(True, 0),) * layers if isinstance(layers, int) else tuple(layers)
+        self.shares = not all(kind.keeps for kind in self.kinds)
+        Cache.__init__(self, layers=[_make(kind, capacity) for kind in self.kinds])
         self.capacity = capacity
         self.lens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.length = 0
         self.rotary_length = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        """Return what is new. It is written as attention gets it, which may be something else:
+        keys and values made of the latents that a model caches."""
+        current_pass().open(layer_idx)
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int | None = None) -> int | Tensor:
+        """Return 0, as models are given positions; to a layer that asks by its index, and counts
+        from there, [M] int64 numbers that make of 0, 1, ... the positions of the tokens."""
+        state = in_pass()
+        if layer_idx is None or state is None or state.positions is None:
+            return 0
+        return state.positions[0] - torch.arange(state.positions.shape[1]).to(state.positions)
 
     def advance(self, count: int) -> None:
         """Commit ``count`` more rows, which have been written."""
@@ -119,19 +96,50 @@ class KVCache(Cache):
             path: [B, N] int32, tree slots of the path, the root first.
             num_accepted: [B] int32, accepted nodes besides the root, below N.
         """
-        if path.shape[1] > 1:
-            tensors = [t for layer in self.layers for t in (layer.k, layer.v)]
+        tensors = [t for layer in self.kv_layers for t in (layer.k, layer.v)]
+        if path.shape[1] > 1 and tensors:
             ops.compact_kv(tensors, self.lens, path.contiguous(), num_accepted)
+
+    def follow(self, nodes: Sequence[int]) -> None:
+        """Note on the host which nodes of the last tree were accepted, the root first, in order."""
+        for layer in self.state_layers:
+            layer.follow(nodes[1:])
+
+    def restart(self) -> None:
+        """Forget the text. Rows are written again; nobody reads them before."""
+        self.lens.zero_()
+        self.length = 0
+        for layer in self.state_layers:
+            layer.forget()
+
+    def allocate_as(self, other: KVCache) -> None:
+        """Allocate the layers that another cache of the same model has allocated."""
+        for ours, theirs in zip(self.layers, other.layers, strict=True):
+            if theirs.is_initialized and not ours.is_initialized:
+                ours.like(theirs)
+
+    @property
+    def kv_layers(self) -> list[KVLayer]:
+        """Return the layers that hold keys and values, once they are allocated."""
+        return [la for la in self.layers if isinstance(la, KVLayer) and la.is_initialized]
+
+    @property
+    def state_layers(self) -> list[StateLayer]:
+        """Return the layers that hold a state."""
+        return [la for la in self.layers if isinstance(la, StateLayer)]
 
     @property
     def num_bytes(self) -> int:
         """Count the bytes that the allocated layers take."""
-        return sum(
-            t.numel() * t.element_size()
-            for layer in self.layers
-            if layer.is_initialized
-            for t in (layer.keys, layer.values)
-        )
+        held = [t for layer in self.kv_layers for t in (layer.keys, layer.values)]
+        held += [t for layer in self.state_layers for t in layer.states]
+        return sum(t.numel() * t.element_size() for t in held)
+
+
+def _make(kind: Kind, capacity: int) -> KVLayer | StateLayer:
+    if kind.states and kind.rows:
+        return HybridLayer(capacity, kind.states)
+    return StateLayer(kind.states) if kind.states else KVLayer(capacity)
 
 
 @dataclass
@@ -152,11 +160,18 @@ class Pass:
         fused: tree attention by our kernel. False: SDPA with a dense mask.
         attention: the name of the attention that the model is to call.
         layer_windows: of layers whose window is known better than they say; 0: none.
+        layer_chunks: of layers in which a row sees from the start of its own chunk on: its length.
+        positions: [B, M] int64, of the tokens; given by the model's forward.
+        paths: for layers with a state: rows [P, L] int64, the nodes on the P paths from below the
+            root to a leaf, filled up with the last one, and places [num_rows - 1] int64, where each
+            node is in them (:func:`tree.paths`); None: all rows are decided, one behind the other.
+        keepers: what runs the model's layers with a state (:mod:`specextend.recurrent`).
         fusions: what our operators compute of the model (:mod:`specextend.fused`); None: attention
             alone.
         feature_layers: hidden states to hand out, counted as `transformers` does: i is the input of
             layer i, and the number of layers is what the head reads.
-        recorded: per scored layer (chunk_lse, lse) when fused, else (queries, scale).
+        recorded: per scored layer (chunk_lse, lse) when fused, else (queries, scale); and the layer
+            whose keys they are of.
         calls: layers that asked for attention, in order.
         hidden: [B, num_rows, H] per index of ``feature_layers``.
     """
@@ -174,12 +189,17 @@ class Pass:
     fused: bool = True
     attention: str = ATTENTION
     layer_windows: dict[int, int] = field(default_factory=dict)
+    layer_chunks: dict[int, int] = field(default_factory=dict)
+    positions: Tensor | None = None
+    paths: tuple[Tensor, Tensor] | None = None
+    keepers: tuple = ()
     fusions: tuple | None = None
     feature_layers: tuple[int, ...] = ()
     recorded: dict[int, tuple] = field(default_factory=dict)
     calls: list[int] = field(default_factory=list)
     hidden: dict[int, Tensor] = field(default_factory=dict)
-    _index: int = 0
+    _open: int | None = None
+    _written: list[tuple[Tensor, int]] = field(default_factory=list)
     _left: tuple[Tensor, ...] | None = None
     _rotated: tuple[Tensor, Tensor] | None = None
 
@@ -190,31 +210,53 @@ class Pass:
             return None
         return torch.cat([self.hidden[i] for i in self.feature_layers], -1)
 
-    def write(self, layer: KVLayer, keys: Tensor, values: Tensor) -> None:
-        """Store [B, Hkv, M, D] keys and values of ``layer`` in every cache of ``writes``.
+    @property
+    def last(self) -> int | None:
+        """Return the last layer that stores anything; None if it stores two things."""
+        kinds = self.cache.kinds
+        index = max(i for i, kind in enumerate(kinds) if kind.keeps)
+        return None if kinds[index].rows and kinds[index].states else index
+
+    def write(self, index: int, keys: Tensor, values: Tensor) -> None:
+        """Store [B, Hkv, M, D] keys and [B, Hkv, M, Dv] values of a layer in every cache of
+        ``writes``.
 
         Keys that :meth:`leave_rotation` got are rotated on their way, and so are the queries.
         """
-        if not layer.is_initialized:
-            layer.lazy_initialization(keys, values)
-        index = self._index % len(self.cache.layers)
-        if self.cache.layers[index] is not layer:  # a model may not ask in order
-            index = self.cache.layers.index(layer)
-        self._index = index + 1
         left, self._left = self._left, None
         if left is not None and left[1] is not keys:
             raise RuntimeError("a layer stores other keys than those that it rotated")
-        k, v = keys.transpose(1, 2), values.transpose(1, 2)
+        if not self.cache.layers[index].is_initialized:
+            self.cache.layers[index].lazy_initialization(keys, values)
+        k, v = (by_rows(x).transpose(1, 2) for x in (keys, values))
         for cache, lens in self.writes:
             target = cache.layers[index]
             if not target.is_initialized:
-                target.like(layer)
+                target.lazy_initialization(keys, values)
             if left is None:
                 ops.append_kv(target.k, target.v, k, v, lens)
                 continue
-            q = left[0].transpose(1, 2)
+            q = by_rows(left[0]).transpose(1, 2)
             rotated = ops.rotary_append(q, k, v, *left[2:], target.k, target.v, lens)
             self._rotated = left[0], rotated
+
+    def open(self, index: int) -> None:
+        """Note that a layer has new keys and values, which attention brings next, as they are
+        or made into others."""
+        self._open = index
+
+    def source(self, keys: Tensor) -> tuple[int, bool]:
+        """Return the layer whose rows attention with ``keys`` is over, and whether they are its
+        new ones: it may have been handed those of a layer before."""
+        index, self._open = self._open, None
+        if index is not None:
+            if self.cache.shares:
+                self._written.append((keys, index))
+            return index, True
+        for written, other in reversed(self._written):
+            if written is keys:
+                return other, False
+        raise RuntimeError("a layer attends to keys that no layer has put into its cache")
 
     def leave_rotation(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Note a rotation that is to be made with the next write.
@@ -234,12 +276,14 @@ class Pass:
             raise RuntimeError("a layer attends with keys that it has not stored")
         rotated, self._rotated = self._rotated, None
         if rotated is None:
-            return query.transpose(1, 2)
+            return by_rows(query).transpose(1, 2)
         if rotated[0] is not query:
             raise RuntimeError("a layer attends with other queries than those that it rotated")
         return rotated[1]
 
-    def dense_mask(self, rows: int, length: int, window: int, device: torch.device) -> Tensor:
+    def dense_mask(
+        self, rows: int, length: int, window: int, chunk: int, device: torch.device
+    ) -> Tensor:
         """Make the mask of SDPA: [B, 1, rows, P + N] bool; ``length`` is P. Batch 1."""
         keys = self.num_tree_keys
         if self.mask is None:
@@ -249,15 +293,20 @@ class Pass:
             tree = (self.mask.unsqueeze(-1) >> bits) & 1
             tree = tree.flatten(-2)[..., :keys].bool()
         seen = torch.cat([tree.new_ones(1, rows, length), tree], -1)
-        if window:
+        if window or chunk:
             chain = torch.arange(keys, device=device, dtype=torch.int32)[None]
             q = chain[:, keys - rows :] if self.q_depths is None else self.q_depths
             k = chain if self.k_depths is None else self.k_depths
             at = torch.cat(
                 [torch.arange(-length, 0, device=device, dtype=torch.int32)[None], k], -1
             )
-            seen = seen & (at[:, None, :] > q[:, :, None] - window)
+            q, at = q[:, :, None] + length, at[:, None, :] + length
+            seen = seen & (at >= (q // chunk * chunk if chunk else q - window + 1))
         return seen.unsqueeze(1)
+
+
+class AllStored(Exception):
+    """Ends a forward of which only what it stores is wanted."""
 
 
 _pass: contextvars.ContextVar[Pass | None] = contextvars.ContextVar("specextend_pass", default=None)

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import transformers
 from packaging.version import Version
-from transformers import GenerationConfig
-from transformers.cache_utils import CacheLayerMixin
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 from . import versions
 
@@ -23,3 +31,44 @@ class CacheLayer(CacheLayerMixin):
 
     def get_max_cache_shape(self) -> int:  # get_max_length from transformers 5.13 on
         return self.get_max_length()
+
+
+class Kind(NamedTuple):
+    """Says what a layer keeps of a text.
+
+    Attributes:
+        rows: whether it keeps keys and values.
+        states: how many states, each with what a convolution and a recurrence keep.
+    """
+
+    rows: bool
+    states: int
+
+    @property
+    def keeps(self) -> bool:
+        """Tell whether it keeps anything."""
+        return self.rows or self.states > 0
+
+
+def layer_kinds(config: PreTrainedConfig) -> tuple[Kind | str, ...]:
+    """Return what each layer keeps in the cache that `transformers` makes for it.
+
+    Returns:
+        A kind; of a class of layers that we do not know, its name.
+    """
+    known = {DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer}
+    known |= {*LinearAttentionLayer.__subclasses__()}
+    kinds: list[Kind | str] = []
+    for layer in DynamicCache(config=config).layers:
+        states = 0
+        if isinstance(layer, LinearAttentionLayer):
+            states = getattr(layer, "number_of_states", 1)
+        if type(layer).__name__ == "DummyLayer":
+            kinds.append(Kind(False, 0))
+        elif type(layer) in known:
+            kinds.append(Kind(isinstance(layer, DynamicLayer), states))
+        else:
+            kinds.append(type(layer).__name__)
+    # Older versions make none for a layer that shares another's.
+    count = config.get_text_config(decoder=True).num_hidden_layers
+    return tuple(kinds + [Kind(False, 0)] * (count - len(kinds)))

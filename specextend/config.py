@@ -50,7 +50,8 @@ class SpecConfig:
         budget: tokens in the draft's working cache, a multiple of ``chunk_size``.
         retrieve_every: rounds between retrievals.
         sink_chunks, recent_chunks: chunks always kept, the first and the last, inside the budget.
-        score_layers: target layers whose attention is scored; negative ones count from the end.
+        score_layers: target layers whose attention is scored; negative ones count from the end,
+            among those that attend to all of the text.
             Scores of several layers are averaged.
         score_reduce: heads of a layer are averaged (``"mean"``) or the largest counts (``"max"``).
         draft_prefill_window: tokens that each token sees in the draft's prefill; None: all before

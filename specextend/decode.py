@@ -91,6 +91,8 @@ class SpecExtend:
         self.stats = SpecStats()
         self_check(self.target)
         self.draft = load_draft(draft, self.target, self.config, (tokenizer, draft_tokenizer))
+        if self.draft is not None and self.draft.wants_scores:
+            _ = self.target.score_layers  # an error comes here, and not in a generation
         self._make_generation = generation
         self._capture = Capture(recorder, enabled=self.config.graphs != "off")
         self._running = False

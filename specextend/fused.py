@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import ops
-from .cache import KVCache, Pass, current_pass, in_pass, running
+from .cache import Pass, current_pass, in_pass, running
+from .layout import by_rows
 from .switches import Undo, switched
 
 #: tokens of the forward in which forms are tried
@@ -125,11 +126,11 @@ class _Norm:
     options: dict[str, object]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.module.weight, **self.options)
+        return ops.rms_norm(by_rows(x), self.module.weight, **self.options)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Return (the norm of the sum, the sum)."""
-        return ops.add_rms_norm(x, residual, self.module.weight, **self.options)
+        return ops.add_rms_norm(by_rows(x), by_rows(residual), self.module.weight, **self.options)
 
 
 def _norms(module: nn.Module, known) -> Iterator[Fusion]:
@@ -311,12 +312,13 @@ class _Trial:
     def _run(self, forward: Callable) -> list[Tensor]:
         """Return the tensors that a forward gives, and the keys and values that it writes."""
         own = self.state.cache
-        cache = KVCache(len(own.layers), TOKENS, 1, own.lens.device)
+        cache = type(own)(own.kinds, TOKENS, 1, own.lens.device)
         state = Pass(
             cache,
             [(cache, cache.lens)],
             TOKENS,
             layer_windows=self.state.layer_windows,
+            layer_chunks=self.state.layer_chunks,
             fusions=self.fusions,
         )
         draw = torch.Generator().manual_seed(0)
@@ -336,7 +338,7 @@ class _Trial:
         args, kwargs = tree_map(renew, (self.args, self.kwargs))
         with running(state), switched({("trial", id(state)): lambda: install(self.fusions)}):
             out = forward(*args, **kwargs)
-        written = [t for la in cache.layers if la.is_initialized for t in (la.keys, la.values)]
+        written = [t for la in cache.kv_layers for t in (la.keys, la.values)]
         return [t for t in (*tree_leaves(out), *written) if isinstance(t, Tensor)]
 
 

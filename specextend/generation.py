@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cache import KVCache, Pass
+from .cache import Pass
 from .config import SpecConfig
 from .draft import Decided, Draft
 from .gate import Gate
@@ -119,7 +119,7 @@ class Generation:
         self._max_nodes = max(config.max_nodes, getattr(draft, "max_nodes", 0))
         width = self._max_depth + 1
         rows = request.max_length + 1 + max(self._max_nodes, width)
-        self.cache = KVCache(target.num_layers, rows, batch=1, device=self.device)
+        self.cache = target.make_cache(rows)
         self.cache.rotary_length = prompt.shape[1]
         # No pass straddles a length at which the target's keys become others.
         self._edge = longrope_edge(target.model)
@@ -146,11 +146,13 @@ class Generation:
 
     def _capture(self, capture: Capture) -> tuple[Graphs, Graphs]:
         """Return what the target's work and the draft's is captured in."""
-        model, draft = self.target.model, self.draft
-        reason = obstacle(model)
+        target, draft = self.target, self.draft
+        reason = obstacle(target.model)
         if not self.config.tree_attention:
             reason = "tree_attention=False masks by the host's count of tokens"
-        graphs = capture.graphs(self.device, f"the target {type(model).__name__}", reason)
+        if target.keeps_states:
+            reason = "its layers with a state follow the host's count of accepted tokens"
+        graphs = capture.graphs(self.device, f"the target {type(target.model).__name__}", reason)
         if draft is None:
             return graphs, Graphs()
         name = f"the draft {type(draft).__name__}"
@@ -204,8 +206,7 @@ class Generation:
         self.cache.rotary_length = length + 1
         if self.request.padding or not drops_cache(self.target.model, length):
             return
-        self.cache.lens.zero_()
-        self.cache.length = 0
+        self.cache.restart()
         for part in self.decisions.ids[:, :length].split(self.config.prefill_chunk or length, 1):
             self._read(part, self.cache.length)
 
@@ -393,6 +394,7 @@ class Generation:
             )
         self._num_emitted = accepted + 1
         self.cache.settle(accepted + 1)
+        self.cache.follow(nodes)
         self.backlog.add(accepted + 1)
         self.stats.num_emitted_tokens += count
         promise = [] if tree.promise is None else [float(x) for x in read[-2:]]

@@ -9,11 +9,16 @@ from transformers import PreTrainedModel
 from . import ops  # noqa: F401  registers what a pass calls
 from .attention import PatchedModel, check_autocast, evaluating
 from .cache import KVCache, Pass
+from .compat import layer_kinds
 from .longrope import drops_cache, edges, longrope_edge
-from .tree import Tree
+from .recurrent import cache_class
+from .tree import Tree, paths
 from .windows import cache_windows
 
 _PREFIX = 5
+# A tree: 0 is the root; 1 and 2 are its children, 3 is a child of 1.
+_PARENTS, _DEPTHS, _MASKS = (-1, 0, 0, 1), (0, 1, 1, 2), (0b0001, 0b0011, 0b0101, 0b1011)
+_ACCEPTED = (0, 1, 3)
 
 
 class UnsupportedModelError(ValueError):
@@ -28,19 +33,28 @@ def check_architecture(model: PreTrainedModel) -> None:
     """Refuse what a short trial cannot show.
 
     Raises:
-        UnsupportedModelError: layers that are not causal attention over keys and values.
+        UnsupportedModelError: layers that keep something else than keys and values, or a state.
     """
     config = model.config.get_text_config()
     if getattr(model.config, "is_encoder_decoder", False):
         raise _refuse(model, "it is an encoder-decoder; a decoder-only causal LM is wanted")
     if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
         raise _refuse(model, "it has no language-modelling head; load it with AutoModelForCausalLM")
-    known = {"full_attention", "sliding_attention"}
-    other = sorted(set(getattr(config, "layer_types", None) or ()) - known)
-    if other:
-        raise _refuse(model, f"it has layers of type {other[0]!r}; known are {sorted(known)}")
-    if getattr(config, "attention_chunk_size", None):
-        raise _refuse(model, "its attention is chunked, which only its own masks express")
+    strange = sorted({kind for kind in layer_kinds(config) if isinstance(kind, str)})
+    index = next((name for name in sorted(vars(config)) if name.startswith("index_")), None)
+    if index is not None:
+        raise _refuse(
+            model,
+            f"its attention is sparse by an index ({index}={getattr(config, index)}): which keys a "
+            "token sees is chosen by scores of other keys, in a cache of their own, anew for every "
+            "token, so also for every token of a tree",
+        )
+    if strange:
+        raise _refuse(
+            model,
+            f"it keeps what a {strange[0]} holds; known are keys and values of full or sliding "
+            "attention, and states of recurrent and convolutional layers",
+        )
     # `transformers` before 5.21 loads Gemma 2 this way, unless it is told not to. What that does to
     # the logits is less than the trial allows in bfloat16.
     softcap = getattr(config, "attn_logit_softcapping", None)
@@ -88,9 +102,10 @@ def check_length(model: PreTrainedModel, prompt: int, total: int, role: str = "t
 
 
 def self_check(patched: PatchedModel) -> None:
-    """Compare a four-node tree on our cache and kernel with the model's own attention.
+    """Compare trees on our cache and kernel with the model's own attention: one of four nodes, and
+    where layers keep a state a second one behind a path of the first.
 
-    Counts the attention calls, one per layer. A few forwards over nine tokens.
+    Counts the attention calls, one per layer that keeps keys. A few forwards over a dozen tokens.
 
     Raises:
         UnsupportedModelError: with what differed.
@@ -100,44 +115,29 @@ def self_check(patched: PatchedModel) -> None:
     check_autocast(patched.device)
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
-    draw = torch.randint(0, config.vocab_size, (1, _PREFIX + 4), generator=generator)
-    prefix, nodes = draw.to(patched.device).split([_PREFIX, 4], 1)
-    # 0 is the root; 1 and 2 are its children, 3 is a child of 1.
-    parents, depths = (-1, 0, 0, 1), (0, 1, 1, 2)
-    masks = (0b0001, 0b0011, 0b0101, 0b1011)
-    to = dict(device=patched.device)
-    tree = Tree(
-        nodes,
-        torch.tensor([parents], dtype=torch.int32, **to),
-        torch.tensor([depths], dtype=torch.int32, **to),
-        torch.tensor([masks], **to)[..., None],
-        None,
-        2,
-    )
+    count = _PREFIX + 2 * len(_PARENTS)
+    draw = torch.randint(0, config.vocab_size, (1, count), generator=generator).to(patched.device)
     try:
-        _check_windows(model, patched.find_windows())
+        _check_windows(patched)
         patched.find_fusions()
-        ours = _tree_logits(patched, prefix, tree, config.num_hidden_layers)
-        paths = [(0, 1, 3), (0, 2)]
-        own = {}
-        for path in paths:
-            logits = _own_logits(patched, torch.cat([prefix, nodes[:, list(path)]], 1))
-            own.update({node: logits[_PREFIX + i] for i, node in enumerate(path)})
+        ours = _tree_logits(patched, draw)
+        own = _path_logits(patched, draw, len(ours))
     except UnsupportedModelError:
         raise
     except Exception as error:
         raise _refuse(model, f"a trial forward failed: {error}") from error
-    reference = torch.stack([own[i] for i in range(4)]).double()
+    reference = own.double()
     if not torch.isfinite(reference).any():
         return  # a model of NaNs is found out when it is used
     error = (ours.double() - reference).norm() / reference.norm().clamp_min(1e-30)
     low_precision = torch.finfo(ours.dtype).bits < 32
     if not error <= (0.05 if low_precision else 1e-4):
         found = f"logits of a small tree differ from the model's own by {float(error):.1e}"
-        own = _own_noise(patched, torch.cat([prefix, nodes], 1))
+        own = _own_noise(patched, draw[:, : _PREFIX + len(_PARENTS)])
         why = (
-            "its attention is probably expressed in a way that specextend does not see, or not "
-            'honoured by the implementation it was loaded with (try attn_implementation="eager")'
+            f"its attention{' or a state' if patched.keeps_states else ''} is probably expressed "
+            "in a way that specextend does not see, or not honoured by the implementation it was "
+            'loaded with (try attn_implementation="eager")'
             if own < error / 10
             else f"its own move by {float(own):.1e} with the last bits of its embeddings or the "
             "number of tokens in a forward, as where activations are quantised or products are of "
@@ -165,47 +165,113 @@ def _own_noise(patched: PatchedModel, tokens: Tensor) -> Tensor:
     return (others - whole).flatten(1).norm(dim=1).max() / whole.norm().clamp_min(1e-30)
 
 
-def _check_windows(model: PreTrainedModel, windows: dict[int, int]) -> None:
-    """Refuse a model whose cache forgets what its masks show, or keeps what they hide.
-
-    Args:
-        windows: keys that each layer sees; 0: all.
-    """
+def _check_windows(patched: PatchedModel) -> None:
+    """Refuse a model whose cache forgets what its masks show, or keeps what they hide."""
+    model = patched.model
+    shows = {**patched.find_windows(), **patched.chunks}
+    if any(shows.values()) and cache_class(type(model)) is not KVCache:
+        raise _refuse(
+            model,
+            f"it has a sliding window of {max(shows.values())}, of which its own class of caches "
+            "does not know: its text depends on whether it has one",
+        )
     for layer, kept in cache_windows(model).items():
         if kept == 1:
             raise _refuse(model, "its sliding_window is 1, with which generate's cache keeps all")
-        shown = windows.get(layer, kept)  # a layer that has not asked is refused for that
+        shown = shows.get(layer, kept)  # a layer that has not asked is refused for that
         if shown == 0 or shown > kept:
             raise _refuse(
                 model,
                 f"its layer {layer} sees {shown or 'all'} tokens, but generate keeps the last "
-                f"{kept} of them in its cache (sliding_window), so that a text depends on the "
-                "forwards it was read in; set sliding_window=None if all are to be seen",
+                f"{kept} of them in its cache (sliding_window or attention_chunk_size), so that a "
+                "text depends on the forwards it was read in; set that to None if all are to be "
+                "seen",
             )
 
 
-@torch.inference_mode()
-def _tree_logits(patched: PatchedModel, prefix: Tensor, tree: Tree, num_layers: int) -> Tensor:
-    device = prefix.device
-    cache = KVCache(num_layers, _PREFIX + 4, 1, device)
-    positions = torch.arange(_PREFIX, device=device)[None]
-    state = Pass(cache, [(cache, cache.lens)], _PREFIX)
-    patched.read(prefix, positions, state)
-    _check_calls(patched.model, state, num_layers)
-    cache.advance(_PREFIX)
-    state = Pass(
-        cache, [(cache, cache.lens)], 4, mask=tree.mask, q_depths=tree.depths, k_depths=tree.depths
+def _small_tree(tokens: Tensor) -> Tree:
+    """Make a tree of the shape of ``_PARENTS`` with tokens [1, 4]."""
+    to = dict(device=tokens.device)
+    return Tree(
+        tokens,
+        torch.tensor([_PARENTS], dtype=torch.int32, **to),
+        torch.tensor([_DEPTHS], dtype=torch.int32, **to),
+        torch.tensor([_MASKS], **to)[..., None],
+        None,
+        2,
     )
-    return patched.forward(tree.tokens, _PREFIX + tree.depths.long(), state)[0]
 
 
-def _check_calls(model: PreTrainedModel, state: Pass, num_layers: int) -> None:
-    if sorted(state.calls) != list(range(num_layers)):
+@torch.inference_mode()
+def _tree_logits(patched: PatchedModel, draw: Tensor) -> Tensor:
+    """Return logits [4 or 8, V] at the nodes of a tree behind a prefix, and of a second one behind
+    ``_ACCEPTED`` of the first.
+
+    Args:
+        draw: [1, prefix and both trees' tokens].
+    """
+    prefix, first, second = draw.split([_PREFIX, len(_PARENTS), len(_PARENTS)], 1)
+    cache = patched.make_cache(draw.shape[1])
+    # A state has to be taken up again, too.
+    for part in prefix.split(_PREFIX - 2 if patched.keeps_states else _PREFIX, 1):
+        positions = torch.arange(cache.length, cache.length + part.shape[1], device=draw.device)
+        state = Pass(cache, [(cache, cache.lens)], part.shape[1])
+        patched.read(part, positions[None], state)
+        _check_calls(patched, state)
+        cache.advance(part.shape[1])
+    logits = [_forward(patched, cache, _small_tree(first))]
+    if patched.keeps_states:
+        accepted = torch.tensor([_ACCEPTED], dtype=torch.int32, device=draw.device)
+        cache.compact(accepted, torch.tensor([len(_ACCEPTED) - 1], dtype=torch.int32).to(accepted))
+        cache.advance(len(_ACCEPTED))
+        cache.follow(_ACCEPTED)
+        logits.append(_forward(patched, cache, _small_tree(second)))
+    return torch.cat(logits)
+
+
+def _forward(patched: PatchedModel, cache: KVCache, tree: Tree) -> Tensor:
+    state = Pass(
+        cache,
+        [(cache, cache.lens)],
+        tree.num_nodes,
+        mask=tree.mask,
+        q_depths=tree.depths,
+        k_depths=tree.depths,
+        paths=paths(tree.parents) if patched.keeps_states else None,
+    )
+    return patched.forward(tree.tokens, cache.length + tree.depths.long(), state)[0]
+
+
+def _path_logits(patched: PatchedModel, draw: Tensor, count: int) -> Tensor:
+    """Return the same logits by the model's own forwards over whole paths."""
+    prefix, first, second = draw.split([_PREFIX, len(_PARENTS), len(_PARENTS)], 1)
+    before, found = prefix, []
+    for nodes in (first, second)[: count // len(_PARENTS)]:
+        own = {}
+        for path in ((0, 1, 3), (0, 2)):
+            logits = _own_logits(patched, torch.cat([before, nodes[:, list(path)]], 1))
+            own.update({node: logits[before.shape[1] + i] for i, node in enumerate(path)})
+        found += [own[node] for node in range(len(_PARENTS))]
+        before = torch.cat([before, nodes[:, list(_ACCEPTED)]], 1)
+    return torch.stack(found)
+
+
+def _check_calls(patched: PatchedModel, state: Pass) -> None:
+    """Refuse a model that attends in its own way.
+
+    Layers that keep nothing may attend, to what others keep.
+    """
+    wanted = [i for i, kind in enumerate(patched.kinds) if kind.rows]
+    if sorted(state.calls) != wanted:
         raise _refuse(
-            model,
-            f"it asked for attention {len(state.calls)} times in a forward of {num_layers} layers; "
-            "every layer must go through transformers' AttentionInterface once",
+            patched.model,
+            f"it asked for attention {len(state.calls)} times in a forward of "
+            f"{patched.num_layers} layers, {len(wanted)} of which keep keys and values; every one "
+            "of these must go through transformers' AttentionInterface once",
         )
+    states = {i for i, kind in enumerate(patched.kinds) if kind.states}
+    if states != {keeper.module.layer_idx for keeper in state.keepers}:
+        raise _refuse(patched.model, "it has layers whose states do not go through its cache")
 
 
 @torch.inference_mode()

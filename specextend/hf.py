@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
+from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
@@ -245,18 +246,28 @@ def _without(config: GenerationConfig, name: str) -> GenerationConfig:
     return changed
 
 
+def _is_empty(cache: Cache) -> bool:
+    try:
+        return int(cache.get_seq_length()) == 0
+    except ValueError:  # of layers that keep a state alone, it has no length
+        return not cache.has_previous_state()
+
+
 def _refuse_model_inputs(model_kwargs: dict, prompt_length: int) -> None:
     """Refuse inputs to the forward besides the prompt; pass what ``generate`` itself adds."""
     cache = model_kwargs.pop(CACHE, None)
-    if cache is not None and int(cache.get_seq_length()) > 0:
+    if cache is not None and not _is_empty(cache):
         raise ValueError(f"{CACHE} is not taken over: pass the whole text as the prompt")
     positions = model_kwargs.pop("position_ids", None)
     if positions is not None:
-        positions = positions[..., -prompt_length:].flatten()
-        if not torch.equal(positions, torch.arange(prompt_length, device=positions.device)):
+        # A vision-language model has several rows, which are the same for text.
+        positions = positions[..., -prompt_length:].reshape(-1, prompt_length)
+        counted = torch.arange(prompt_length, device=positions.device)
+        if not (positions == counted).all():
             raise ValueError("position_ids must count from 0 at the prompt's first token")
     ours = {"streamer", "use_cache", "logits_to_keep", "cache_position", "synced_gpus"}
-    unknown = sorted(k for k, v in model_kwargs.items() if k not in ours and v is not None)
+    given = {k: v for k, v in model_kwargs.items() if v is not None and v != {}}
+    unknown = sorted(given.keys() - ours)
     if unknown:
         raise ValueError(f"generate's argument {unknown[0]!r} is not available with specextend")
 

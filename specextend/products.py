@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import _C, ops
+from .layout import by_rows
 from .switches import Undo, switched
 
 # Rows up to which our product was measured ahead of torch's (docs/measured.md).
@@ -66,5 +67,5 @@ def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     few = _active.get() and x.numel() <= _MOST.get(x.dtype, 0) * x.shape[-1]
     if few and type(weight) is nn.Parameter and x.device == weight.device:
         if x.is_cpu and x.dtype == weight.dtype and not torch.is_grad_enabled():
-            return ops.invariant_linear(x, weight, bias)
+            return ops.invariant_linear(by_rows(x), weight, bias)
     return F.linear(x, weight, bias)

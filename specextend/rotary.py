@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .attention import PatchedModel
-from .cache import KVCache, Pass
+from .cache import Pass
 from .longrope import frequencies, longrope_edge
 
 _SHIFT = 64  # positions; far enough that a wrong frequency shows
@@ -109,7 +109,7 @@ def _probe(model: PreTrainedModel, shift: int, length: int) -> Rotary:
                 break
             chosen.append(fits[0])
         else:
-            if len({f.shape for f in chosen}) == 1:
+            if len({f.shape for f in chosen}) == 1 and not patched.chunks:
                 return Rotary(torch.stack(chosen), interleaved)
     raise ValueError(
         f"the draft {type(model).__name__} does not carry positions as rotary embeddings that "
@@ -123,9 +123,9 @@ def _keys(patched: PatchedModel, first: int, length: int) -> list[Tensor]:
     text of ``length`` tokens."""
     config = patched.model.config.get_text_config()
     device = patched.device
-    cache = KVCache(config.num_hidden_layers, _TOKENS, 1, device)
+    cache = patched.make_cache(_TOKENS)
     cache.rotary_length = length
     tokens = torch.arange(1, _TOKENS + 1, device=device)[None] * 7919 % config.vocab_size
     positions = torch.arange(first, first + _TOKENS, device=device)[None]
     patched.read(tokens, positions, Pass(cache, [(cache, cache.lens)], _TOKENS))
-    return [layer.k for layer in cache.layers]
+    return [layer.k for layer in cache.kv_layers]

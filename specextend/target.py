@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -55,11 +57,8 @@ class Target(PatchedModel):
     Args:
         model: a decoder-only causal LM of `transformers`, used where it lies, or what wraps one
             (:func:`underlying`).
-        score_layers: layers whose attention is scored for retrieval; negative ones count from the
-            end.
-
-    Attributes:
-        score_layers: the same, counted from 0.
+        score_layers: layers whose attention is scored for retrieval, counted from 0; negative ones
+            count from the end among those that attend to all of the text, if any do.
 
     Raises:
         TypeError: ``model`` is something else.
@@ -72,7 +71,30 @@ class Target(PatchedModel):
         wrong = [i for i in score_layers if not -n <= i < n]
         if wrong:
             raise ValueError(f"score_layers must be in [{-n}, {n}) for this model, got {wrong[0]}")
-        self.score_layers = frozenset(i % n for i in score_layers)
+        self._wanted_layers = score_layers
+
+    @cached_property
+    def score_layers(self) -> frozenset[int]:
+        """Return the layers whose attention is scored, counted from 0. Tries the model on two
+        tokens.
+
+        Raises:
+            ValueError: a layer that does not attend, or one before the first.
+        """
+        windows = self.find_windows()
+        attending = [i for i, kind in enumerate(self.kinds) if kind.rows or i in windows]
+        wide = [i for i in attending if not windows.get(i) and i not in self.chunks] or attending
+        if not attending:
+            raise ValueError(
+                f"{type(self.model).__name__} does not attend: there are no scores for retrieval; "
+                'use draft_cache="window" or "full"'
+            )
+        for i in self._wanted_layers:
+            if i >= 0 and i not in attending:
+                raise ValueError(f"score_layers: layer {i} of this model does not attend")
+            if i < -len(wide):
+                raise ValueError(f"score_layers: {i} is before the {len(wide)} layers to count")
+        return frozenset(i if i >= 0 else wide[i] for i in self._wanted_layers)
 
     @property
     def group(self) -> int:

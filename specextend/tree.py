@@ -102,6 +102,32 @@ class Tree:
 
 
 @lru_cache(maxsize=64)
+def paths(parents: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the paths from below the root to every leaf. Reads the device.
+
+    Args:
+        parents: [1, M] int32, of a tree with nodes below the root.
+
+    Returns:
+        rows: [P, L] int64, the nodes of each path, filled up with its last one.
+        places: [M - 1] int64, where each node but the root is in these, read row by row.
+    """
+    above = parents[0].tolist()
+    inner = set(above)
+    found = []
+    for leaf in (node for node in range(1, len(above)) if node not in inner):
+        path = [leaf]
+        while above[path[-1]] > 0:
+            path.append(above[path[-1]])
+        found.append(path[::-1])
+    length = max(map(len, found))
+    rows = [path + path[-1:] * (length - len(path)) for path in found]
+    at = {node: i for i, node in reversed(list(enumerate(n for path in rows for n in path)))}
+    places = [at[node] for node in range(1, len(above))]
+    to = dict(device=parents.device)
+    return torch.tensor(rows, **to), torch.tensor(places, **to)
+
+
 def _bits(first: int, count: int, words: int, device: torch.device) -> Tensor:
     """Return [count, words] int64 with bit ``first + i`` set in row i."""
     rows = torch.zeros(count, words, dtype=torch.int64)

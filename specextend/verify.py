@@ -21,6 +21,7 @@ from .config import SpecConfig
 from .exact import RowInvariant, refusal
 from .sampling import TokenChooser
 from .target import Target
+from .tree import paths
 
 
 class Decisions:
@@ -113,6 +114,8 @@ class Verifier:
         feature_layers: tuple[int, ...] = (),
     ):
         reason = refusal(target.model) if config.exact else None
+        if config.exact and target.keeps_states:
+            reason = "its layers with a state add up one way for a token and another for several"
         if reason is not None:
             raise ValueError(f"exact=True does not serve {type(target.model).__name__}: {reason}")
         self.target, self.config, self.cache = target, config, cache
@@ -137,6 +140,7 @@ class Verifier:
             score_layers=self.target.score_layers if scoring else frozenset(),
             chunk_size=self.config.chunk_size,
             fused=self.config.tree_attention,
+            paths=None if mask is None or not self.cache.state_layers else paths(parents),
             feature_layers=self.feature_layers,
         )
         positions = self.cache.lens[:, None].long() + depths
@@ -180,7 +184,7 @@ class Verifier:
         but not counted in ``cache.lens`` yet."""
         config, total = self.config, None
         row = path.gather(1, num_accepted[:, None].long())[:, 0]
-        for layer, (first, second) in sorted(state.recorded.items()):
+        for _, (first, second, layer) in sorted(state.recorded.items()):
             if config.tree_attention:
                 scores = ops.chunk_scores(
                     first, second, row, self.cache.lens,

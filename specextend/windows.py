@@ -1,8 +1,9 @@
 """Finds out how far each layer of a model sees, by asking the masks that it makes for itself.
 
 Most families tell their window to the attention function. Some have it in their masks alone, of
-which there are none here; a few tokens do not show it either. So the model runs once under the name
-of an attention that notes, for every layer, with which of its masks it came.
+which there are none here, as all have chunks of attention; a few tokens do not show it either. So
+the model runs once under the name of an attention that notes, for every layer, with which of its
+masks it came.
 """
 
 from __future__ import annotations
@@ -33,15 +34,18 @@ class Question(Pass):
     Attributes:
         farthest: the position to look back from.
         flash: the model's own attention is one that takes its window from what it is told.
-        masks: how far each mask that was made shows: keys, the own one included; 0: all; None: it
-            cannot be told.
-        windows: the same of each layer: of its mask, or what its attention is told.
+        masks: how far each mask that was made shows: its window and its chunk, see :func:`_reach`;
+            None: it cannot be told.
+        windows: of each layer, of its mask or as its attention is told: keys that a token sees, the
+            own one included; 0: all.
+        chunks: of layers in which a token sees from the start of its own chunk on: its length.
     """
 
     farthest: int = 0
     flash: bool = False
-    masks: list[int | None] = field(default_factory=list)
+    masks: list[tuple[int, int] | None] = field(default_factory=list)
     windows: dict[int, int] = field(default_factory=dict)
+    chunks: dict[int, int] = field(default_factory=dict)
 
 
 def question(model: PreTrainedModel, device: torch.device) -> Question:
@@ -73,24 +77,42 @@ def _make_mask(*args, mask_function, dtype: torch.dtype = torch.float32, **kwarg
     return torch.full((1, 1, TOKENS, TOKENS), mark, dtype=dtype, device=device)
 
 
-def _reach(mask_function, position: int, device: torch.device) -> int | None:
-    """Count the keys that a mask shows to ``position``: 0 for all, None if it cannot be told."""
+def _reach(mask_function, position: int, device: torch.device) -> tuple[int, int] | None:
+    """Find out what a mask shows to ``position`` and to tokens before it.
+
+    Returns:
+        Its window, and the length of its chunks of attention; 0: none. None if it cannot be told.
+    """
     zero = torch.tensor(0, device=device)
 
-    def sees(distance: int) -> bool:
-        key = torch.tensor(position - distance, device=device)
-        return bool(mask_function(zero, zero, torch.tensor(position, device=device), key))
+    def seen(position: int) -> int:
+        """Count the keys that are seen from a position, by halving."""
+
+        def sees(distance: int) -> bool:
+            key = torch.tensor(position - distance, device=device)
+            return bool(mask_function(zero, zero, torch.tensor(position, device=device), key))
+
+        if sees(position):
+            return position + 1
+        near, far = 0, position  # distances
+        while far - near > 1:
+            middle = (near + far) // 2
+            near, far = (middle, far) if sees(middle) else (near, middle)
+        return near + 1
 
     try:
-        if sees(position):
-            return 0
-        seen, unseen = 0, position  # distances
-        while unseen - seen > 1:
-            middle = (seen + unseen) // 2
-            seen, unseen = (middle, unseen) if sees(middle) else (seen, middle)
+        count = seen(position)
+        if count == position + 1:
+            return 0, 0
+        begin = position + 1 - count
+        # A window shows as much from one position before, a chunk one key less; and from before
+        # its begin all of the chunk before.
+        if count == seen(position - 1):
+            return count, 0
+        chunk = seen(begin - 1)
+        return (0, chunk) if begin % chunk == 0 else None
     except (IndexError, RuntimeError):  # it looks into tensors of the tokens that it was made for
         return None
-    return seen + 1
 
 
 def _attend(
@@ -108,7 +130,10 @@ def _attend(
     if attention_mask is not None and not state.flash:
         index = int(attention_mask.flatten()[0]) - _FIRST
         known = state.masks[index] if 0 <= index < len(state.masks) else None
-    state.windows[module.layer_idx] = (sliding_window or 0) if known is None else known
+    window, chunk = known or (sliding_window or 0, 0)
+    state.windows[module.layer_idx] = window
+    if chunk:
+        state.chunks[module.layer_idx] = chunk
     batch, heads, rows, _ = query.shape
     return query.new_zeros(batch, rows, heads, value.shape[-1]), None
 

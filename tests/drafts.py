@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import itertools
+import random
 from functools import lru_cache
 
 import eagle_heads
 import torch
-from models import tiny_model
+from models import VOCAB, tiny_model
 
 from specextend import SpecConfig
-from specextend.draft import LongSpecDraft, MixedDraft, load_draft
+from specextend.draft import Draft, LongSpecDraft, MixedDraft, load_draft
 from specextend.draft.choice import Choice, Plan
 from specextend.draft.longspec_block import BlockShape, LongSpecBlock
+from specextend.pace import FREE
 from specextend.target import Target
+from specextend.tree import Tree
 
 KINDS = ("none", "ngram", "model", "self", "eagle", "longspec", "model+ngram", "eagle+ngram")
 
@@ -42,6 +45,42 @@ class Scripted(Choice):
     def plan(self, nodes, depth):
         levels, count = next(self._turns)
         return Plan(min(levels, depth), min(count, len(nodes)))
+
+
+class Oracle(Draft):
+    """Proposes trees around a given text: paths that are right to some node, and branches.
+
+    Args:
+        text: what the target writes, the prompt included.
+    """
+
+    kind = "oracle"
+    on_host = True
+
+    def __init__(self, text: list[int], config: SpecConfig = SMALL):
+        self.text, self.config = text, config
+
+    def obstacle(self) -> None:
+        """Return None: there is nothing to capture."""
+
+    def begin(self, prompt, max_length, cache, graphs) -> None:
+        self._length, self._draw = prompt.shape[1], random.Random(0)
+
+    def observe(self, tokens, seconds=None) -> None:
+        self._length += len(tokens[0])
+
+    def propose(self, decided, depth, price=FREE) -> Tree:
+        draw, right = self._draw, self.text[self._length : self._length + depth]
+        wanted = draw.randint(0, len(right))  # of the path that goes on to be wrong
+        nodes, parent = [], 0
+        for level in range(draw.randint(1, depth)):
+            if draw.random() < 0.5:  # a branch that leads nowhere, before or behind the path
+                nodes.append((parent, draw.randrange(3, VOCAB)))
+            token = right[level] if level < wanted else draw.randrange(3, VOCAB)
+            if (parent, token) not in nodes:
+                nodes.append((parent, token))
+            parent = nodes.index((parent, token)) + 1
+        return Tree.of(decided.tokens[:, -1:], nodes)
 
 
 def mixed(source, config: SpecConfig = SMALL, choose=Scripted, model=None) -> MixedDraft:

@@ -128,7 +128,7 @@ def test_layers_may_be_asked_in_any_order():
     state = Pass(cache, [(cache, cache.lens)], 2)
     for index in (2, 0, 1):
         rows = torch.full((1, 2, 2, 8), 1.0 + index)
-        state.write(cache.layers[index], rows, -rows)
+        state.write(index, rows, -rows)
     for index, layer in enumerate(cache.layers):
         assert (layer.keys[:, :, :2] == 1 + index).all()
         assert (layer.values[:, :, :2] == -1 - index).all()

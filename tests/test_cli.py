@@ -17,7 +17,7 @@ import torch
 from eagle_heads import make
 from models import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPTNeoConfig, GPTNeoForCausalLM, PreTrainedTokenizerFast
 
 import specextend
 from specextend import SpecConfig, assets, cli, machine, terminal
@@ -43,7 +43,7 @@ def byte_tokenizer(shift: int = 0) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Models of one vocabulary: target, draft; "other" speaks another; "mamba" has no attention."""
+    """Models of one vocabulary: target, draft; "other" speaks another; "neo" attends for itself."""
     root = tmp_path_factory.mktemp("models")
     tokenizer = byte_tokenizer()
     tiny_model(vocab_size=257).save_pretrained(root / "target")
@@ -56,9 +56,11 @@ def folder(tmp_path_factory):
     talking = byte_tokenizer()
     talking.chat_template = TEMPLATE
     talking.save_pretrained(root / "talker")
-    config = MambaConfig(vocab_size=257, hidden_size=16, num_hidden_layers=1, state_size=4)
-    MambaForCausalLM(config).save_pretrained(root / "mamba")
-    tokenizer.save_pretrained(root / "mamba")
+    config = GPTNeoConfig(
+        vocab_size=257, hidden_size=16, num_layers=1, num_heads=2, attention_types=[[["global"], 1]]
+    )
+    GPTNeoForCausalLM(config).save_pretrained(root / "neo")
+    tokenizer.save_pretrained(root / "neo")
     return root
 
 
@@ -541,7 +543,7 @@ class TestErrors:
         [
             ("--prompt-file /nowhere/prompt.txt", ("target", "draft"), "/nowhere/prompt.txt"),
             ("--prompt a", ("target", "other"), "must have the same tokenizer: id"),
-            ("--prompt a", ("mamba", "draft"), "MambaForCausalLM is not supported"),
+            ("--prompt a", ("neo", "draft"), "GPTNeoForCausalLM is not supported"),
             ("--prompt a", ("target", "nothing"), "there is no folder"),
             ("--prompt a --chat", ("target", "draft"), "no chat template"),
             ("--prompt-file /dev/null", ("target", "draft"), "the prompt is empty"),

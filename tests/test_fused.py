@@ -176,13 +176,13 @@ class TestPasses:
             return made
 
         with pytest.raises(RuntimeError, match="stores other keys"):
-            state().write(cache.layers[0], k.clone(), k)
+            state().write(0, k.clone(), k)
         with pytest.raises(RuntimeError, match="has not stored"):
             state().queries(q)
         with pytest.raises(RuntimeError, match="rotates twice"):
             state().leave_rotation(q, k, cos, sin)
         good = state()
-        good.write(cache.layers[0], k, k)
+        good.write(0, k, k)
         with pytest.raises(RuntimeError, match="other queries"):
             good.queries(q.clone())
 

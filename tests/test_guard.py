@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import NotInMiniature, miniature
 from models import FAMILIES, prompt, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, LlamaConfig, T5Config
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from specextend import SpecExtend, UnsupportedModelError
 from specextend.attention import PatchedModel
@@ -25,21 +25,32 @@ def refused(model, text):
         SpecExtend(model, None)
 
 
-def test_recurrent_layers():
-    config = CONFIG_MAPPING["qwen3_next"](
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, head_dim=16,
-        num_attention_heads=2, num_key_value_heads=1, linear_num_value_heads=2, num_experts=2,
-        linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
-        num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16,
-        layer_types=["linear_attention", "full_attention"],
-    )  # fmt: skip
-    refused(AutoModelForCausalLM.from_config(config), "layers of type 'linear_attention'")
-
-
-def test_chunked_attention():
+def test_chunks_that_only_the_cache_has():
     model = tiny_model("llama")
-    model.config.attention_chunk_size = 8192
-    refused(model, "LlamaForCausalLM is not supported: its attention is chunked")
+    model.config.attention_chunk_size = 64
+    refused(model, "its layer 0 sees all tokens, but generate keeps the last 64 of them")
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa", "minimax_m3_vl_text"])
+def test_sparse_attention_by_an_index(family):
+    """Refused by its configuration: short texts are attended to as a whole."""
+    try:
+        model = miniature(family, index_topk=2048, index_topk_blocks=16)
+    except NotInMiniature as reason:
+        pytest.skip(str(reason))
+    refused(model, "its attention is sparse by an index")
+
+
+def test_a_bias_of_its_own():
+    """It would be left out without a word; here it is so small that no trial shows it."""
+    model = tiny_model("llama")
+    own = model.model.layers[1].self_attn.forward
+
+    def biased(*args, **kwargs):
+        return own(*args, position_bias=torch.full((1,), 1e-9), **kwargs)
+
+    model.model.layers[1].self_attn.forward = biased
+    refused(model, "brings a position_bias of its own")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

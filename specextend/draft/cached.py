@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..cache import KVCache
+from ..compat import Kind
 from ..config import SpecConfig
 from ..graphs import Graphs
 from ..pace import FREE, Price
@@ -38,7 +40,7 @@ class CachedDraft(Draft):
 
     def _begin(
         self,
-        num_layers: int,
+        layers: int | Sequence[Kind],
         max_length: int,
         device: torch.device,
         rotary: Rotary | None,
@@ -47,7 +49,7 @@ class CachedDraft(Draft):
         """Make the caches of a generation of ``max_length`` tokens."""
         # Behind the committed rows: a growing tree, or a path of which not every token counts.
         capacity = max_length + 1 + max(self.config.tree_keys, self.config.max_depth + 1)
-        full = KVCache(num_layers, capacity, batch=1, device=device)
+        full = KVCache(layers, capacity, batch=1, device=device)
         full.rotary_length = max_length
         self.caches = WorkingCache(full, self.config, rotary, graphs)
         self._graphs = graphs

@@ -85,7 +85,14 @@ class CausalLMDraft(CachedDraft):
                 f"the draft must be on the target's device {target.device}, got {device}"
             )
         differing = _differing_ids(model, target.vocab_size, tokenizers)
-        self_check(PatchedModel(model))
+        patched = PatchedModel(model)
+        self_check(patched)
+        if patched.keeps_states:
+            raise ValueError(
+                f"the draft {type(model).__name__} has recurrent or convolutional layers, whose "
+                "states cannot go back to what was decided at every step; give one whose layers "
+                "all attend"
+            )
         full = config.replace(draft_cache="full")
         draft = cls(model, full, target.vocab_size, differing=differing)
         wanted = config.draft_cache
@@ -125,7 +132,7 @@ class CausalLMDraft(CachedDraft):
 
     def begin(self, prompt, max_length, cache, graphs) -> None:
         max_length = min(max_length, self.max_length or max_length)
-        self._begin(self.patched.num_layers, max_length, prompt.device, self.rotary, graphs)
+        self._begin(self.patched.kinds, max_length, prompt.device, self.rotary, graphs)
         self._last_position = max_length - 1
         self._prompt = prompt[:, :-1]
         foreign = torch.zeros(self._vocab, dtype=torch.bool)

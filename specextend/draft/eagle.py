@@ -123,7 +123,7 @@ def attend(state: Pass, windows: tuple[int, ...]) -> Attend:
 
     def attention(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         layer = state.cache.layers[index]
-        state.write(layer, k.transpose(1, 2), v.transpose(1, 2))
+        state.write(index, k.transpose(1, 2), v.transpose(1, 2))
         window = min((w for w in (windows[index], state.window) if w), default=0)
         out, _, _ = ops.tree_attention(
             q,

@@ -198,7 +198,7 @@ class LongSpecDraft(Draft):
             return self.ring.attend(self.rotation(q, angles), positions, tree)
 
         def cross_attention(q: Tensor) -> Tensor:
-            last, lens = self._target.layers[-1], self._target.lens
+            last, lens = self._target.kv_layers[-1], self._target.lens
             q = self.rotation(q, angles)
             return ops.tree_attention(q, last.k, last.v, lens, num_tree_keys=0)[0]
 

@@ -110,7 +110,7 @@ def read_chunks(
     memory = len(rows) if window is None else min(window - 1, len(rows))
     # What is read stands side by side here, the last `memory` rows of it first; only the window
     # knows that there are gaps between them.
-    beside = KVCache(len(full.layers), memory + width, 1, tokens.device)
+    beside = KVCache(full.kinds, memory + width, 1, tokens.device)
     beside.rotary_length = full.rotary_length
     for start in range(0, len(rows), width):
         part = rows[start : start + width]
@@ -125,9 +125,8 @@ def read_chunks(
             k_depths=positions[:, start - kept : end].contiguous(),
         )
         read(tokens[:, part], part[None], state)
-        for ours, theirs in zip(full.layers, beside.layers, strict=True):
-            if not ours.is_initialized:
-                ours.like(theirs)
+        full.allocate_as(beside)
+        for ours, theirs in zip(full.kv_layers, beside.kv_layers, strict=True):
             for to, new in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
                 to.index_copy_(2, part[wanted], new[:, :, kept + wanted])
                 first = max(0, kept + len(part) - memory)

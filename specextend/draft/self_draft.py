@@ -49,6 +49,11 @@ class SelfDraft(CausalLMDraft):
                 "target is no faster as its own draft"
             )
         super().__init__(model, config, vocab, rotary)
+        if self.patched.keeps_states:
+            raise ValueError(
+                f'draft="self" does not serve {type(model).__name__}: its recurrent or '
+                "convolutional layers have no part of their state to leave out"
+            )
 
     @classmethod
     def recognises(cls, source: Source) -> bool:
@@ -115,7 +120,7 @@ class SelfDraft(CausalLMDraft):
         full, work = self.caches.full, self.caches.work
         rows = self._copied + torch.arange(most, device=full.lens.device)
         rows = rows.clamp(max=full.capacity - 1)  # what is beyond the new ones does not count
-        for ours, source in zip(work.layers, full.layers, strict=True):
+        for ours, source in zip(work.kv_layers, full.kv_layers, strict=True):
             k, v = (x[:, rows] for x in (source.k, source.v))  # index_select copies the cache first
             ops.append_kv(ours.k, ours.v, k, v, work.lens)
         work.commit(full.lens - self._copied)

@@ -46,7 +46,7 @@ class WorkingCache:
             # Between two gathers a round adds at most a whole path and the next root.
             room = max((config.retrieve_every + 1) * (config.max_depth + 2), config.chunk_size)
             capacity = config.budget + room + config.tree_keys
-            self.work = KVCache(len(full.layers), capacity, 1, full.lens.device)
+            self.work = KVCache(full.kinds, capacity, 1, full.lens.device)
             self.work.rotary_length = full.rotary_length
         self.chosen: Tensor | None = None
         self._scores: Tensor | None = None
@@ -167,14 +167,12 @@ class WorkingCache:
 
     def _gather(self, ids: Tensor, counts: Tensor) -> None:
         config, full, work = self.config, self.full, self.work
-        for ours, source in zip(work.layers, full.layers, strict=True):
-            if not ours.is_initialized:
-                ours.like(source)
+        work.allocate_as(full)
         filled = ops.gather_chunks(
-            [layer.k for layer in full.layers],
-            [layer.v for layer in full.layers],
-            [layer.k for layer in work.layers],
-            [layer.v for layer in work.layers],
+            [layer.k for layer in full.kv_layers],
+            [layer.v for layer in full.kv_layers],
+            [layer.k for layer in work.kv_layers],
+            [layer.v for layer in work.kv_layers],
             ids,
             counts,
             full.lens,

@@ -68,10 +68,10 @@ class FrozenTarget:
         batch, length = ids.shape
         cache = self._cache
         if cache is None or cache.capacity != length or cache.lens.shape[0] != batch:
-            cache = self._cache = KVCache(self.num_layers, length, batch, ids.device)
+            cache = self._cache = self.patched.make_cache(length, batch)
         state = Pass(cache, [(cache, cache.lens)], length, feature_layers=layers)
         out = self.patched.forward(ids, positions, state, last_only=not logits)
-        last = cache.layers[-1]
+        last = cache.kv_layers[-1]
         return Reading(last.k, last.v, out[..., : self.vocab] if logits else None, state.features)
 
 

@@ -35,6 +35,8 @@ SAMPLED = ("tests/test_decode.py::TestSampling::test_equals_plain_sampling",)
 ENDS = ("tests/test_decode.py::TestEnds",)
 RETRIEVAL = ("tests/test_decode.py::TestRetrieval",)
 CACHES = ("tests/test_cache.py",)
+STATES = ("tests/test_families.py::test_text[jamba]", "tests/test_families.py::test_text[bamba]")
+RECURRENT = "specextend/recurrent.py"
 
 MUTANTS = [
     # ---- the loop: positions, the root, what is committed ----
@@ -159,11 +161,53 @@ MUTANTS = [
         (*RETRIEVAL, *CACHES, *FULL_DEPTH),
     ),
     Mutant(
-        "another layer is scored than the one that was asked for",
+        "a layer is scored that sees a window alone",
         TARGET,
-        "frozenset(i % n for i in score_layers)",
-        "frozenset((i - 1) % n for i in score_layers)",
-        (*RETRIEVAL, *CACHES),
+        "frozenset(i if i >= 0 else wide[i] for i in self._wanted_layers)",
+        "frozenset(i if i >= 0 else attending[i] for i in self._wanted_layers)",
+        ("tests/test_recurrent.py::test_scored_layers",),
+    ),
+    Mutant(
+        "states: what was accepted is not taken in",
+        RECURRENT,
+        "            decided = torch.cat([layer.pending, decided], 1)\n",
+        "",
+        STATES,
+    ),
+    Mutant(
+        "states: the nodes before the accepted ones are taken in",
+        "specextend/cache.py",
+        "layer.follow(nodes[1:])",
+        "layer.follow(nodes[:-1])",
+        STATES,
+    ),
+    Mutant(
+        "states: forwards over several tokens are trusted to go on from one",
+        RECURRENT,
+        "        if self.reads_state:\n            return run(rows)\n",
+        "        if True:\n            return run(rows)\n",
+        STATES,
+    ),
+    Mutant(
+        "states: a node stands on another path",
+        "specextend/tree.py",
+        "for i, node in reversed(list(enumerate(n for path in rows for n in path)))",
+        "for i, node in enumerate(n for path in rows[::-1] for n in path)",
+        ("tests/test_recurrent.py::test_paths",),
+    ),
+    Mutant(
+        "chunks of attention: taken for a window",
+        "specextend/windows.py",
+        "        return (0, chunk) if begin % chunk == 0 else None\n",
+        "        return (chunk, 0) if begin % chunk == 0 else None\n",
+        ("tests/test_families.py::test_text[llama4_text]",),
+    ),
+    Mutant(
+        "shared keys: those of the first layer",
+        "specextend/cache.py",
+        "            if written is keys:\n",
+        "            if written is not None:\n",
+        ("tests/test_families.py::test_text[gemma4_text]",),
     ),
     Mutant(
         "retrieval a round late",
@@ -361,24 +405,24 @@ MUTANTS = [
     Mutant(
         "only keys are compacted",
         CACHE,
-        "tensors = [t for layer in self.layers for t in (layer.k, layer.v)]",
+        "tensors = [t for layer in self.kv_layers for t in (layer.k, layer.v)]",
         "tensors = [layer.k for layer in self.layers]",
         (*CACHES, *GREEDY),
     ),
     Mutant(
         "the last layer is not compacted",
         CACHE,
-        "tensors = [t for layer in self.layers for t in (layer.k, layer.v)]",
+        "tensors = [t for layer in self.kv_layers for t in (layer.k, layer.v)]",
         "tensors = [t for layer in self.layers[: max(1, len(self.layers) - 1)]"
         " for t in (layer.k, layer.v)]",
         (*CACHES, *GREEDY),
     ),
     Mutant(
-        "a layer that is asked out of order writes into its neighbour",
+        "a layer writes into its neighbour",
         CACHE,
-        "if self.cache.layers[index] is not layer:",
-        "if False:",
-        CACHES,
+        "            target = cache.layers[index]\n",
+        "            target = cache.layers[index - 1]\n",
+        ("tests/test_cache.py::test_layers_may_be_asked_in_any_order",),
     ),
     Mutant(
         "working cache: a draft's window is the target's whole prefill",
@@ -468,8 +512,8 @@ MUTANTS = [
     Mutant(
         "dense masks: windows are one short",
         CACHE,
-        "seen = seen & (at[:, None, :] > q[:, :, None] - window)",
-        "seen = seen & (at[:, None, :] > q[:, :, None] - window + 1)",
+        "else q - window + 1))",
+        "else q - window + 2))",
         ("tests/test_decode.py::TestGreedyEqualsGenerate::test_dense_masks",),
     ),
     Mutant(
@@ -574,8 +618,8 @@ MUTANTS = [
     Mutant(
         "guard: attention elsewhere is not noticed",
         GUARD,
-        "if sorted(state.calls) != list(range(num_layers)):",
-        "if len(state.calls) > num_layers:",
+        "if sorted(state.calls) != wanted:",
+        "if len(state.calls) > len(wanted):",
         ("tests/test_guard.py",),
     ),
     Mutant(
@@ -836,8 +880,8 @@ MUTANTS = [
     Mutant(
         "LongSpec: cross-attention reads the first layer",
         LONGSPEC,
-        "last, lens = self._target.layers[-1], self._target.lens",
-        "last, lens = self._target.layers[0], self._target.lens",
+        "last, lens = self._target.kv_layers[-1], self._target.lens",
+        "last, lens = self._target.kv_layers[0], self._target.lens",
         ("tests/test_longspec.py::TestTreeEqualsTrainingForm",),
     ),
     Mutant(
@@ -1010,7 +1054,7 @@ MUTANTS = [
     Mutant(
         "reading: the last layer is run to its end",
         ATTENTION,
-        "raise _KeysWritten",
+        "raise AllStored",
         "pass",
         ("tests/test_prompt_reader.py::TestGeneration",),
     ),
