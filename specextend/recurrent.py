@@ -141,7 +141,7 @@ class Keeper:
         calls = len(state.calls)
         out, form = _opened(self._advance(layer, decided, run))
         if len(state.calls) != calls:
-            raise ValueError(f"{type(self.module).__name__} keeps a state and attends in one")
+            raise ValueError(f"{type(self.module).__name__} attends where it keeps its state")
         if state.keys_only and state.last == self.module.layer_idx:
             raise AllStored
         out = out[:, -count:]

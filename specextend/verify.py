@@ -1,9 +1,10 @@
 """Does what a round does on the device: verify pass, acceptance, scores for retrieval.
 
 The rule of this module: nothing here asks the host. Its functions know lengths, counts and trees as
-tensors, so that they can be captured as a graph; what they change, they change where it lies. The
-one exception is a logits processor that works on the host (``TokenChooser.needs_host``): the engine
-then runs :meth:`Verifier.accept` outside of graphs.
+tensors, so that they can be captured as a graph; what they change, they change where it lies. There
+are two exceptions. With a logits processor that works on the host (``TokenChooser.needs_host``) the
+engine runs :meth:`Verifier.accept` outside of graphs; of a target whose layers keep a state it
+captures nothing, as the host reads the paths of a tree.
 """
 
 from __future__ import annotations
