@@ -10,6 +10,7 @@ from models import prompt
 from transformers import AutoModelForImageTextToText
 
 from specextend import SpecExtend, UnsupportedModelError
+from specextend.guard import position_limit
 from tools import models_page
 
 NEW = 24
@@ -62,7 +63,8 @@ def test_text_at_every_length(family):
     """Contexts of 1 to 1,000 tokens, begun anywhere."""
     model = miniature(family, max_position_embeddings=2048)
     lengths = [*range(1, 60), 127, 128, 129, 255, 256, 500, 973]
-    for length in lengths:
+    limit = position_limit(model) or 1000  # of a model with parts the option does not reach it
+    for length in (x for x in lengths if x + NEW <= limit):
         assert_same_text(model, length, prefill_chunk=(None, 1, 2, 3, 7, 16, 64)[length % 7])
 
 
