@@ -70,14 +70,15 @@ def _attention(
     if state.window and not chunk:
         window = min(window, state.window) if window else state.window
     q = state.queries(query)
-    scored = (source if new else layer_idx) in state.score_layers
+    scored_as = source if new else layer_idx  # a module that several layers share has one index
+    scored = scored_as in state.score_layers
     if not state.fused:
         if softcap or s_aux is not None:
             raise ValueError(
                 "tree_attention=False: torch's SDPA knows no softcap and no sink logit"
             )
         if scored:
-            state.recorded[layer_idx] = (q, scaling, source)
+            state.recorded[scored_as] = (q, scaling, source)
         return _dense_attention(state, layer, q.transpose(1, 2), scaling, window, chunk), None
     out, lse, chunk_lse = ops.tree_attention(
         q,
@@ -96,7 +97,7 @@ def _attention(
         chunk_size=state.chunk_size if scored else 0,
     )
     if scored:
-        state.recorded[layer_idx] = (chunk_lse, lse, source)
+        state.recorded[scored_as] = (chunk_lse, lse, source)
     return out, None
 
 

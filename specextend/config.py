@@ -51,8 +51,7 @@ class SpecConfig:
         retrieve_every: rounds between retrievals.
         sink_chunks, recent_chunks: chunks always kept, the first and the last, inside the budget.
         score_layers: target layers whose attention is scored; negative ones count from the end,
-            among those that attend to all of the text.
-            Scores of several layers are averaged.
+            among those that attend to all of the text. Scores of several layers are averaged.
         score_reduce: heads of a layer are averaged (``"mean"``) or the largest counts (``"max"``).
         draft_prefill_window: tokens that each token sees in the draft's prefill; None: all before
             it that are read. A draft trained on short inputs makes better keys from a window.
