@@ -71,12 +71,13 @@ def environment(name):
 def resolve(python, requirements, index, before=None):
     """Return {package: version}, as pip would install today, or would have ``before`` a time.
 
-    It is None if pip finds none, perhaps because the index does not say when its files came.
+    It is None if pip finds none, perhaps because the index does not say when its files came. What
+    the two packages depend on is left out: to ask about that would download all of CUDA.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
-        command = [str(python), "-m", "pip", "install", "--dry-run", "--ignore-installed",
-                   "--report", str(report), *torch_options(index), *requirements]  # fmt: skip
+        command = [str(python), "-m", "pip", "install", "--dry-run", "--no-deps",
+                   "--ignore-installed", "--report", str(report), *torch_options(index), *requirements]  # fmt: skip
         if before is not None:
             command += ["--uploaded-prior-to", before.isoformat(timespec="seconds")]
         if not runs(command):
