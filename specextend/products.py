@@ -1,15 +1,17 @@
-"""Multiplies few rows by weights as fast as the machine reads them.
+"""Multiplies rows by weights with our own product where that is faster than torch's: on a CPU.
 
 A step of a draft, a plain round, a tree: a handful of rows, whose products take the time of their
-weights' bytes at best. On a CPU, torch's libraries are made for many rows and take up to six times
-as long; our own product (``invariant_linear``) is ahead for as many rows as the table says. Its
-sums are fp32, as theirs, and come in another order.
+weights' bytes at best. Torch's libraries are made for many rows and take up to six times as long;
+our own product (``invariant_linear``) is ahead for as many rows as the table says. In a dtype of
+which torch's library has no products on this machine, it is for any number of rows: a whole prompt.
+Its sums are fp32, as theirs, and come in another order.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 from functools import partial
 
 import torch
@@ -20,15 +22,26 @@ from . import _C, ops
 from .layout import by_rows
 from .switches import Undo, switched
 
+
+def _has_products(dtype: str) -> bool:
+    """Tell whether oneDNN, torch's library, multiplies in a dtype on this machine. It does so in
+    bf16 from AVX-512 on and in fp16 from AVX-512-FP16 on; elsewhere torch takes plain loops."""
+    return getattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported", lambda: True)()
+
+
 # Rows up to which our product was measured ahead of torch's (docs/measured.md).
 _BF16_PRODUCTS = _C.cpu_isa() not in ("baseline", "avx2", "avx512")
-_MOST = {torch.float32: 16, torch.float16: 16, torch.bfloat16: 20 if _BF16_PRODUCTS else 16}
+_MOST = {
+    torch.float32: 16,
+    torch.float16: 16 if _has_products("fp16") else math.inf,
+    torch.bfloat16: (20 if _BF16_PRODUCTS else 16) if _has_products("bf16") else math.inf,
+}
 
-_active: contextvars.ContextVar[bool] = contextvars.ContextVar("specextend_few", default=False)
+_active: contextvars.ContextVar[bool] = contextvars.ContextVar("specextend_products", default=False)
 
 
-class FewRows:
-    """Has the linear layers of models multiply few rows by our product.
+class OwnProducts:
+    """Has the linear layers of models multiply by our product where that is faster.
 
     Layers of exactly torch's own class and weights take part, if nobody has changed their forward;
     and only threads that are in :meth:`active`, on a CPU and without gradients.
@@ -36,7 +49,7 @@ class FewRows:
 
     def __init__(self, *models: nn.Module):
         self._layers = [m for x in models for m in x.modules() if type(m) is nn.Linear]
-        key = ("few rows", *(id(x) for x in models))
+        key = ("products", *(id(x) for x in models))
         self._changes = {key: partial(_install, self._layers)}
 
     @contextlib.contextmanager
@@ -64,8 +77,8 @@ def _install(layers: list[nn.Linear]) -> Undo:
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     weight, bias = layer.weight, layer.bias
-    few = _active.get() and x.numel() <= _MOST.get(x.dtype, 0) * x.shape[-1]
-    if few and type(weight) is nn.Parameter and x.device == weight.device:
+    ours = _active.get() and x.numel() <= _MOST.get(x.dtype, 0) * x.shape[-1]
+    if ours and type(weight) is nn.Parameter and x.device == weight.device:
         if x.is_cpu and x.dtype == weight.dtype and not torch.is_grad_enabled():
             return ops.invariant_linear(by_rows(x), weight, bias)
     return F.linear(x, weight, bias)

@@ -1,7 +1,8 @@
-"""Tests the products of a draft's few rows."""
+"""Tests which products of models are ours, and that they are right."""
 
 from __future__ import annotations
 
+import math
 import threading
 from contextlib import ExitStack
 
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from specextend import SpecExtend, ops, products
-from specextend.products import FewRows
+from specextend.products import OwnProducts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,10 +36,12 @@ def ours(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-def test_values(dtype, bias, ours):
-    layer, most = nn.Linear(70, 33, bias=bias).to(dtype), products._MOST[dtype]
-    few = FewRows(nn.Sequential(layer))
-    for shape in ((1, 1), (1, 2), (3,), (2, 6), (most,), (1, most + 1), (0,), ()):
+@pytest.mark.parametrize("most", [16, math.inf])
+def test_values(dtype, bias, most, ours, monkeypatch):
+    monkeypatch.setitem(products._MOST, dtype, most)
+    layer = nn.Linear(70, 33, bias=bias).to(dtype)
+    few = OwnProducts(nn.Sequential(layer))
+    for shape in ((1, 1), (1, 2), (3,), (2, 6), (16,), (1, 17), (300,), (0,), ()):
         x = torch.randn(*shape, 70).to(dtype)
         with torch.inference_mode(), few.active():
             got = layer(x)
@@ -51,9 +54,17 @@ def test_values(dtype, bias, ours):
         torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=tolerance)
 
 
+def test_what_torch_has_no_products_of_is_always_ours(ours):
+    """In such a dtype torch's own take plain loops."""
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+        supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
+        assert (products._MOST[dtype] == math.inf) == (not supported)
+    assert products._MOST[torch.float32] < 100
+
+
 def test_only_while_active(ours):
     layer = nn.Linear(8, 8)
-    few, x = FewRows(layer), torch.randn(1, 8)
+    few, x = OwnProducts(layer), torch.randn(1, 8)
     layer(x)
     with torch.inference_mode(), few.active():
         thread = threading.Thread(target=torch.inference_mode()(lambda: layer(x)))
@@ -73,7 +84,7 @@ def test_what_somebody_changed_stays(ours):
 
     other, hooked = Other(8, 8), nn.Linear(8, 8)
     hooked.forward = lambda x: x + 1
-    few, x = FewRows(nn.ModuleList([other, hooked])), torch.randn(1, 8)
+    few, x = OwnProducts(nn.ModuleList([other, hooked])), torch.randn(1, 8)
     with torch.inference_mode(), few.active():
         other(x)
         assert torch.equal(hooked(x), x + 1)
@@ -82,18 +93,18 @@ def test_what_somebody_changed_stays(ours):
 
 def test_gradients_and_other_weights_are_torchs(ours):
     layer, x = nn.Linear(8, 8), torch.randn(1, 8)
-    with FewRows(layer).active():
+    with OwnProducts(layer).active():
         layer(x).sum().backward()
     assert layer.weight.grad is not None
     layer.weight = nn.Parameter(layer.weight.bfloat16())
-    with torch.inference_mode(), FewRows(layer).active(), pytest.raises(RuntimeError):
+    with torch.inference_mode(), OwnProducts(layer).active(), pytest.raises(RuntimeError):
         layer(x)  # torch's own error
     assert not ours
 
 
 def test_two_drafts_of_one_model(ours):
     layer = nn.Linear(8, 8)
-    one, two = FewRows(layer), FewRows(layer)
+    one, two = OwnProducts(layer), OwnProducts(layer)
     with torch.inference_mode(), ExitStack() as both:
         both.enter_context(one.active())
         with two.active():
@@ -120,4 +131,4 @@ def test_rounds_use_them(kind, ours, tmp_path):
 def test_a_model_of_its_own():
     """Not the layers of another model."""
     one, other = tiny_model("llama"), tiny_model("llama", seed=1)
-    assert {id(m) for m in FewRows(one)._layers}.isdisjoint(other.modules())
+    assert {id(m) for m in OwnProducts(one)._layers}.isdisjoint(other.modules())

@@ -16,7 +16,7 @@ from .. import ops
 from ..attention import device_of
 from ..config import SpecConfig
 from ..pace import FREE
-from ..products import FewRows
+from ..products import OwnProducts
 from ..target import Target
 from ..tree import Tree, grow_tree
 from .base import Draft, Source, Tokenizers
@@ -119,7 +119,7 @@ class LongSpecDraft(Draft):
         self._model = model
         self.rotation = Rotation(model)
         self.embedding, self.head = model.get_input_embeddings(), model.get_output_embeddings()
-        self._few_rows = FewRows(block, self.head)
+        self._products = OwnProducts(block, self.head)
         self.device = device_of(model)
         self._vocab = model.config.get_text_config().vocab_size
         fixed = config.tree_shape == "fixed"
@@ -176,7 +176,7 @@ class LongSpecDraft(Draft):
             k = self.rotation(k, self.rotation.angles(positions[:, :-1]))
             self.ring.write(slots[:-1], positions[:, :-1], k, v)
         root = new[:, -1:]
-        with self._few_rows.active():
+        with self._products.active():
             logits = self.logits(root, positions[:, -1:], slots[-1:], root.new_zeros(1, 1, 0))
             depth = min(depth, len(self._widths))
             return grow_tree(root, logits, self.step, self.config, depth, price=price)
