@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from . import ops  # noqa: F401  registers what a pass calls
 from .attention import PatchedModel, check_autocast, evaluating
@@ -26,7 +26,22 @@ class UnsupportedModelError(ValueError):
 
 
 def _refuse(model: PreTrainedModel, why: str) -> UnsupportedModelError:
+    decoder = _decoder_class(model)
+    if decoder is not None:
+        why += f". For text alone, load its decoder: {decoder}.from_pretrained"
     return UnsupportedModelError(f"{type(model).__name__} is not supported: {why}")
+
+
+def _decoder_class(model: PreTrainedModel) -> str | None:
+    """Return the name of the class that a model's text part alone has, if it has other parts."""
+    text = model.config.get_text_config()
+    if text is model.config:
+        return None
+    for config in (model.config, text):
+        found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        if found is not None and not isinstance(model, found):
+            return found.__name__
+    return None
 
 
 def check_architecture(model: PreTrainedModel) -> None:

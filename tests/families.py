@@ -1,4 +1,4 @@
-"""Builds every family of causal LMs that the installed `transformers` has, in miniature."""
+"""Builds every family of language models that the installed `transformers` has, in miniature."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ import torch
 from models import VOCAB
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 #: a model type each
 FAMILIES = tuple(sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) & set(CONFIG_MAPPING)))
+#: of models that see, too
+SEEING = tuple(sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) & set(CONFIG_MAPPING)))
 
 WINDOW = 24  # of sliding windows and chunks of attention: shorter than the tests' prompts
 _LENGTH = 512
@@ -59,13 +64,15 @@ _SMALL = dict(
 _VISION = dict(
     depth=2, hidden_size=32, num_heads=4, intermediate_size=48, out_hidden_size=32,
     num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8,
-    deepstack_visual_indexes=[0], num_position_embeddings=64,
+    deepstack_visual_indexes=[0], num_position_embeddings=64, embed_dim=32, mlp_ratio=2,
+    projector_input_dim=32, projector_output_dim=32, vision_output_dim=32, head_dim=8,
 )  # fmt: skip
 
 _TWO_KINDS = ["linear_attention", "full_attention"] * 2
 _GEMMA4 = dict(
     num_hidden_layers=6, layer_types=["sliding_attention", "full_attention"] * 3, global_head_dim=16
 )
+_SECTIONS = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1])
 _LEFT_OUT = "left out"
 
 # What families want besides, or instead: layers of all their kinds.
@@ -89,6 +96,8 @@ _SPECIAL: dict[str, dict] = {
         layers_block_type=["mamba", "moe", "attention", "mlp"], num_hidden_layers=_LEFT_OUT
     ),
     "olmo_hybrid": dict(layer_types=_TWO_KINDS),
+    "qwen2_5_vl_text": dict(rope_parameters=_SECTIONS),
+    "qwen2_vl_text": dict(rope_parameters=_SECTIONS),
     "qwen3_5_moe_text": dict(layer_types=_TWO_KINDS),
     "qwen3_5_text": dict(layer_types=_TWO_KINDS),
     "qwen3_next": dict(layer_types=_TWO_KINDS),
@@ -117,8 +126,14 @@ def options(config_class: type[PreTrainedConfig], changes: dict) -> dict:
         chosen.pop("head_dim", None)
         chosen["num_key_value_heads"] = 4
     for name, part in config_class.sub_configs.items():
-        if isinstance(part, type) and part.__name__ != "AutoConfig" and part is not config_class:
-            chosen[name] = options(part, _SPECIAL.get(part.model_type, {}))
+        if part.__name__ == "AutoConfig":  # of any class: that which it is unless others are named
+            part = type(getattr(config_class(), name))
+            if part is type(None):
+                continue
+            chosen[name] = {"model_type": part.model_type}
+        elif part is config_class:
+            continue
+        chosen.setdefault(name, {}).update(options(part, _SPECIAL.get(part.model_type, {})))
     chosen.update(changes)
     return {k: v for k, v in chosen.items() if not (isinstance(v, str) and v == _LEFT_OUT)}
 

@@ -21,11 +21,6 @@ SERVED = (
     "llama4_text", "mamba2", "minicpm3", "minimax", "nemotron_h", "olmo_hybrid", "phimoe",
     "qwen3_5", "qwen3_5_moe", "qwen3_next", "zamba",
 )  # fmt: skip
-#: and of recurrent layers
-RECURRENT = (
-    "bamba", "falcon_h1", "falcon_mamba", "jamba", "lfm2", "mamba2", "minimax", "nemotron_h",
-    "olmo_hybrid", "qwen3_next", "zamba",
-)  # fmt: skip
 #: why a family may be refused
 REASONS = (
     "asked for attention", "is sparse by an index", "a trial forward failed", "a small tree differ",
@@ -80,9 +75,24 @@ def test_sampled_text(family, draft):
         assert write(spec, way, ids, **how) == want[30:]
 
 
-@pytest.mark.parametrize("family", ["gemma4", "qwen3_5", "qwen3_vl"])
+SEEING = ("gemma3", "gemma4", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+
+
+@pytest.mark.parametrize("family", SEEING)
 def test_text_alone_of_models_that_see(family):
     assert_same_text(miniature(family, auto=AutoModelForImageTextToText), 61)
+
+
+def test_a_model_that_sees_is_refused_with_the_class_to_load():
+    """Llama 4's own forward needs images in some versions; in others it is served."""
+    model = miniature("llama4", auto=AutoModelForImageTextToText)
+    try:
+        own_text(model, prompt(3), 2)
+    except AttributeError:
+        with pytest.raises(UnsupportedModelError, match=r"Llama4ForCausalLM\.from_pretrained"):
+            SpecExtend(model, None, SMALL)
+    else:
+        assert_same_text(model, 61)
 
 
 def test_the_page_has_the_table_of_the_records():
