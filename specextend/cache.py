@@ -105,6 +105,12 @@ class KVCache(Cache):
         for layer in self.state_layers:
             layer.follow(nodes[1:])
 
+    def take_states(self, other: KVCache) -> None:
+        """Have the states of another cache of the same model behind what is decided; the other
+        loses them. They may be its own: then it leaves a tree that has grown."""
+        for ours, theirs in zip(self.state_layers, other.state_layers, strict=True):
+            ours.take_over(theirs)
+
     def restart(self) -> None:
         """Forget the text. Rows are written again; nobody reads them before."""
         self.lens.zero_()
@@ -112,10 +118,16 @@ class KVCache(Cache):
         for layer in self.state_layers:
             layer.forget()
 
+    def another(self, capacity: int) -> KVCache:
+        """Make an empty cache for the same model and text."""
+        made = type(self)(self.kinds, capacity, len(self.lens), self.lens.device)
+        made.rotary_length = self.rotary_length
+        return made
+
     def allocate_as(self, other: KVCache) -> None:
-        """Allocate the layers that another cache of the same model has allocated."""
+        """Allocate the rows of the layers that another cache of the same model has allocated."""
         for ours, theirs in zip(self.layers, other.layers, strict=True):
-            if theirs.is_initialized and not ours.is_initialized:
+            if isinstance(theirs, KVLayer) and theirs.is_initialized and not ours.is_initialized:
                 ours.like(theirs)
 
     @property
@@ -165,6 +177,8 @@ class Pass:
         paths: for layers with a state: rows [P, L] int64, the nodes on the P paths from below the
             root to a leaf, filled up with the last one, and places [num_rows - 1] int64, where each
             node is in them (:func:`tree.paths`); None: all rows are decided, one behind the other.
+        level: for layers with a state, [num_rows] int64: the rows are a level of a growing tree,
+            and these their parents in the level before; None: they are not.
         keepers: what runs the model's layers with a state (:mod:`specextend.recurrent`).
         fusions: what our operators compute of the model (:mod:`specextend.fused`); None: attention
             alone.
@@ -192,6 +206,7 @@ class Pass:
     layer_chunks: dict[int, int] = field(default_factory=dict)
     positions: Tensor | None = None
     paths: tuple[Tensor, Tensor] | None = None
+    level: Tensor | None = None
     keepers: tuple = ()
     fusions: tuple | None = None
     feature_layers: tuple[int, ...] = ()

@@ -76,6 +76,8 @@ class StateLayer(LinearAttentionLayer):
         on_update: is told when the layer's module changes the state.
     """
 
+    _decided: dict | None = None  # the state itself, while there are copies for a growing tree
+
     def __init__(self, states: int = 1):
         several = {} if states == 1 else dict(number_of_states=states)
         self._fresh = vars(LinearAttentionLayer(**several))
@@ -90,9 +92,34 @@ class StateLayer(LinearAttentionLayer):
 
     def forget(self) -> None:
         """Go back to where no token has been taken in."""
+        self._decided = None
         vars(self).update(copy.deepcopy(self._fresh))
         self.pending: Tensor | None = None
         self.proposed: Tensor | None = None
+
+    def grow(self, parents: Tensor) -> None:
+        """Have a copy of the state for each node of a growing tree's next level, as a batch: that
+        behind its parent.
+
+        Args:
+            parents: [W] int64, rows of the level before; of the first level all are 0.
+        """
+        state = {name: getattr(self, name) for name in self._fresh}
+        self._decided = self._decided or state
+        copies = tree_map_only(Tensor, lambda t: t.index_select(0, parents), state)
+        vars(self).update(copies)
+
+    def leave_tree(self) -> None:
+        """Go back to the state behind what is decided."""
+        if self._decided is not None:
+            vars(self).update(self._decided)
+            self._decided = None
+
+    def take_over(self, other: StateLayer) -> None:
+        """Go on from the state of another layer behind what is decided, or from the own one. The
+        other is not to be used before it does the same."""
+        other.leave_tree()
+        vars(self).update({name: getattr(other, name) for name in self._fresh})
 
     @contextlib.contextmanager
     def branched(self, count: int) -> Iterator[None]:

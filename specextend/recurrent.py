@@ -6,6 +6,9 @@ nodes that the last round accepted and the root, which its state keeps; then ove
 path by path in one batch, on copies that are dropped. Which of them are accepted is known after the
 forward: what the layer was given for them waits for the next one (:mod:`.cache_layers`).
 
+A draft takes in what is decided, and then grows its tree level by level: there a node has a copy of
+the state behind its parent.
+
 The layers' own code does all computing. Whose code that is, is found by watching a forward.
 """
 
@@ -133,6 +136,10 @@ class Keeper:
                 return self.own(rows, *args[1:], **kwargs)
             return self.own(*args, **{**kwargs, name: rows})
 
+        if state.level is not None:
+            layer.grow(state.level)
+            out, form = _opened(run(hidden.transpose(0, 1)))
+            return form(out.transpose(0, 1))
         count = hidden.shape[1] if state.paths is None else 1
         decided = hidden[:, :count]
         if layer.pending is not None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..cache import KVCache
-from ..compat import Kind
 from ..config import SpecConfig
 from ..graphs import Graphs
 from ..pace import FREE, Price
@@ -40,16 +39,16 @@ class CachedDraft(Draft):
 
     def _begin(
         self,
-        layers: int | Sequence[Kind],
+        make: Callable[[int], KVCache],
         max_length: int,
-        device: torch.device,
         rotary: Rotary | None,
         graphs: Graphs,
     ) -> None:
-        """Make the caches of a generation of ``max_length`` tokens."""
+        """Make the caches of a generation of ``max_length`` tokens, by what makes one of some rows
+        for the draft's layers."""
         # Behind the committed rows: a growing tree, or a path of which not every token counts.
         capacity = max_length + 1 + max(self.config.tree_keys, self.config.max_depth + 1)
-        full = KVCache(layers, capacity, batch=1, device=device)
+        full = make(capacity)
         full.rotary_length = max_length
         self.caches = WorkingCache(full, self.config, rotary, graphs)
         self._graphs = graphs

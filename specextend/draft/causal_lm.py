@@ -87,12 +87,6 @@ class CausalLMDraft(CachedDraft):
         differing = _differing_ids(model, target.vocab_size, tokenizers)
         patched = PatchedModel(model)
         self_check(patched)
-        if patched.keeps_states:
-            raise ValueError(
-                f"the draft {type(model).__name__} has recurrent or convolutional layers, whose "
-                "states cannot go back to what was decided at every step; give one whose layers "
-                "all attend"
-            )
         full = config.replace(draft_cache="full")
         draft = cls(model, full, target.vocab_size, differing=differing)
         wanted = config.draft_cache
@@ -125,14 +119,16 @@ class CausalLMDraft(CachedDraft):
         check_length(self.patched.model, prompt, total, role="draft")
 
     def obstacle(self) -> str | None:
+        if self.patched.keeps_states:
+            return "its layers with a state are run by the host"
         return obstacle(self.patched.model)
 
     def late_part(self, length: int) -> float:
-        return part_read(length, self.config)
+        return 1.0 if self.patched.keeps_states else part_read(length, self.config)
 
     def begin(self, prompt, max_length, cache, graphs) -> None:
         max_length = min(max_length, self.max_length or max_length)
-        self._begin(self.patched.kinds, max_length, prompt.device, self.rotary, graphs)
+        self._begin(self.patched.make_cache, max_length, self.rotary, graphs)
         self._last_position = max_length - 1
         self._prompt = prompt[:, :-1]
         foreign = torch.zeros(self._vocab, dtype=torch.bool)
@@ -141,7 +137,9 @@ class CausalLMDraft(CachedDraft):
 
     def finish_prefill(self, scores) -> bool:
         tokens, config, caches = self._prompt, self.config, self.caches
-        chosen = choose_chunks(scores, tokens.shape[1], config, tokens.device)
+        chosen = None
+        if not self.patched.keeps_states:  # a state is of all that is before it
+            chosen = choose_chunks(scores, tokens.shape[1], config, tokens.device)
         if chosen is not None:
             caches.chosen = read_chunks(tokens, chosen, caches.full, config, self._keys)
             caches.full.advance(tokens.shape[1])
@@ -182,7 +180,7 @@ class CausalLMDraft(CachedDraft):
 
     def step(self, tokens, level, mask, num_keys, parents) -> Tensor:
         positions = self._positions(1, level).expand_as(tokens)
-        return self.logits(tokens, positions, self.caches.grow(level, mask, num_keys))
+        return self.logits(tokens, positions, self.caches.grow(level, mask, num_keys, parents))
 
     def logits(
         self,

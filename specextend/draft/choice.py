@@ -14,6 +14,7 @@ import numpy as np
 
 from ..config import SpecConfig
 from ..pace import HOPED, MEMORY, Pace, Quotient, Round
+from ..tree import sizes
 from .lookup import Node
 
 _FIRST = 0.7  # beforehand: chance that the target confirms a level of the model's tree
@@ -79,6 +80,7 @@ class Choice:
     Args:
         config: of the model's trees.
         hoped: what a forward of the model takes beside one of the target, beforehand.
+        branches: the share of the target's weights that a tree passes path by path.
 
     Attributes:
         pace: what rounds have brought and cost.
@@ -87,25 +89,25 @@ class Choice:
     REST = 32  # rounds without the model before it is tried again, at first; doubled each time
     MAX_REST = 512
 
-    def __init__(self, config: SpecConfig, hoped: float = HOPED):
+    def __init__(self, config: SpecConfig, hoped: float = HOPED, branches: float = 0.0):
         self.config = config
-        self.pace = Pace(hoped)
+        self.pace = Pace(hoped, branches)
         self._trees = Trees(config.max_depth)
-        self._nodes = Quotient(1.0, _PRIOR)  # of the model's trees, and of what they might have
+        self._sizes = Quotient(1.0, _PRIOR)  # of the model's trees, and nodes they might have
         self._rest, self._rested = self.REST, 0
         # Seconds per token that were expected of look-up alone, and with the model.
         self._expected: deque[tuple[float, float]] = deque(maxlen=MEMORY)
 
-    def count(self, took: Round, most: int = 0, nodes: int = 0) -> None:
+    def count(self, took: Round, most: int = 0, size: float = 0) -> None:
         """Learn from a round.
 
         Args:
             took: the levels, and what is expected and accepted of them, are the model's.
-            most, nodes: levels that the model's tree might have had, and nodes that it had.
+            most, size: levels that the model's tree might have had, and its size as it was.
         """
         if most:
             self._trees.count(most, took.levels, took.accepted)
-            self._nodes.count(nodes, self.config.nodes_within(most))
+            self._sizes.count(size, self.config.nodes_within(most))
         else:
             self._trees.forget(1 / (2 * MEMORY))  # so that it is tried again
         if took.seconds is not None:
@@ -161,12 +163,14 @@ class Choice:
         levels = self._levels(depth)
         chances, taken = self._trees.chances(), self._trees.forwards()
         model = np.zeros((len(levels), deepest))
-        sizes, drafting = np.zeros((2, len(levels), 1))
+        own, drafting = np.zeros((2, len(levels), 1))
         for row, count in enumerate(levels[1:], 1):
             model[row, :count] = chances[:count]
-            sizes[row] = self._nodes.value * self.config.nodes_within(count)
+            own[row] = self._sizes.value * self.config.nodes_within(count)
             drafting[row] = self.pace.drafting(taken[count - 1])
         # What one knows the other tends to know, too: together they reach as far as the better one.
         tokens = 1 + np.maximum(model[:, None], reach[None]).sum(-1)
-        verify, found = self.pace.verify, np.arange(len(nodes) + 1)
-        return tokens / (verify.first + verify.each * (sizes + found) + drafting)
+        parents, at = [node.parent for node in nodes], [node.level for node in nodes]
+        found = np.concatenate([[0.0], sizes(parents, at, self.pace.branches)])
+        verify = self.pace.verify
+        return tokens / (verify.first + verify.each * (own + found) + drafting)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..cache import Pass
+from ..cache import KVCache, Pass
 from ..config import SpecConfig
 from ..pace import FREE
-from ..products import FewRows
+from ..products import OwnProducts
 from ..rotary import Rotary
 from ..target import Target
 from ..tree import Tree
@@ -39,7 +39,7 @@ class EagleDraft(CachedDraft):
     def __init__(self, head: EagleHead, config: SpecConfig):
         super().__init__(config)
         self.head = head
-        self._few_rows = FewRows(head, *head.shared)
+        self._products = OwnProducts(head, *head.shared)
         self.kind = f"eagle{head.config.version}"
         self.feature_layers = head.config.feature_layers
         self.vocabulary = head.vocabulary
@@ -68,7 +68,9 @@ class EagleDraft(CachedDraft):
         layers, device = self.head.config.num_layers, prompt.device
         frequencies = self.head.rope(device).inv_freq.float()
         rotary = Rotary(frequencies.expand(layers, -1).contiguous(), interleaved=False)
-        self._begin(layers, max_length, device, rotary, graphs)
+        self._begin(
+            lambda capacity: KVCache(layers, capacity, 1, device), max_length, rotary, graphs
+        )
         self._skip = 1  # the prompt's first token was decided from nothing
 
     def end(self) -> None:
@@ -81,7 +83,7 @@ class EagleDraft(CachedDraft):
             self._fill(decided)
 
     def propose(self, decided, depth, price=FREE) -> Tree:
-        with self._few_rows.active():
+        with self._products.active():
             return super().propose(self._from_features(decided), depth, price)
 
     def _from_features(self, decided: Decided) -> Decided:

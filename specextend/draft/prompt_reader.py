@@ -110,8 +110,7 @@ def read_chunks(
     memory = len(rows) if window is None else min(window - 1, len(rows))
     # What is read stands side by side here, the last `memory` rows of it first; only the window
     # knows that there are gaps between them.
-    beside = KVCache(full.kinds, memory + width, 1, tokens.device)
-    beside.rotary_length = full.rotary_length
+    beside = full.another(memory + width)
     for start in range(0, len(rows), width):
         part = rows[start : start + width]
         kept, end = min(start, memory), start + len(part)

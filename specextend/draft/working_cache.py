@@ -46,8 +46,8 @@ class WorkingCache:
             # Between two gathers a round adds at most a whole path and the next root.
             room = max((config.retrieve_every + 1) * (config.max_depth + 2), config.chunk_size)
             capacity = config.budget + room + config.tree_keys
-            self.work = KVCache(full.kinds, capacity, 1, full.lens.device)
-            self.work.rotary_length = full.rotary_length
+            self.work = full.another(capacity)
+        self._holder = full  # of the states
         self.chosen: Tensor | None = None
         self._scores: Tensor | None = None
 
@@ -71,11 +71,19 @@ class WorkingCache:
         """Make a pass that takes ``count`` tokens of the prompt into the full cache alone."""
         config = self.config
         window = 0 if config.draft_cache == "full" else config.draft_prefill_window or 0
-        return Pass(self.full, [(self.full, self.full.lens)], count, window=window)
+        full = self._with_states(self.full)
+        return Pass(full, [(full, full.lens)], count, window=window)
 
     def extend(self, count: int) -> Pass:
         """Make a pass over the next ``count`` decided tokens, into both caches."""
-        return Pass(self.work, [(cache, cache.lens) for cache in self._both], count)
+        work = self._with_states(self.work)
+        return Pass(work, [(cache, cache.lens) for cache in self._both], count)
+
+    def _with_states(self, cache: KVCache) -> KVCache:
+        """Return a cache of both with the states of the text: a forward finds them in its own."""
+        cache.take_states(self._holder)
+        self._holder = cache
+        return cache
 
     def advance(self, count: int) -> None:
         """Commit what :meth:`extend` wrote."""
@@ -96,8 +104,9 @@ class WorkingCache:
     def _both(self) -> list[KVCache]:
         return [self.work] if self.work is self.full else [self.work, self.full]
 
-    def grow(self, level: int, mask: Tensor, num_keys: int) -> Pass:
-        """Make a pass over a level of a growing tree, as ``grow_tree`` describes it to its step."""
+    def grow(self, level: int, mask: Tensor, num_keys: int, parents: Tensor | None = None) -> Pass:
+        """Make a pass over a level of a growing tree, as ``grow_tree`` describes it to its step;
+        ``parents`` are for layers that keep a state."""
         count = mask.shape[1]
         depths = torch.full((1, count), level, dtype=torch.int32, device=mask.device)
         self._depths = depths if level == 0 else torch.cat([self._depths, depths], 1)
@@ -108,6 +117,7 @@ class WorkingCache:
             mask=mask,
             q_depths=depths,
             k_depths=self._depths,
+            level=None if parents is None else parents[0],
         )
 
     def refill(self, scores: Tensor | None = None) -> Tensor:
