@@ -23,12 +23,15 @@ level; of the pair's trees, which grow as they pay, one level, and of heads and 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from bench_record import (
+    DTYPES,
     Bound,
     Rates,
     Report,
@@ -39,11 +42,14 @@ from bench_record import (
     parse,
     parser,
 )
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
 
 from specextend import SpecConfig, SpecExtend, assets
 from specextend.cache import KVCache
-from specextend.eval.synthetic import SHAPES, random_model
+from specextend.compat import CACHE
+from specextend.eval.synthetic import SHAPES, one_layer, random_model
 from specextend.gate import break_even
 from specextend.generation import Generation
 from specextend.stats import PHASES
@@ -58,17 +64,67 @@ PART = 1024  # tokens of a prompt that are taken in
 # ---- what a round cannot but do ------------------------------------------------------------------
 
 
-def work(model: PreTrainedModel, rows: int, tokens: int) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Layer:
+    """Says what a layer of a model keeps of a text.
+
+    Attributes:
+        row: numbers of a token's keys and values.
+        attention: multiplications of a row of queries with a token's keys and values.
+        seen: tokens that a row sees at most.
+        states: bytes, of all states.
+    """
+
+    row: int = 0
+    attention: int = 0
+    seen: float = math.inf
+    states: int = 0
+
+
+@cache
+def layers(model: PreTrainedModel) -> tuple[Layer, ...]:
+    """Read off what each layer of a model keeps, from what it puts into a cache."""
+    config = model.config.get_text_config()
+    ids = torch.tensor([[1, 2]], device=model.device)
+    with torch.inference_mode():
+        kept = model(input_ids=ids, use_cache=True, **{CACHE: DynamicCache(config=config)})[CACHE]
+    found = []
+    for layer in kept.layers:
+        held = dict(vars(layer))
+        keys, values = held.pop("keys", None), held.pop("values", None)
+        row = attention = 0
+        if keys is not None:
+            heads = keys.shape[1]
+            row = heads * (keys.shape[3] + values.shape[3])
+            attention = row * config.num_attention_heads // heads
+        seen = getattr(layer, "sliding_window", None) or math.inf
+        states = sum(t.nbytes for t in tree_leaves(held) if isinstance(t, torch.Tensor))
+        found.append(Layer(row, attention, seen, states))
+    return tuple(found)
+
+
+def work(model: PreTrainedModel, rows: int, tokens: int) -> tuple[float, float]:
     """Count, for one forward over ``rows`` behind ``tokens``, the bytes that are read (the weights
-    but for the embedding table, and the cache) and the operations."""
-    config = model.config
+    but for the embedding table, of experts those that the rows are expected to choose, and the
+    cache) and the operations."""
+    config = model.config.get_text_config()
     table = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is table
-    weights = sum(p.numel() for p in model.parameters()) - (0 if tied else table.numel())
-    row = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
-    attention = config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    read = (weights + tokens * row) * table.itemsize
-    return read, 2 * rows * weights + 4 * rows * (tokens + rows) * attention
+    read = used = 0.0
+    for weight in model.parameters():
+        if weight is table and not tied:
+            continue
+        share = 1.0
+        if weight.ndim == 3 and weight.shape[1] > 1:  # experts [E, out, in]
+            share = config.num_experts_per_tok / weight.shape[0]
+        read += weight.numel() * (1 - (1 - share) ** rows)
+        used += weight.numel() * share
+    read, operations = read * table.itemsize, 2 * rows * used
+    for layer in layers(model):
+        seen = min(tokens, layer.seen)
+        read += seen * layer.row * table.itemsize + layer.states
+        operations += 2 * rows * (seen + rows) * layer.attention
+    return read, operations
 
 
 def bound(
@@ -106,7 +162,7 @@ class Stretched(Generation):
 def stretch(cache: KVCache, length: int) -> None:
     """Repeat the committed rows of ``cache`` until there are ``length``."""
     have = cache.length
-    for layer in cache.layers:
+    for layer in cache.kv_layers:
         for rows in (layer.keys, layer.values):
             for start in range(have, length, have):
                 end = min(start + have, length)
@@ -214,7 +270,8 @@ def report(
 def bench_shape(arguments: argparse.Namespace, results: Report) -> None:
     device, rates = arguments.device, results.rates
     made = arguments.shape, max(arguments.contexts) + 4096, device, arguments.dtype
-    target, draft = random_model(*made), random_model(*made, num_hidden_layers=1)
+    fewer = {} if arguments.layers is None else {"num_hidden_layers": arguments.layers}
+    target, draft = random_model(*made, **fewer), random_model(*made, **one_layer(arguments.shape))
     base = SpecConfig(gate="off", tree_shape="top_k", tree_width=8, tree_top_k=8, seed=0)
     grid: dict[int, list[str]] = {}
     for context in arguments.contexts:
@@ -224,6 +281,8 @@ def bench_shape(arguments: argparse.Namespace, results: Report) -> None:
             if not results.wants(case):
                 continue
             config = base.replace(tree_nodes=nodes, tree_depth=depth)
+            if nodes == depth:  # a chain
+                config = config.replace(tree_width=1, tree_top_k=1)
             specs = {
                 "plain": SpecExtend(target, None, config, generation=Stretched),
                 "tree": SpecExtend(target, draft, config, generation=Stretched),
@@ -302,8 +361,14 @@ def options() -> argparse.ArgumentParser:
     made = parser(__doc__)
     made.add_argument("--parts", nargs="+", choices=("shape", "pair"), default=["shape", "pair"])
     made.add_argument("--shape", choices=SHAPES, help="default: llama-3.1-8b, on a CPU small")
+    made.add_argument("--layers", type=int, help="of the shape, if not all of them")
+    made.add_argument("--dtype", choices=DTYPES, help="default: bf16, on a CPU fp32")
     made.add_argument("--contexts", type=numbers, help="of the shape, such as 2048,16384")
-    made.add_argument("--trees", type=trees, help="of the shape, nodes x levels: 8x3,32x5")
+    made.add_argument(
+        "--trees",
+        type=trees,
+        help="of the shape, nodes x levels: 8x3,32x5; as many of both: a chain",
+    )
     made.add_argument("--turns", type=int, help=f"of each shape's case, {TURN} tokens each")
     made.add_argument("--pair-contexts", type=numbers, help="of the pair, 17000 at most")
     made.add_argument("--pair-trees", type=numbers, help="of the pair, in nodes: 2,16")
@@ -334,12 +399,13 @@ def main() -> None:
     default("pair_contexts", [2048, 8192, 16000], [2048, 8192, 16000] if cuda else [2048])
     default("pair_trees", [1, 3, 12, 24, 48], [24])
     default("pair_turns", 24, 8)
-    arguments.dtype = torch.bfloat16 if cuda else torch.float32
+    default("dtype", *["bf16" if cuda else "fp32"] * 2)
+    arguments.dtype = DTYPES[arguments.dtype]
     arguments.warmup = 16 if cuda else 2  # rounds in which graphs are captured
 
     results = Report(
         arguments, 0.05 if quick else 0.5, dtype=name_of(arguments.dtype), shape=arguments.shape,
-        draft="one layer of the shape",
+        layers=arguments.layers, draft="one layer of the shape",
     )  # fmt: skip
     for part in arguments.parts:
         {"shape": bench_shape, "pair": bench_pair}[part](arguments, results)

@@ -18,6 +18,7 @@ import bench_record
 import bench_same_text
 import pytest
 import torch
+from families import WINDOW, miniature
 from models import prompt, tiny_model
 from transformers.utils import logging
 
@@ -239,6 +240,26 @@ def test_work_of_a_forward(pair):
     assert read == 4 * (layers + head + c.hidden_size + 100 * row)
     attention = 4 * 3 * 103 * c.num_attention_heads * c.head_dim * c.num_hidden_layers
     assert operations == 2 * 3 * (layers + head + c.hidden_size) + attention
+
+
+def test_work_of_experts_windows_and_states():
+    model = miniature("deepseek_v3")
+    mixture = model.model.layers[-1].mlp
+    c, experts = model.config, sum(p.numel() for p in mixture.experts.parameters())
+    share = c.num_experts_per_tok / c.n_routed_experts
+    (one, used), (three, more) = (bench_decode.work(model, rows, 0) for rows in (1, 3))
+    count = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+    spared = 3 * experts  # three of the four layers have experts
+    assert one == pytest.approx(4 * (count - spared * (1 - share)))
+    assert three == pytest.approx(4 * (count - spared * (1 - share) ** 3))
+    model = miniature("gemma3_text")
+    rows = [bench_decode.work(model, 1, n)[0] for n in (WINDOW, WINDOW + 1)]
+    config = model.config
+    full = sum(kind == "full_attention" for kind in config.layer_types)
+    row = 2 * config.num_key_value_heads * config.head_dim * 4
+    assert rows[1] - rows[0] == full * row and full < config.num_hidden_layers
+    kinds = [layer.states > 0 for layer in bench_decode.layers(miniature("qwen3_next"))]
+    assert kinds == [True, False] * 2
 
 
 def test_trees_of_an_option():

@@ -8,7 +8,14 @@ import torch
 
 from specextend import SpecExtend
 from specextend.assets import target_path
-from specextend.eval.synthetic import SyntheticSpecExtend, label, random_model, random_pair, sharpen
+from specextend.eval.synthetic import (
+    SyntheticSpecExtend,
+    label,
+    one_layer,
+    random_model,
+    random_pair,
+    sharpen,
+)
 
 CHAIN = dict(tree_shape="fixed", tree_widths=(2, 2, 2, 2), gate="off", seed=5)
 RETRIEVAL = dict(draft_cache="retrieval", chunk_size=8, budget=48, sink_chunks=1, recent_chunks=2)
@@ -133,3 +140,25 @@ def test_errors(pair, tmp_path):
 def test_label():
     assert label(0.7) == "synthetic acceptance 0.7"
     assert label((0.9, 0.5)) == "synthetic acceptance 0.9, 0.5"
+
+
+@pytest.mark.parametrize(
+    ("shape", "billions"),
+    [
+        ("llama-3.1-70b", 70.6), ("llama-3.1-8b", 8.0), ("llama-3.2-1b", 1.5), ("vicuna-7b", 6.7),
+        ("deepseek-v3-lite", 16.0), ("qwen3.5-9b", 9.0), ("gemma-4-12b", 12.0),
+    ],
+)  # fmt: skip
+def test_shapes_have_the_size_of_their_names(shape, billions):
+    """Heads and embeddings apart where the models' own are tied, for two of them."""
+    model = random_model(shape, 100, "meta")
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(billions * 1e9, rel=0.03)
+
+
+@pytest.mark.parametrize("shape", ["llama-3.1-8b", "deepseek-v3-lite", "qwen3.5-9b", "gemma-4-12b"])
+def test_one_layer_attends_to_all(shape):
+    changes = dict(one_layer(shape), hidden_size=64, intermediate_size=64, vocab_size=99)
+    model = random_model(shape, 100, **changes)
+    target = SpecExtend(model, None).target
+    assert len(target.kinds) == 1 and target.kinds[0].rows and not target.keeps_states
+    assert not any(target.find_windows().values())

@@ -20,7 +20,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..decode import SpecExtend
 from ..generation import Generation, Request
@@ -29,13 +29,13 @@ from ..sampling import TokenChooser
 
 def _llama(hidden, intermediate, layers, heads, kv_heads, vocab, head_dim=128) -> dict:
     return dict(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocab,
-        head_dim=head_dim,
+        model_type="llama", hidden_size=hidden, intermediate_size=intermediate,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        vocab_size=vocab, head_dim=head_dim,
     )  # fmt: skip
 
 
-#: fields of a ``LlamaConfig`` by name, from the models' own configurations
+#: fields of configurations by name, from the models' own
 SHAPES = {
     "llama-3.1-70b": _llama(8192, 28672, 80, 64, 8, 128256),
     "llama-3.1-8b": _llama(4096, 14336, 32, 32, 8, 128256),
@@ -43,7 +43,52 @@ SHAPES = {
     "vicuna-7b": _llama(4096, 11008, 32, 32, 32, 32000),
     "vicuna-68m": _llama(768, 3072, 2, 12, 12, 32000, head_dim=64),
     "small": _llama(512, 1536, 4, 4, 2, 8192),
-}
+    # DeepSeek V3 in the size of V2-Lite, as Moonlight 16B-A3B is.
+    "deepseek-v3-lite": dict(
+        model_type="deepseek_v3", hidden_size=2048, intermediate_size=11264, num_hidden_layers=27,
+        num_attention_heads=16, num_key_value_heads=16, vocab_size=163840, kv_lora_rank=512,
+        q_lora_rank=None, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128,
+        n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6, moe_intermediate_size=1408,
+        first_k_dense_replace=1, n_group=1, topk_group=1,
+    ),
+    "qwen3.5-9b": dict(
+        model_type="qwen3_5_text", hidden_size=4096, intermediate_size=12288, num_hidden_layers=32,
+        num_attention_heads=16, num_key_value_heads=4, vocab_size=248320, head_dim=256,
+        linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
+        linear_value_head_dim=128,
+    ),
+    # Heads and windows as Gemma 4 has them, in the size of Gemma 3 12B.
+    "gemma-4-12b": dict(
+        model_type="gemma4_unified_text", hidden_size=3840, intermediate_size=15360,
+        num_hidden_layers=48, num_attention_heads=16, num_key_value_heads=8, vocab_size=262144,
+        head_dim=256, global_head_dim=512, num_global_key_value_heads=4, attention_k_eq_v=True,
+        sliding_window=1024,
+    ),
+}  # fmt: skip
+
+
+def _configuration(shape: str | os.PathLike, changes: dict) -> PreTrainedConfig:
+    if shape in SHAPES:
+        return AutoConfig.for_model(**{**SHAPES[shape], **changes})
+    try:
+        return AutoConfig.from_pretrained(shape, **changes)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"a shape is one of {', '.join(SHAPES)}, or a model's configuration (a file, a "
+            f"folder or a hub id); got {str(shape)!r}: {error}"
+        ) from error
+
+
+def one_layer(shape: str | os.PathLike) -> dict:
+    """Return the changes of a shape that leave one layer, which attends to all that is before it.
+
+    Args:
+        shape: as for :func:`random_model`.
+    """
+    changes: dict = {"num_hidden_layers": 1}
+    if getattr(_configuration(shape, {}).get_text_config(), "layer_types", None):
+        changes["layer_types"] = ["full_attention"]
+    return changes
 
 
 def random_model(
@@ -61,17 +106,7 @@ def random_model(
         positions: prompt and output together, at most.
         **changes: fields of the configuration.
     """
-    changes = {"eos_token_id": None, **changes}
-    if shape in SHAPES:
-        config = LlamaConfig(**{**SHAPES[shape], **changes})
-    else:
-        try:
-            config = AutoConfig.from_pretrained(shape, **changes)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"a shape is one of {', '.join(SHAPES)}, or a model's configuration (a file, a "
-                f"folder or a hub id); got {str(shape)!r}: {error}"
-            ) from error
+    config = _configuration(shape, {"eos_token_id": None, **changes})
     text = config.get_text_config()
     text.max_position_embeddings = max(text.max_position_embeddings or 0, positions)
     with torch.device(device):
@@ -105,7 +140,8 @@ def random_pair(
         "tie_word_embeddings": False,
     }
     if draft_shape == "one-layer":
-        draft_shape, changes["num_hidden_layers"] = shape, 1
+        draft_shape = shape
+        changes |= one_layer(shape)
     draft = random_model(draft_shape, positions, device, dtype, **changes)
     sharpen(draft, _per_position(acceptance)[0])
     return target, draft
