@@ -13,7 +13,7 @@ from functools import cache, partial
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
@@ -24,7 +24,7 @@ from .compat import CACHE, layer_kinds
 from .fused import TOKENS as TRIAL
 from .fused import Fusion, calls_of, install, is_off, tried
 from .longrope import changing_modules, redirect
-from .products import FewRows
+from .products import OwnProducts
 from .recurrent import Keeper, keepers_of
 from .switches import Undo, switched
 from .windows import TOKENS, question
@@ -139,6 +139,10 @@ def _evaluate(model: torch.nn.Module) -> Undo:
     return partial(set_training, True)
 
 
+def _num_weights(*modules: nn.Module) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
 def _rename(config: PreTrainedConfig) -> Undo:
     """Have a configuration name our attention to whoever asks from within a pass.
 
@@ -220,7 +224,7 @@ class PatchedModel:
         self._configs = [c for c in configs.values() if isinstance(c, PreTrainedConfig)]
         self._changing = changing_modules(model)
         self.kinds = layer_kinds(model.config)
-        self._few_rows = FewRows(model)
+        self._products = OwnProducts(model)
 
     @property
     def num_layers(self) -> int:
@@ -242,7 +246,7 @@ class PatchedModel:
             changes["keepers", id(self.model)] = partial(recurrent.install, state.keepers)
         if state.feature_layers:
             changes["features", id(state)] = partial(self._collect, state)
-        with switched(changes), evaluating(self.model), self._few_rows.active(), running(state):
+        with switched(changes), evaluating(self.model), self._products.active(), running(state):
             yield
 
     @property
@@ -254,6 +258,16 @@ class PatchedModel:
     def keeps_states(self) -> bool:
         """Tell whether any layer keeps a state, of which nothing can be taken back."""
         return any(kind.states for kind in self.kinds)
+
+    @property
+    def branches(self) -> float:
+        """Return the share of the model's weights that a tree passes path by path, those of modules
+        that keep a state, instead of once for each node."""
+        decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
+        own = {id(keeper.module) for keeper in _keepers.get(self.model, ())}
+        kept = [m for m in decoder.modules() if id(m) in own]
+        table = self.model.get_input_embeddings()
+        return _num_weights(*kept) / (_num_weights(decoder, head) - _num_weights(table))
 
     def make_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """Make a cache for what each of the model's layers keeps of ``capacity`` tokens."""

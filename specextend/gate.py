@@ -37,6 +37,7 @@ class Gate:
             ``tree_threshold``, and all else is free.
         most: levels of a tree.
         follows: whether the draft can be told the price.
+        branches: the share of the target's weights that a tree passes path by path.
     """
 
     PATIENCE = 6
@@ -44,9 +45,9 @@ class Gate:
     REST = 16
     MAX_REST = 256
 
-    def __init__(self, config: SpecConfig, most: int, follows: bool):
+    def __init__(self, config: SpecConfig, most: int, follows: bool, branches: float = 0.0):
         self.enabled, self.follows = config.gate == "auto", follows
-        self._pace, self._most = Pace(), most
+        self._pace, self._most = Pace(branches=branches), most
         # Levels that are measured have to show that they pay.
         self._depth = Depth(most, (most + 1) // 2 if self.enabled else most)
         self._threshold = config.tree_threshold if config.tree_shape == "opt" else 0.0

@@ -134,7 +134,8 @@ class Generation:
         self._leads = self._draft_graphs.enabled and not draft.on_host
         self._cost = RoundCost(self.device, (self._graphs, self._draft_graphs))
         self._mailbox = Mailbox(2 * width + 3, self.device)
-        self._gate = gate or Gate(config, self._max_depth, self._draft_follows())
+        self._branches = target.branches
+        self._gate = gate or Gate(config, self._max_depth, self._draft_follows(), self._branches)
         self._first = True  # the round to come is the prompt's last token alone
         self._outcome: Outcome | None = None  # of the last round
         self._reading = draft is not None  # it has yet to finish with the prompt
@@ -286,7 +287,7 @@ class Generation:
         if self.draft is not None:
             self.draft.observe([step.tokens], seconds)
             took = Round(
-                tree.depth, tree.num_nodes - 1, len(step.tokens), seconds, drafting,
+                tree.depth, tree.size(self._branches), len(step.tokens), seconds, drafting,
                 step.num_accepted, *promise,
             )  # fmt: skip
             self._gate.count(took)

@@ -38,10 +38,13 @@ class Price:
     Attributes:
         level: of a further level, for which the draft runs once more.
         node: of a further node in the verify pass.
+        branches: the share of a node's price that is paid for every row of the batch of paths,
+            instead (:func:`specextend.tree.sizes`).
     """
 
     level: float = 0.0
     node: float = 0.0
+    branches: float = 0.0
 
 
 #: everything pays
@@ -54,7 +57,8 @@ class Round:
 
     Attributes:
         levels: of the draft's tree; 0: it did not run.
-        nodes: that were proposed; 0: a plain round.
+        nodes: that were proposed, with what branches cost (:meth:`specextend.tree.Tree.size`); 0: a
+            plain round.
         emitted: tokens of the round.
         seconds: that it took; None: that says nothing of other rounds.
         drafting: of these, the draft's.
@@ -64,7 +68,7 @@ class Round:
     """
 
     levels: int
-    nodes: int
+    nodes: float
     emitted: int
     seconds: float | None
     drafting: float | None = 0.0
@@ -86,7 +90,7 @@ class Seconds:
 
     def __init__(self, share: float):
         self._share = share
-        self._measured: deque[tuple[int, float]] = deque(maxlen=32)
+        self._measured: deque[tuple[float, float]] = deque(maxlen=32)
         self._counted = 0
         self.first, self.each = 1.0, share  # as long as nothing was measured
 
@@ -95,7 +99,7 @@ class Seconds:
         """Tell whether anything was measured."""
         return bool(self._measured)
 
-    def count(self, size: int, seconds: float) -> None:
+    def count(self, size: float, seconds: float) -> None:
         """Learn what work of some size took."""
         self._measured.append((size, seconds))
         self._counted += 1
@@ -148,10 +152,11 @@ class Pace:
 
     Args:
         hoped: what a forward of the draft takes beside one of the target, beforehand.
+        branches: as of :class:`Price`.
     """
 
-    def __init__(self, hoped: float = HOPED):
-        self._hoped = hoped
+    def __init__(self, hoped: float = HOPED, branches: float = 0.0):
+        self._hoped, self.branches = hoped, branches
         self.verify = Seconds(_NODE)  # of a pass, by its proposed nodes
         # Of a tree, by its levels behind the first, before which what was decided is taken in.
         self._draft = Seconds(1.0)
@@ -198,7 +203,7 @@ class Pace:
     def price(self) -> Price:
         """Return what parts of the next tree have to bring."""
         worth = self.value / self._trust.value
-        return Price(worth * self._further_level, worth * self.verify.each)
+        return Price(worth * self._further_level, worth * self.verify.each, self.branches)
 
 
 class Depth:

@@ -6,7 +6,7 @@ rules of how many levels and which nodes (OPT-Tree, EAGLE-2, fixed widths, what 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -45,6 +45,18 @@ class Tree:
     def num_nodes(self) -> int:
         """Count the rows of the verify pass: the root and the proposed nodes."""
         return self.tokens.shape[1]
+
+    def size(self, branches: float) -> float:
+        """Return what a verify pass has to do for the proposed nodes, in rows of all its weights.
+
+        Args:
+            branches: the share of the weights that paths pass one by one; if any, this reads the
+                device.
+        """
+        count = self.num_nodes - 1
+        if not branches or not count:
+            return count
+        return (1 - branches) * count + branches * paths(self.parents)[0].numel()
 
     def padded(self, num_nodes: int) -> Tree:
         """Return the same tree with ``num_nodes`` rows, of which no path reaches the new ones."""
@@ -137,6 +149,38 @@ def _bits(first: int, count: int, words: int, device: torch.device) -> Tensor:
     return rows.to(device)
 
 
+def sizes(parents: Sequence[int], levels: Sequence[int], branches: float) -> np.ndarray:
+    """Return [n] float64: what the first 1, 2, ... of a tree's nodes have a verify pass do, as
+    :meth:`Tree.size` counts it. A node that goes on from another adds a row to every path, and one
+    that branches off a path of them.
+
+    Args:
+        parents: [n], by any numbers that are the same for the same parent; 0 or less: the root.
+        levels: [n], from 1 on.
+    """
+    counts = np.arange(1, len(parents) + 1, dtype=np.float64)
+    inner = np.zeros_like(counts)
+    found, first = np.unique(parents, return_index=True)
+    inner[first[found > 0]] = 1
+    leaves = counts - inner.cumsum()
+    deepest = np.maximum.accumulate(np.asarray(levels, dtype=np.float64))
+    return (1 - branches) * counts + branches * leaves * deepest
+
+
+def num_paying(
+    chances: Sequence[float], parents: Sequence[int], levels: Sequence[int], price: Price
+) -> int:
+    """Return how many of a tree's nodes bring most beyond their price.
+
+    Args:
+        chances: [n] that a node is accepted, the largest first.
+        parents, levels: as for :func:`sizes`.
+    """
+    cost = price.node * sizes(parents, levels, price.branches)
+    gain = np.concatenate([[0.0], np.cumsum(chances, dtype=np.float64) - cost])
+    return int(gain.argmax())
+
+
 # One level of the draft: (tokens [B, W], level, mask [B, W, words], number of tree keys so far,
 # these included, parents [B, W]: rows of the level before) -> logits [B, W, V] of the children.
 Step = Callable[[Tensor, int, Tensor, int, Tensor], Tensor]
@@ -218,8 +262,12 @@ def grow_tree(
     logp = torch.cat(pool_logp, 1)
     num_nodes = pool_size if fixed else min(config.tree_nodes, pool_size)
     if price.node and not fixed:
-        paying = logp.topk(num_nodes, 1).values.exp() > price.node
-        num_nodes = max(1, int(paying.sum(1).max()))
+        best = logp.topk(num_nodes, 1)
+        levels = torch.cat([torch.full((t.shape[1],), i) for i, t in enumerate(pool_tokens, 1)])
+        above = torch.cat(pool_parents, 1).gather(1, best.indices) + 1
+        found = best.values.exp().numpy(force=True), above.numpy(force=True), levels[best.indices]
+        paying = (num_paying(*row, price) for row in zip(*found, strict=True))
+        num_nodes = max(1, *paying)
     nodes, parents, depths, packed = ops.finalize_tree(
         logp, torch.cat(pool_parents, 1).int(), num_nodes=num_nodes
     )

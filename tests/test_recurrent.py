@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+from functools import partial
 
 import pytest
 import torch
-from drafts import SMALL, Oracle
+from drafts import SMALL, Oracle, mixed, write
 from families import miniature
+from generations import ScriptedGate, scripted
 from models import prompt, tiny_model
 from tape import Tapes
 
@@ -16,11 +19,19 @@ from specextend.attention import _keepers
 from specextend.cache import KVCache
 from specextend.cache_layers import StateLayer
 from specextend.compat import Kind
+from specextend.draft import CausalLMDraft
+from specextend.generation import Generation
 from specextend.guard import self_check
+from specextend.pace import FREE
 from specextend.target import Target
 from specextend.tree import paths
 
 HOW = dict(max_new_tokens=24, do_sample=False)
+#: families with layers that keep a state
+STATES = (
+    "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lfm2", "mamba2", "minimax",
+    "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_next", "zamba",
+)  # fmt: skip
 
 
 def text(model, ids) -> list[int]:
@@ -179,10 +190,77 @@ class TestDrafts:
         assert spec.generate(ids, **HOW)[0].tolist() == text(model, ids)
         assert spec.stats.num_retrievals > 3
 
-    def test_what_keeps_a_state_is_no_draft(self):
+    @pytest.mark.parametrize("family", STATES)
+    def test_levels_of_trees_with_states(self, family, monkeypatch):
+        """Every node of a level has the logits of the model's own forward over its path."""
+        draft, ids = miniature(family), prompt(40)
+        text, levels, checked = ids[0, :-1].tolist(), {}, []
+        propose, step = CausalLMDraft.propose, CausalLMDraft.step
+
+        def proposing(self, decided, depth, price=FREE):
+            text.extend(decided.tokens[0].tolist())
+            return propose(self, decided, depth, price)
+
+        def stepping(self, tokens, level, mask, num_keys, parents):
+            logits = step(self, tokens, level, mask, num_keys, parents)
+            before = levels[level - 1] if level else [[]]
+            levels[level] = [
+                [*before[parent], token]
+                for parent, token in zip(parents[0].tolist(), tokens[0].tolist(), strict=True)
+            ]
+            for path, row in zip(levels[level], logits[0], strict=True):
+                with torch.inference_mode():
+                    own = draft(torch.tensor([text + path])).logits[0, -1]
+                assert (row - own).norm() < 1e-4 * own.norm(), (family, level)
+                checked.append(level)
+            return logits
+
+        monkeypatch.setattr(CausalLMDraft, "propose", proposing)
+        monkeypatch.setattr(CausalLMDraft, "step", stepping)
+        target = tiny_model("llama")
+        config = SMALL.replace(draft_cache="full", gate="off")
+        spec = SpecExtend(target, draft, config)
+        want = target.generate(ids, max_new_tokens=8, do_sample=False)
+        assert torch.equal(spec.generate(ids, max_new_tokens=8, do_sample=False), want)
+        assert len(checked) > len(set(checked)) > 1  # levels of several nodes
+
+    @pytest.mark.filterwarnings("ignore:specextend")  # that it has its full cache
+    @pytest.mark.parametrize("length", [1, 40])
+    @pytest.mark.parametrize("kind", ["full", "window", "retrieval"])
+    @pytest.mark.parametrize("family", STATES)
+    def test_a_draft_with_states_and_the_weights_of_its_target(self, family, kind, length):
+        """It proposes what the target writes, where its cache holds the text."""
+        model, ids = miniature(family), prompt(length)
+        config = SMALL.replace(
+            draft_cache=kind,
+            budget=256,
+            tree_width=1,
+            tree_top_k=1,
+            draft_prefill_window=None,
+        )
+        try:
+            spec = SpecExtend(model, miniature(family), config)
+        except ValueError as reason:
+            assert "positions" in str(reason) and kind != "full"
+            return
+        want = text(model, ids)
+        assert write(spec, "generate", ids, **HOW) == want[length:]
+        rounds = spec.stats.acceptance_histogram
+        assert max(rounds) == config.max_depth and sum(rounds.values()) <= 8, rounds
+
+    @pytest.mark.parametrize("family", ["qwen3_next", "falcon_h1", "lfm2"])
+    def test_rests_and_look_up_beside_a_draft_with_states(self, family):
+        """What was decided without it is taken in when it is run next, however much that is."""
+        target, ids = tiny_model("llama"), prompt(90)
+        want, small = text(target, ids), SMALL.replace(budget=32, gate="off")
+        gaps = [0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 3, 0, 3, *[3] * 40]
+        spec = SpecExtend(target, miniature(family), small, generation=scripted(gaps))
+        assert spec.generate(ids, **HOW)[0].tolist() == want
+        spec = SpecExtend(target, mixed(miniature(family), small, model=target), small)
+        assert spec.generate(ids, **HOW)[0].tolist() == want
+
+    def test_the_target_itself_with_states(self):
         model = miniature("qwen3_next")
-        with pytest.raises(ValueError, match="states cannot go back to what was decided"):
-            SpecExtend(tiny_model("llama"), model, SMALL)
         with pytest.raises(ValueError, match='draft="self" does not serve Qwen3Next'):
             SpecExtend(model, "self", SMALL)
 
@@ -226,3 +304,33 @@ def test_a_tree_without_attention_of_ours():
         want = text(model, ids)
         spec = SpecExtend(model, Oracle(want), SMALL, tree_attention=False)
         assert spec.generate(ids, **HOW)[0].tolist() == want
+
+
+def test_the_share_of_weights_that_trees_pass_path_by_path():
+    model = miniature("qwen3_next")
+    layers = [layer for layer in model.model.layers if layer.block_type == "linear_attention"]
+    kept = sum(p.numel() for layer in layers for p in layer.linear_attn.parameters())
+    own = sum(p.numel() for p in model.parameters()) - model.model.embed_tokens.weight.numel()
+    target = SpecExtend(model, None, SMALL).target
+    assert len(layers) == 2 and target.branches == pytest.approx(kept / own)
+    assert SpecExtend(tiny_model("llama"), None, SMALL).target.branches == 0
+
+
+def test_the_gate_hears_what_branches_cost():
+    """Every row of every path, for the share of the weights that it passes."""
+    model, ids, gate = miniature("qwen3_next"), prompt(30), ScriptedGate(itertools.repeat(4))
+    trees = []
+
+    class Watched(Oracle):
+        def propose(self, decided, depth, price=FREE):
+            trees.append(super().propose(decided, depth, price))
+            return trees[-1]
+
+    spec = SpecExtend(
+        model, Watched(text(model, ids), SMALL), SMALL, generation=partial(Generation, gate=gate)
+    )
+    spec.generate(ids, **HOW)
+    share = spec.target.branches
+    heard = [took.nodes for took in gate.counted if took.nodes]
+    assert heard == [tree.size(share) for tree in trees if tree.depth]
+    assert any(size > tree.num_nodes - 1 for size, tree in zip(heard, trees, strict=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from backends import for_each
 
 from specextend import SpecConfig, ops
 from specextend.pace import FREE, Price
-from specextend.tree import Tree, grow_tree
+from specextend.tree import Tree, grow_tree, sizes
 
 V = 5
 
@@ -188,6 +189,31 @@ def test_nodes_that_do_not_pay_are_not_proposed(node):
         expected = sum(math.exp(draft.logp(p)) for p in paths_of(tree))
         assert float(tree.promise[0, 0]) == pytest.approx(expected, rel=1e-4)
         check_mask(tree)
+
+
+@pytest.mark.parametrize("branches", [0.0, 0.4, 1.0])
+def test_sizes_are_those_of_the_trees(branches):
+    """Of the first nodes, however they are counted."""
+    draw = random.Random(0)
+    for _ in range(20):
+        nodes = [(draw.randint(0, i), i) for i in range(draw.randint(1, 20))]
+        trees = [Tree.of(torch.tensor([[3]]), nodes[: n + 1]) for n in range(len(nodes))]
+        parents, levels = [parent for parent, _ in nodes], trees[-1].depths[0, 1:].tolist()
+        found = sizes(parents, levels, branches)
+        assert found.tolist() == pytest.approx([tree.size(branches) for tree in trees])
+    assert Tree.root_only(torch.tensor([[3]])).size(branches) == 0
+
+
+def test_branches_have_to_pay_for_the_rows_of_their_paths():
+    """Of all trees of the likeliest nodes it is the one that brings most beyond its price."""
+    config, counts = SpecConfig(tree_nodes=20, tree_depth=4, tree_top_k=4, tree_width=3), []
+    for seed, node, share in itertools.product(range(6), (0.02, 0.05), (0.0, 0.5, 1.0)):
+        whole = [grow(config.replace(tree_nodes=n), 4, seed)[0] for n in range(1, 21)]
+        gains = [float(t.promise[0, 0]) - node * t.size(share) for t in whole]
+        tree, _ = grow(config, 4, seed, Price(0.0, node, share))
+        assert paths_of(tree) == paths_of(whole[gains.index(max(gains))])
+        counts.append(tree.num_nodes)
+    assert sum(counts[0::3]) > sum(counts[1::3]) > sum(counts[2::3])
 
 
 def test_of_several_sequences_the_best_one_decides():

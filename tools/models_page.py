@@ -1,9 +1,10 @@
-"""Says which families of `transformers` are served, and makes the table of `docs/models.md`.
+"""Says which families of `transformers` are served, and makes the tables of `docs/models.md`.
 
     python tools/models_page.py record   tries every family of the installed version; minutes
-    python tools/models_page.py table    makes the table of all that is recorded
+    python tools/models_page.py table    makes the tables of all that is recorded
 
-A record says of each family "served" and what it needs, "refused" and why, or why it was not tried.
+The record says of each family and version "served", "refused", "not tried" or "wrong"; of the
+newest version that it has of a family also what the family needs, or why not.
 """
 
 from __future__ import annotations
@@ -14,13 +15,23 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORDS = ROOT / "bench/results"
+RECORD = ROOT / "bench/results/families.json"
 PAGE = ROOT / "docs/models.md"
 BEGIN, END = "<!-- table -->\n", "<!-- end -->\n"
+#: the class of `transformers` that loads a family, and what is said of those that it loads
+CLASSES = {
+    "AutoModelForCausalLM": "",
+    "AutoModelForImageTextToText": ", given text alone, by `AutoModelForImageTextToText`",
+}
 
 
-def try_family(family: str) -> tuple[str, str]:
-    """Return what became of a family, and what is to be said of it."""
+def try_family(family: str, loads: str) -> tuple[str, str]:
+    """Return what became of a family, and what is to be said of it.
+
+    Args:
+        loads: one of ``CLASSES``.
+    """
+    import transformers
     from drafts import SMALL, Oracle
     from families import NotInMiniature, miniature
     from models import prompt
@@ -29,7 +40,7 @@ def try_family(family: str) -> tuple[str, str]:
 
     ids, how = prompt(90), dict(max_new_tokens=24, do_sample=False)
     try:
-        model = miniature(family)
+        model = miniature(family, auto=getattr(transformers, loads))
         want = model.generate(ids, **how)[0].tolist()
     except NotInMiniature as reason:
         return "not tried", str(reason)
@@ -59,38 +70,73 @@ def needs(target) -> str:
     return ", ".join(name for name, there in found.items() if there)
 
 
+def order(version: str) -> tuple[int, ...]:
+    """Return what versions are sorted by."""
+    return tuple(int(part) for part in version.split("."))
+
+
 def record() -> None:
-    """Try every family, and write down what became of it."""
+    """Try every family of every class, and write down what became of it."""
     import transformers
-    from families import FAMILIES
+    from families import FAMILIES, SEEING
 
-    found = {family: try_family(family) for family in FAMILIES}
-    path = RECORDS / f"families_{transformers.__version__}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{path.name}: {sum(state == 'served' for state, _ in found.values())} served")
+    version, count = transformers.__version__, 0
+    known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    for loads, families in zip(CLASSES, (FAMILIES, SEEING), strict=True):
+        entries = known.setdefault(loads, {})
+        for family in families:
+            state, text = try_family(family, loads)
+            entry = entries.setdefault(family, {"versions": {}, "text": ""})
+            entry["versions"][version] = state
+            if version == max(entry["versions"], key=order):
+                entry["text"] = text
+            count += state == "served"
+        known[loads] = dict(sorted(entries.items()))
+    RECORD.write_text(json.dumps(known, indent=1) + "\n")
+    print(f"{version}: {count} served")
 
 
-def table(records: dict[str, dict[str, list[str]]]) -> str:
-    """Make the table of records by version."""
-    versions = sorted(records, key=lambda v: tuple(map(int, v.split("."))))
-    newest = records[versions[-1]]
-    rows = ["| family | needs | served with |", "|---|---|---|"]
-    for family, (state, text) in newest.items():
-        if state == "served":
-            by = [v for v in versions if records[v].get(family, ("",))[0] == "served"]
-            rows.append(f"| {family} | {text} | {', '.join(by)} |")
-    count = len(rows) - 2
-    refused = [family for family, (state, _) in newest.items() if state == "refused"]
-    rest = [family for family, (state, _) in newest.items() if state == "not tried"]
-    head = f"With `transformers` {versions[-1]} {count} families are served:\n\n"
-    tail = f"\n\nRefused are {', '.join(refused)}.\n\nNot tried in miniature: {', '.join(rest)}.\n"
-    return head + "\n".join(rows) + tail
+def since(versions: dict[str, str]) -> str:
+    """Return the first version from which on a family is served in all that were tried."""
+    first = ""
+    for version in sorted(versions, key=order, reverse=True):
+        if versions[version] != "served":
+            break
+        first = version
+    return first
+
+
+def table(loads: str, entries: dict[str, dict]) -> str:
+    """Make the table of the families of a class."""
+    tried = sorted({v for entry in entries.values() for v in entry["versions"]}, key=order)
+    newest = tried[-1]
+    states = {family: entry["versions"].get(newest) for family, entry in entries.items()}
+
+    def named(wanted: str) -> str:
+        return ", ".join(family for family, state in states.items() if state == wanted)
+
+    rows = [
+        f"| {family} | {entries[family]['text']} | {since(entries[family]['versions'])} |"
+        for family, state in states.items()
+        if state == "served"
+    ]
+    head = f"With `transformers` {newest} {len(rows)} families are served{CLASSES[loads]}"
+    return "\n".join(
+        [
+            f"{head}; tried were {', '.join(tried)}:\n",
+            "| family | needs | since |",
+            "|---|---|---|",
+            *rows,
+            f"\nRefused are {named('refused')}.",
+            f"\nNot tried in miniature: {named('not tried')}.\n",
+        ]
+    )
 
 
 def page(text: str) -> str:
-    """Return the page with the table of what is recorded."""
-    paths = RECORDS.glob("families_*.json")
-    made = table({p.stem.split("_")[1]: json.loads(p.read_text()) for p in paths})
+    """Return the page with the tables of what is recorded."""
+    known = json.loads(RECORD.read_text())
+    made = "\n".join(table(loads, known[loads]) for loads in CLASSES)
     before, rest = text.split(BEGIN)
     return before + BEGIN + made + END + rest.split(END)[1]
 

@@ -77,7 +77,8 @@ def resolve(python, requirements, index, before=None):
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         command = [str(python), "-m", "pip", "install", "--dry-run", "--no-deps",
-                   "--ignore-installed", "--report", str(report), *torch_options(index), *requirements]  # fmt: skip
+                   "--ignore-installed", "--report", str(report), *torch_options(index),
+                   *requirements]  # fmt: skip
         if before is not None:
             command += ["--uploaded-prior-to", before.isoformat(timespec="seconds")]
         if not runs(command):

@@ -58,7 +58,7 @@ def load_draft(
         return draft
     if isinstance(draft, (list, tuple)):
         model = load_draft(_beside_lookup(draft), target, config, tokenizers)
-        return MixedDraft(model, config, _beside_target(model, target))
+        return MixedDraft(model, config, _beside_target(model, target), target.branches)
     source: Source = underlying(draft, "draft") if isinstance(draft, nn.Module) else draft
     if isinstance(draft, (str, Path)) and draft not in WORDS:
         source = Checkpoint.open(draft)

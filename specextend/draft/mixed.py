@@ -37,6 +37,7 @@ class MixedDraft(Draft):
         config: tree options.
         hoped: what the model takes beside the target for the same work, beforehand: the share of
             weights.
+        branches: the share of the target's weights that a tree passes path by path.
         choose: makes what chooses the plans of a generation.
 
     Attributes:
@@ -54,13 +55,15 @@ class MixedDraft(Draft):
         model: Draft,
         config: SpecConfig,
         hoped: float = HOPED,
-        choose: Callable[[SpecConfig, float], Choice] = Choice,
+        branches: float = 0.0,
+        choose: Callable[[SpecConfig, float, float], Choice] = Choice,
     ):
         if model.on_host:
             raise ValueError(
                 f"look-up is mixed with a draft that has a model, got one of kind {model.kind!r}"
             )
-        self.model, self.config, self._hoped, self._choose = model, config, hoped, choose
+        self.model, self.config, self._choose = model, config, choose
+        self._hoped, self._branches = hoped, branches
         self.kind = f"{model.kind}+{NGramDraft.word}"
         self.cache_kinds, self.wants_scores = model.cache_kinds, model.wants_scores
         self.feature_layers, self.causal_lm = model.feature_layers, model.causal_lm
@@ -69,7 +72,8 @@ class MixedDraft(Draft):
         self.accepted: Counter = Counter()
 
     def with_config(self, config: SpecConfig) -> MixedDraft:
-        return MixedDraft(self.model.with_config(config), config, self._hoped, self._choose)
+        model = self.model.with_config(config)
+        return MixedDraft(model, config, self._hoped, self._branches, self._choose)
 
     @property
     def num_parameters(self) -> int:
@@ -87,7 +91,7 @@ class MixedDraft(Draft):
         self._graphs, self._device = graphs, prompt.device
         self._lookup = LookUp(self.config, max_length + 1)
         self._lookup.begin(prompt[0].tolist())
-        self._choice = self._choose(self.config, self._hoped)
+        self._choice = self._choose(self.config, self._hoped, self._branches)
         self._follows = follows(prompt.device, graphs)
         self.accepted = Counter()
         self._waiting: list[Decided] = []  # what the model has yet to take in
@@ -138,19 +142,20 @@ class MixedDraft(Draft):
         room = min(depth, self.config.max_depth, self._limit - self._lookup.length + 1)
         plan = self._choice.plan(nodes, max(room, 0) if self._has_read else 0)
         found = [(node.parent, node.token) for node in nodes[: plan.num_nodes]]
-        self._proposed = proposed = _Proposed(len(found), plan.levels)
+        self._proposed = proposed = _Proposed(plan.levels)
         if not plan.levels:
-            return Tree.of(decided.tokens[:, -1:], found)
+            proposed.tree = Tree.of(decided.tokens[:, -1:], found)
+            return proposed.tree
         proposed.watch = Stopwatch(self._device)
         with proposed.watch:
             tree = self._run(plan.levels, price)
-        proposed.model, proposed.num_nodes = tree, tree.num_nodes - 1
+        proposed.model = tree
         if found:
             rows = torch.cat([tree.parents.long(), tree.tokens]).tolist()
             proposed.own = list(zip(*rows, strict=True))[1:]
             merged = _merge(proposed.own, found, self.max_nodes)
-            proposed.num_nodes = len(merged)
             tree = Tree.of(decided.tokens[:, -1:], merged)
+        proposed.tree = tree
         # How large the model's tree gets is chosen here.
         return replace(tree, promise=None)
 
@@ -188,9 +193,9 @@ class MixedDraft(Draft):
 
     def _count(self, proposed: _Proposed, accepted: list[int], seconds: float | None) -> None:
         """Learn from a round, and note whose the accepted tokens were."""
-        model = proposed.model
+        model, size = proposed.model, proposed.tree.size(self._branches)
         if model is None:
-            took = Round(0, proposed.num_nodes, len(accepted) + 1, seconds)
+            took = Round(0, size, len(accepted) + 1, seconds)
             self._choice.count(took)
             self.accepted["ngram"] += len(accepted)
             return
@@ -198,10 +203,9 @@ class MixedDraft(Draft):
         expected = None if model.promise is None else float(model.promise[0, 0])
         drafting = None if seconds is None else proposed.watch.seconds
         took = Round(
-            model.depth, proposed.num_nodes, len(accepted) + 1, seconds, drafting, models,
-            expected,
+            model.depth, size, len(accepted) + 1, seconds, drafting, models, expected,
         )  # fmt: skip
-        self._choice.count(took, proposed.most, model.num_nodes - 1)
+        self._choice.count(took, proposed.most, model.size(self._branches))
         self.accepted += Counter(model=models, ngram=len(accepted) - models)
 
 
@@ -210,15 +214,15 @@ class _Proposed:
     """Holds what a round proposed, until it is observed.
 
     Attributes:
-        num_nodes: of the whole tree.
         most: levels that the model's might have.
+        tree: the whole one.
         model: the model's tree; None: it did not run.
         watch: its seconds.
         own: parent and token of the model's nodes, counted from 1; None: all nodes are its own.
     """
 
-    num_nodes: int
     most: int
+    tree: Tree | None = None
     model: Tree | None = None
     watch: Stopwatch | None = None
     own: list[tuple[int, int]] | None = None

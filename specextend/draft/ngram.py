@@ -8,7 +8,7 @@ from __future__ import annotations
 from ..config import SpecConfig
 from ..pace import FREE
 from ..target import Target
-from ..tree import Tree
+from ..tree import Tree, num_paying
 from .base import Draft, Source, Tokenizers
 from .lookup import LookUp, deepest
 
@@ -55,6 +55,7 @@ class NGramDraft(Draft):
 
     def propose(self, decided, depth, price=FREE) -> Tree:
         nodes = self._lookup.grow(depth, self.config.max_nodes)
-        nodes = [node for node in nodes if node.chance > price.node]
+        parents, levels = [node.parent for node in nodes], [node.level for node in nodes]
+        nodes = nodes[: num_paying([node.chance for node in nodes], parents, levels, price)]
         found = [(node.parent, node.token) for node in nodes]
         return Tree.of(decided.tokens[:, -1:], found, (sum(node.chance for node in nodes), 0.0))
