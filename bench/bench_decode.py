@@ -58,7 +58,7 @@ from specextend.verify import Outcome
 
 GOAL = 1.25  # of the time of a round's bytes, on an H200
 TURN = 8  # tokens
-PART = 1024  # tokens of a prompt that are taken in
+PART = 256  # tokens of a prompt that are taken in
 
 
 # ---- what a round cannot but do ------------------------------------------------------------------

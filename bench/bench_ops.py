@@ -280,12 +280,12 @@ def other_lines() -> Iterator[Callable[[], Line]]:
             3 * o.numel() * size,
         )
 
-    def invariant_linear(rows, order):
-        size_k, size_n = 4096, 4096
-        x, w = torch.randn(rows, size_k).to(bf16), torch.randn(size_n, size_k).to(bf16)
+    def invariant_linear(rows, order, dtype="bf16"):
+        size_k, size_n, size = 4096, 4096, DTYPES[dtype].itemsize
+        x, w = (torch.randn(n, size_k).to(DTYPES[dtype]) for n in (rows, size_n))
         w = w if order == "[N, K]" else w.T.contiguous().T
         return Line(
-            "invariant_linear", f"{rows} x {size_k} x {size_n}, {order}", "bf16",
+            "invariant_linear", f"{rows} x {size_k} x {size_n}, {order}", dtype,
             lambda: ops.invariant_linear(x, w), w.numel() * size, 2 * rows * w.numel(),
             peers={"torch": [lambda: F.linear(x, w)]},
         )  # fmt: skip
@@ -379,8 +379,9 @@ def other_lines() -> Iterator[Callable[[], Line]]:
         )  # fmt: skip
 
     yield from (merge_states, chunk_scores, chunk_scores_keys, select_chunks, gather_chunks)
-    for rows in (1, 9, 33):
-        yield lambda rows=rows: invariant_linear(rows, "[N, K]")
+    for dtype in ("bf16", "fp16", "fp32"):
+        for rows in (1, 9, 33, 512):
+            yield lambda rows=rows, dtype=dtype: invariant_linear(rows, "[N, K]", dtype)
     yield lambda: invariant_linear(9, "[K, N]")
     yield from (expand_tree, finalize_tree, verify_tree)
     yield from (lambda: sample_nodes(False), lambda: sample_nodes(True), compact_kv, append_kv)

@@ -95,12 +95,14 @@ def target():
     return tiny_model("llama")
 
 
-def draft(kind: str, config: SpecConfig = SMALL, folder=None):
-    """Make what ``SpecExtend`` takes as ``draft=``. Random heads agree with the target by chance;
-    the model does more often than not, so that paths of every length are accepted."""
+def draft(kind: str, config: SpecConfig = SMALL, folder=None, model=None):
+    """Make what ``SpecExtend`` takes as ``draft=``, for ``target()`` or another ``model``. Random
+    heads agree with the target by chance; the model does more often than not, so that paths of
+    every length are accepted."""
+    model = model or target()
     if kind.endswith("+ngram"):
-        return mixed(draft(kind.removesuffix("+ngram"), config, folder), config)
-    model = target()
+        other = draft(kind.removesuffix("+ngram"), config, folder, model)
+        return mixed(other, config, model=model)
     if kind in ("none", "ngram", "self"):
         return None if kind == "none" else kind
     generator = torch.Generator().manual_seed(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from drafts import SMALL, WAYS, Oracle, write
+from drafts import KINDS, SMALL, WAYS, Oracle, draft, write
 from families import FAMILIES, WINDOW, NotInMiniature, miniature
 from models import prompt
 from transformers import AutoModelForImageTextToText
@@ -64,15 +64,40 @@ def test_text_at_every_length(family):
 
 
 @pytest.mark.parametrize("family", SERVED)
-@pytest.mark.parametrize("draft", ["ngram", "oracle"])
-def test_sampled_text(family, draft):
+@pytest.mark.parametrize("by", ["ngram", "oracle"])
+def test_sampled_text(family, by):
     """It is that without a draft, token by token; by every way in."""
     model, ids = miniature(family), prompt(30)
     how = dict(max_new_tokens=NEW, do_sample=True, temperature=0.8, top_k=20)
     want = SpecExtend(model, None, SMALL).generate(ids, **how)[0].tolist()
     for way in WAYS:
-        spec = SpecExtend(model, "ngram" if draft == "ngram" else Oracle(want, SMALL), SMALL)
+        spec = SpecExtend(model, "ngram" if by == "ngram" else Oracle(want, SMALL), SMALL)
         assert write(spec, way, ids, **how) == want[30:]
+
+
+#: one of each kind of layer, and drafts that do not serve it, with a part of the reason
+DRAFTS = {
+    "deepseek_v3": {}, "gemma4_text": {}, "llama4_text": {}, "phimoe": {}, "qwen3_next": {},
+    "falcon_h1": {}, "lfm2": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "none"])
+@pytest.mark.parametrize("family", DRAFTS)
+def test_drafts_of_every_kind(family, kind, tmp_path):
+    """Greedy and sampled text is that without a draft; or the draft is refused with a reason."""
+    model, ids = miniature(family), prompt(61)
+    how = dict(max_new_tokens=NEW, do_sample=True, temperature=0.8)
+    want = SpecExtend(model, None, SMALL).generate(ids, **how)[0].tolist()
+    refused = DRAFTS[family].get(kind)
+    if refused is not None:
+        with pytest.raises(ValueError, match=refused):
+            SpecExtend(model, draft(kind, SMALL, tmp_path, model), SMALL)
+        return
+    spec = SpecExtend(model, draft(kind, SMALL, tmp_path, model), SMALL)
+    assert spec.generate(ids, **how)[0].tolist() == want
+    greedy = spec.generate(ids, max_new_tokens=NEW, do_sample=False)
+    assert greedy[0].tolist() == own_text(model, ids)
 
 
 SEEING = ("gemma3", "gemma4", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")

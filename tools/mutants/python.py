@@ -36,6 +36,7 @@ ENDS = ("tests/test_decode.py::TestEnds",)
 RETRIEVAL = ("tests/test_decode.py::TestRetrieval",)
 CACHES = ("tests/test_cache.py",)
 STATES = ("tests/test_families.py::test_text[jamba]", "tests/test_families.py::test_text[bamba]")
+LEVELS = ("tests/test_recurrent.py::TestDrafts::test_levels_of_trees_with_states",)
 RECURRENT = "specextend/recurrent.py"
 
 MUTANTS = [
@@ -194,6 +195,34 @@ MUTANTS = [
         "for i, node in reversed(list(enumerate(n for path in rows for n in path)))",
         "for i, node in enumerate(n for path in rows[::-1] for n in path)",
         ("tests/test_recurrent.py::test_paths",),
+    ),
+    Mutant(
+        "states: a node of a draft's tree goes on from another's parent",
+        "specextend/cache_layers.py",
+        "lambda t: t.index_select(0, parents), state",
+        "lambda t: t.index_select(0, parents.flip(0)), state",
+        LEVELS,
+    ),
+    Mutant(
+        "states: a draft goes on from the end of its tree",
+        "specextend/cache_layers.py",
+        "        other.leave_tree()\n",
+        "",
+        LEVELS,
+    ),
+    Mutant(
+        "states: a draft's working cache begins without those of the prompt",
+        WORKING,
+        "        cache.take_states(self._holder)\n",
+        "",
+        ("tests/test_recurrent.py::TestDrafts",),
+    ),
+    Mutant(
+        "states: branches cost no more than nodes",
+        "specextend/tree.py",
+        "branches * paths(self.parents)[0].numel()",
+        "branches * count",
+        ("tests/test_tree.py", "tests/test_recurrent.py::test_the_gate_hears_what_branches_cost"),
     ),
     Mutant(
         "chunks of attention: taken for a window",
@@ -427,8 +456,8 @@ MUTANTS = [
     Mutant(
         "working cache: a draft's window is the target's whole prefill",
         WORKING,
-        "return Pass(self.full, [(self.full, self.full.lens)], count, window=window)",
-        "return Pass(self.full, [(self.full, self.full.lens)], count, window=0)",
+        "return Pass(full, [(full, full.lens)], count, window=window)",
+        "return Pass(full, [(full, full.lens)], count, window=0)",
         (*CACHES, *RETRIEVAL),
     ),
     Mutant(
@@ -835,8 +864,8 @@ MUTANTS = [
     Mutant(
         "mixed: a model's forwards are held to cost nothing",
         CHOICE,
-        "verify.each * (sizes + found) + drafting)\n",
-        "verify.each * (sizes + found) + 0 * drafting)\n",
+        "verify.each * (own + found) + drafting)\n",
+        "verify.each * (own + found) + 0 * drafting)\n",
         ("tests/test_mixed.py::TestChoice",),
     ),
     Mutant(
@@ -993,12 +1022,19 @@ MUTANTS = [
         "windows * length",
         ("tests/test_train_memory.py::test_what_a_step_holds",),
     ),
-    # ---- products of few rows ----
+    # ---- products ----
+    Mutant(
+        "products: torch's plain loops read a prompt",
+        "specextend/products.py",
+        '16 if _has_products("fp16") else math.inf',
+        "16",
+        ("tests/test_products.py::test_what_torch_has_no_products_of_is_always_ours",),
+    ),
     Mutant(
         "products: another thread's forwards take part",
         "specextend/products.py",
-        "few = _active.get() and x.numel()",
-        "few = x.numel()",
+        "ours = _active.get() and x.numel()",
+        "ours = x.numel()",
         ("tests/test_products.py::test_only_while_active",),
     ),
     Mutant(
