@@ -139,6 +139,18 @@ def _evaluate(model: torch.nn.Module) -> Undo:
     return partial(set_training, True)
 
 
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """Return the module of a model that has its layers, without the head. (`get_decoder` may return
+    the model, as Llama 4's does.)"""
+    count = model.config.get_text_config().num_hidden_layers
+    parts = model.get_decoder().modules()
+    return next(m for m in parts if any(_is_list_of(count, child) for child in m.children()))
+
+
+def _is_list_of(count: int, module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList) and len(module) == count
+
+
 def _num_weights(*modules: nn.Module) -> int:
     return sum(p.numel() for module in modules for p in module.parameters())
 
@@ -263,7 +275,7 @@ class PatchedModel:
     def branches(self) -> float:
         """Return the share of the model's weights that a tree passes path by path, those of modules
         that keep a state, instead of once for each node."""
-        decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
+        decoder, head = decoder_of(self.model), self.model.get_output_embeddings()
         own = {id(keeper.module) for keeper in _keepers.get(self.model, ())}
         kept = [m for m in decoder.modules() if id(m) in own]
         table = self.model.get_input_embeddings()
@@ -323,10 +335,8 @@ class PatchedModel:
     def _collect(self, state: Pass) -> Undo:
         """Hook the model, so that ``state.hidden`` gets the layers of ``state.feature_layers``."""
         count = self.num_layers
-        decoder = self.model.get_decoder()
-        layers = next(
-            m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count
-        )
+        decoder = decoder_of(self.model)
+        layers = next(m for m in decoder.children() if _is_list_of(count, m))
 
         def hook_on(index: int) -> RemovableHandle:
             def keep_input(module, args):
@@ -386,6 +396,9 @@ class PatchedModel:
             [B, M or 1, V] logits in the model's dtype.
         """
         check_autocast(self.device)
+        if last_only and row is None and state.feature_layers:
+            # As a number it would let Gemma 4 leave out rows before the last layer.
+            row = torch.tensor([tokens.shape[1] - 1], device=tokens.device)
         keep = row if row is not None else int(last_only)
         if self.model not in _windows:
             self.find_windows()

@@ -37,8 +37,8 @@ def assert_same_text(model, length: int, **options) -> None:
     """Compare plain decoding, and decoding with trees that are right to some node."""
     ids = prompt(length)
     want = own_text(model, ids)
-    for draft in (None, Oracle(want, SMALL)):
-        spec = SpecExtend(model, draft, SMALL, **options)
+    for proposes in (None, Oracle(want, SMALL)):
+        spec = SpecExtend(model, proposes, SMALL, **options)
         out = spec.generate(ids, max_new_tokens=NEW, do_sample=False)
         assert out[0].tolist() == want, (length, options)
     assert spec.stats.mean_acceptance_length > 1.5
@@ -76,10 +76,17 @@ def test_sampled_text(family, by):
 
 
 #: one of each kind of layer, and drafts that do not serve it, with a part of the reason
+_MOVED = "does not carry positions as rotary embeddings that could be moved"
+_STATES = "have no part of their state to leave out"
 DRAFTS = {
-    "deepseek_v3": {}, "gemma4_text": {}, "llama4_text": {}, "phimoe": {}, "qwen3_next": {},
-    "falcon_h1": {}, "lfm2": {},
-}  # fmt: skip
+    "deepseek_v3": {"self": _MOVED, "longspec": "needs a target whose keys carry rotary"},
+    "gemma4_text": {"self": _MOVED, "longspec": "differ in theirs"},
+    "llama4_text": {"self": _MOVED, "longspec": "needs a target whose keys carry rotary"},
+    "phimoe": {},
+    "qwen3_next": {"self": _STATES},
+    "falcon_h1": {"self": _STATES},
+    "lfm2": {"self": _STATES},
+}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "none"])

@@ -36,11 +36,18 @@ class BlockShape:
         config = model.config.get_text_config()
         heads = config.num_attention_heads
         eps = [getattr(config, name, None) for name in ("rms_norm_eps", "layer_norm_eps")]
+        try:
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        except RuntimeError as error:  # it has none for all layers
+            raise ValueError(
+                "LongSpec reads the target's last keys, and its block is of their size; the layers "
+                f"of {type(model).__name__} differ in theirs"
+            ) from error
         return BlockShape(
             hidden=config.hidden_size,
             heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            head_dim=head_dim,
             intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
             activation=getattr(config, "hidden_act", None) or "silu",
             eps=next((e for e in eps if e), 1e-6),

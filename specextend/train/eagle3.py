@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..attention import decoder_of
 from ..config import SpecConfig
 from ..draft.eagle import EagleDraft
 from ..draft.eagle_checkpoint import read_config, save_head
@@ -104,7 +105,7 @@ def _target_pieces(target: FrozenTarget, config: HeadConfig) -> dict[str, Tensor
     those of a deep layer whose input is one of the features: they ask with the embedding, and look
     at that feature. The MLP is that layer's.
     """
-    decoder = target.model.get_decoder()
+    decoder = decoder_of(target.model)
     check_norm(decoder.norm)
     depth, size = len(decoder.layers), config.hidden_size
     place = max(i for i, index in enumerate(config.feature_layers) if index < depth)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..attention import decoder_of
 from ..config import SpecConfig
 from ..draft.longspec import WINDOW, LongSpecDraft
 from ..draft.longspec_block import BlockShape, LongSpecBlock, Rotation
@@ -157,7 +158,7 @@ def new_block(target: FrozenTarget, sample: Tensor | None = None) -> LongSpecBlo
 
 def _target_pieces(target: FrozenTarget, sample: Tensor) -> dict[str, Tensor]:
     """Return parameters of Llama's first and last layer under the block's names."""
-    decoder = target.model.get_decoder()
+    decoder = decoder_of(target.model)
     first, last, norm = decoder.layers[0], decoder.layers[-1], decoder.norm
     near, far, mlp = first.self_attn, last.self_attn, last.mlp
     check_norm(norm)
