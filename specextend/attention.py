@@ -144,7 +144,12 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     the model, as Llama 4's does.)"""
     count = model.config.get_text_config().num_hidden_layers
     parts = model.get_decoder().modules()
-    return next(m for m in parts if any(_is_list_of(count, child) for child in m.children()))
+    for part in parts:
+        if any(_is_list_of(count, child) for child in part.children()):
+            return part
+    raise ValueError(
+        f"{type(model).__name__} has no list of its {count} layers to take states from"
+    )
 
 
 def _is_list_of(count: int, module: nn.Module) -> bool:
@@ -152,7 +157,7 @@ def _is_list_of(count: int, module: nn.Module) -> bool:
 
 
 def _num_weights(*modules: nn.Module) -> int:
-    return sum(p.numel() for module in modules for p in module.parameters())
+    return sum({p: p.numel() for m in modules for p in m.parameters()}.values())
 
 
 def _rename(config: PreTrainedConfig) -> Undo:
@@ -275,11 +280,14 @@ class PatchedModel:
     def branches(self) -> float:
         """Return the share of the model's weights that a tree passes path by path, those of modules
         that keep a state, instead of once for each node."""
-        decoder, head = decoder_of(self.model), self.model.get_output_embeddings()
         own = {id(keeper.module) for keeper in _keepers.get(self.model, ())}
+        if not own:
+            return 0.0
+        decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
         kept = [m for m in decoder.modules() if id(m) in own]
         table = self.model.get_input_embeddings()
-        return _num_weights(*kept) / (_num_weights(decoder, head) - _num_weights(table))
+        looked_up = 0 if table.weight is head.weight else _num_weights(table)
+        return _num_weights(*kept) / (_num_weights(decoder, head) - looked_up)
 
     def make_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """Make a cache for what each of the model's layers keeps of ``capacity`` tokens."""

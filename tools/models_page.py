@@ -80,20 +80,23 @@ def record() -> None:
     import transformers
     from families import FAMILIES, SEEING
 
-    version, count = transformers.__version__, 0
+    version = transformers.__version__
+    found = {
+        loads: {family: try_family(family, loads) for family in families}
+        for loads, families in zip(CLASSES, (FAMILIES, SEEING), strict=True)
+    }
     known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    for loads, families in zip(CLASSES, (FAMILIES, SEEING), strict=True):
+    for loads, outcomes in found.items():
         entries = known.setdefault(loads, {})
-        for family in families:
-            state, text = try_family(family, loads)
+        for family, (state, text) in outcomes.items():
             entry = entries.setdefault(family, {"versions": {}, "text": ""})
             entry["versions"][version] = state
             if version == max(entry["versions"], key=order):
                 entry["text"] = text
-            count += state == "served"
         known[loads] = dict(sorted(entries.items()))
+        count = sum(state == "served" for state, _ in outcomes.values())
+        print(f"transformers {version}, {loads}: {count} served")
     RECORD.write_text(json.dumps(known, indent=1) + "\n")
-    print(f"{version}: {count} served")
 
 
 def since(versions: dict[str, str]) -> str:
