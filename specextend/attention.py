@@ -143,12 +143,11 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     """Return the module of a model that has its layers, without the head. (`get_decoder` may return
     the model, as Llama 4's does.)"""
     count = model.config.get_text_config().num_hidden_layers
-    parts = model.get_decoder().modules()
-    for part in parts:
+    for part in model.get_decoder().modules():
         if any(_is_list_of(count, child) for child in part.children()):
             return part
     raise ValueError(
-        f"{type(model).__name__} has no list of its {count} layers to take states from"
+        f"{type(model).__name__} has no list of its {count} layers to take hidden states from"
     )
 
 
