@@ -55,5 +55,6 @@ function(specextend_add_kernels name)
   target_compile_options(${name} PRIVATE
     $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo --expt-relaxed-constexpr -Xfatbin=-compress-all -Xptxas=-v>)
   set_target_properties(${name} PROPERTIES
-    RULE_LAUNCH_COMPILE "sh ${PROJECT_SOURCE_DIR}/cmake/ptxas_report.sh <OBJECT>")
+    RULE_LAUNCH_COMPILE "sh '${PROJECT_SOURCE_DIR}/cmake/compile_kernels.sh' <OBJECT>")
+  file(CREATE_LINK ${PROJECT_SOURCE_DIR}/csrc ${CMAKE_BINARY_DIR}/csrc SYMBOLIC)
 endfunction()

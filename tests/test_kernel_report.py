@@ -68,7 +68,7 @@ def test_a_spill_is_seen(tmp_path):
         "-o",
         str(target),
     ]
-    command = ["sh", str(ROOT / "cmake/ptxas_report.sh"), str(target), "nvcc", *options]
+    command = ["sh", str(ROOT / "cmake/compile_kernels.sh"), str(target), "nvcc", *options]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert (ran.returncode, ran.stderr) == (0, "") and target.exists()
     (kernel,) = kernel_report.collect(tmp_path)
