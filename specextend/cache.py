@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from . import ops
-from .cache_layers import HybridLayer, KVLayer, StateLayer
+from .cache_layers import HybridLayer, KVLayer, Marks, StateLayer
 from .compat import Kind
 from .layout import by_rows
 
@@ -53,6 +53,7 @@ class KVCache(Cache):
         self.lens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.length = 0
         self.rotary_length = 0
+        self._marks = Marks(self.state_layers)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Return what is new. It is written as attention gets it, which may be something else:
@@ -111,18 +112,76 @@ class KVCache(Cache):
         for ours, theirs in zip(self.state_layers, other.state_layers, strict=True):
             ours.take_over(theirs)
 
+    def mark(self) -> None:
+        """Note the states of what is committed, for :meth:`go_back`; nothing without states."""
+        if self.state_layers:
+            self._marks.add(self.length)
+
+    def go_back(self, length: int, sound: bool = True) -> int:
+        """Forget the text behind ``length`` tokens, or behind fewer, where states were marked.
+
+        Args:
+            length: not beyond the committed rows.
+            sound: the states are those of what is committed; False: a forward was broken off.
+
+        Returns:
+            The committed rows that are left. Others are written again; nobody reads them before.
+        """
+        if self.state_layers and not (sound and length == self.length):
+            length = self._marks.go_back(length)
+        self.lens.fill_(length)
+        self.length = length
+        return length
+
     def restart(self) -> None:
-        """Forget the text. Rows are written again; nobody reads them before."""
-        self.lens.zero_()
-        self.length = 0
-        for layer in self.state_layers:
-            layer.forget()
+        """Forget the text."""
+        self.go_back(0, sound=False)
+
+    def reserve(self, capacity: int) -> None:
+        """Have room for ``capacity`` rows at least; those that are committed stay."""
+        if capacity > self.capacity:
+            for layer in self.layers:
+                if isinstance(layer, KVLayer):
+                    layer.resize(capacity, self.length)
+            self.capacity = capacity
 
     def another(self, capacity: int) -> KVCache:
         """Make an empty cache for the same model and text."""
         made = type(self)(self.kinds, capacity, len(self.lens), self.lens.device)
         made.rotary_length = self.rotary_length
         return made
+
+    def fork(self) -> KVCache:
+        """Make a cache of its own with what is committed."""
+        made = self.another(self.length)
+        made.lens.copy_(self.lens)
+        made.length = self.length
+        for ours, theirs in zip(made.layers, self.layers, strict=True):
+            if isinstance(theirs, KVLayer):
+                ours.copy_rows(theirs, self.length)
+        made._marks.copy(self._marks)
+        for ours, theirs in zip(made.state_layers, self.state_layers, strict=True):
+            ours.go_back(theirs.mark())
+        return made
+
+    def take_in(self, other: Cache, length: int) -> None:
+        """Copy a cache of `transformers` of the same model and a text of ``length`` tokens, which
+        this one, whose layers are allocated, has room for.
+
+        Raises:
+            ValueError: a layer has something else than this one would.
+        """
+        if len(other.layers) != len(self.layers):
+            raise ValueError(
+                f"the cache must have the model's {len(self.layers)} layers, got "
+                f"{len(other.layers)}"
+            )
+        for index, (ours, theirs) in enumerate(zip(self.layers, other.layers, strict=True)):
+            try:
+                ours.take_in(theirs, length)
+            except ValueError as error:
+                raise ValueError(f"layer {index} of the cache {error}") from None
+        self.advance(length)
 
     def allocate_as(self, other: KVCache) -> None:
         """Allocate the rows of the layers that another cache of the same model has allocated."""
@@ -145,7 +204,7 @@ class KVCache(Cache):
         """Count the bytes that the allocated layers take."""
         held = [t for layer in self.kv_layers for t in (layer.keys, layer.values)]
         held += [t for layer in self.state_layers for t in layer.states]
-        return sum(t.numel() * t.element_size() for t in held)
+        return sum(t.numel() * t.element_size() for t in held) + self._marks.num_bytes
 
 
 def _make(kind: Kind, capacity: int) -> KVLayer | StateLayer:

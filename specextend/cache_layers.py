@@ -17,6 +17,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .compat import CacheLayer, LinearAttentionLayer
 
+#: that copies of states may take, of one text
+MARK_BYTES = 1 << 28
+
 
 class KVLayer(CacheLayer):
     """Holds keys and values of one layer: [B, Hkv, S, D] and [B, Hkv, S, Dv], the rows of a head
@@ -44,9 +47,38 @@ class KVLayer(CacheLayer):
         self.k, self.v = self.keys.transpose(1, 2), self.values.transpose(1, 2)
         self.is_initialized = True
 
+    def resize(self, capacity: int, rows: int) -> None:
+        """Hold ``capacity`` rows from now on; the first ``rows`` stay as they are."""
+        own = copy.copy(self)
+        self.capacity, self.is_initialized = capacity, False
+        self.copy_rows(own, rows)
+
+    def copy_rows(self, other: KVLayer, rows: int) -> None:
+        """Copy the first ``rows`` of a layer of another cache of the same model, if it has any."""
+        if other.is_initialized:
+            self.like(other)
+            for ours, theirs in ((self.keys, other.keys), (self.values, other.values)):
+                ours[:, :, :rows] = theirs[:, :, :rows]
+
+    def take_in(self, other, length: int) -> None:
+        """Copy the keys and values of ``length`` tokens that a layer of `transformers` has; as of
+        :meth:`KVCache.take_in`."""
+        if not self.is_initialized:
+            return
+        for name in ("keys", "values"):
+            ours, theirs = getattr(self, name), getattr(other, name, None)
+            batch, heads, _, dim = ours.shape
+            wanted = [batch, heads, length, dim]
+            if not isinstance(theirs, Tensor) or list(theirs.shape) != wanted:
+                got = list(theirs.shape) if isinstance(theirs, Tensor) else "none"
+                raise ValueError(f"must have {name} {wanted} of all {length} tokens, got {got}")
+            if theirs.dtype != ours.dtype:
+                raise ValueError(f"must have {name} in {ours.dtype}, got {theirs.dtype}")
+            ours[:, :, :length] = theirs
+
     def like(self, other: KVLayer) -> None:
         """Allocate with the heads, head dims, dtype and device of another layer."""
-        self.lazy_initialization(other.keys[:, :, :1], other.values[:, :, :1])
+        KVLayer.lazy_initialization(self, other.keys[:, :, :1], other.values[:, :, :1])
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         return key_states, value_states
@@ -96,6 +128,23 @@ class StateLayer(LinearAttentionLayer):
         vars(self).update(copy.deepcopy(self._fresh))
         self.pending: Tensor | None = None
         self.proposed: Tensor | None = None
+
+    def mark(self) -> dict:
+        """Copy the state behind what is decided, with what it has yet to take in."""
+        state = {name: getattr(self, name) for name in (*self._fresh, "pending")}
+        return tree_map_only(Tensor, Tensor.clone, state)
+
+    def go_back(self, mark: dict) -> None:
+        """Have the state of a :meth:`mark` again."""
+        self.forget()
+        vars(self).update(tree_map_only(Tensor, Tensor.clone, mark))
+
+    def take_in(self, other, length: int) -> None:
+        """Copy the state that a layer of `transformers` has."""
+        if not isinstance(other, LinearAttentionLayer):
+            raise ValueError(f"must keep a state, got {type(other).__name__}")
+        state = {name: getattr(other, name) for name in self._fresh}
+        vars(self).update(tree_map_only(Tensor, Tensor.clone, state))
 
     def grow(self, parents: Tensor) -> None:
         """Have a copy of the state for each node of a growing tree's next level, as a batch: that
@@ -154,12 +203,66 @@ class StateLayer(LinearAttentionLayer):
             self.on_update()
 
 
+class Marks:
+    """Holds copies of the states of a text's layers behind some of its places, to go back to.
+
+    Of more than ``MARK_BYTES`` those leave first that are closest to their neighbours; the last
+    two stay: they are those behind the last prompt and what was written to it.
+
+    Args:
+        layers: whose states they are.
+    """
+
+    def __init__(self, layers: list[StateLayer]):
+        self._layers = layers
+        self._marks: list[tuple[int, list[dict]]] = []  # by the length of the text, ascending
+
+    def add(self, length: int) -> None:
+        """Copy the states, which are those behind ``length`` tokens."""
+        self._forget(length)
+        self._marks.append((length, [layer.mark() for layer in self._layers]))
+        while len(self._marks) > 2 and self.num_bytes > MARK_BYTES:
+            places = [0] + [at for at, _ in self._marks]
+            gaps = [places[i + 2] - places[i] for i in range(len(places) - 3)]
+            del self._marks[gaps.index(min(gaps))]
+
+    def go_back(self, length: int) -> int:
+        """Have the states again of the last place that was marked up to ``length``; none: none.
+
+        Returns:
+            The tokens before that place.
+        """
+        self._forget(length + 1)
+        at, states = self._marks[-1] if self._marks else (0, [None] * len(self._layers))
+        for layer, state in zip(self._layers, states, strict=True):
+            layer.forget() if state is None else layer.go_back(state)
+        return at
+
+    def copy(self, other: Marks) -> None:
+        """Have the marks of another cache of the same model and text."""
+        self._marks = list(other._marks)  # which nobody changes
+
+    def _forget(self, length: int) -> None:
+        """Drop what is behind ``length`` tokens or more."""
+        self._marks = [mark for mark in self._marks if mark[0] < length]
+
+    @property
+    def num_bytes(self) -> int:
+        """Count the bytes that the copies take."""
+        held = tree_leaves([states for _, states in self._marks])
+        return sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor))
+
+
 class HybridLayer(StateLayer, KVLayer):
     """Holds both, of a layer that attends and keeps a state side by side."""
 
     def __init__(self, capacity: int, states: int = 1):
         StateLayer.__init__(self, states)
         KVLayer.__init__(self, capacity)
+
+    def take_in(self, other, length: int) -> None:
+        KVLayer.take_in(self, other, length)
+        StateLayer.take_in(self, other, length)
 
     def lazy_initialization(self, *args, **kwargs) -> None:
         # As in `transformers`: keys and values come without their names, states with them.

@@ -8,6 +8,7 @@ import transformers
 from packaging.version import Version
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import (
+    Cache,
     CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
@@ -21,6 +22,9 @@ versions.check("transformers", transformers.__version__)
 
 #: The name of the KV cache in the arguments of models and of ``generate``.
 CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+
+#: All names that it has had; a user may use each.
+CACHE_NAMES = ("past_key_values", "cache")
 
 #: What ``generate`` takes for options that neither the call nor the checkpoint sets.
 GENERATION_DEFAULTS: dict[str, object] = GenerationConfig._get_default_generation_params()
@@ -72,3 +76,11 @@ def layer_kinds(config: PreTrainedConfig) -> tuple[Kind | str, ...]:
     # Older versions make none for a layer that shares another's.
     count = config.get_text_config(decoder=True).num_hidden_layers
     return tuple(kinds + [Kind(False, 0)] * (count - len(kinds)))
+
+
+def num_cached(cache: Cache) -> int:
+    """Count the tokens that a cache of `transformers` has taken in."""
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:  # of layers that keep a state alone, it has no length
+        return 1 if cache.has_previous_state() else 0

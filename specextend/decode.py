@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from . import hf
 from .config import SpecConfig
+from .context import Context, Shelf
 from .draft import Draft, load_draft
 from .generation import Generation, Progress, Request, Step
 from .graphs import Capture, CudaRecorder
@@ -45,6 +49,10 @@ class SpecExtend:
         generation: makes the state of each generation, with the arguments of :class:`Generation`;
             for measurements that change what a round does.
         recorder: makes what captures a round on a device, in place of CUDA graphs.
+        keep_contexts: how many of the last generations' texts are kept, with all that was computed
+            of them: a prompt that begins as one of them is read from there on. The one that was
+            used least recently leaves first. 0: none.
+        keep_bytes: that these take at most; None: any number.
         **options: fields of the configuration to change.
 
     Attributes:
@@ -80,10 +88,13 @@ class SpecExtend:
         progress: Progress | None = None,
         generation: Callable[..., Generation] = Generation,
         recorder: Callable[[torch.device], CudaRecorder] | None = None,
+        keep_contexts: int = 1,
+        keep_bytes: int | None = None,
         **options,
     ):
         base = config if isinstance(config, SpecConfig) else SpecConfig().replace(**(config or {}))
         self.config = base.replace(**options)
+        self._shelf = Shelf(keep_contexts, keep_bytes)
         self.target = Target(model, self.config.score_layers)
         self.tokenizer = tokenizer
         self.streamer = streamer
@@ -95,7 +106,7 @@ class SpecExtend:
             _ = self.target.score_layers  # an error comes here, and not in a generation
         self._make_generation = generation
         self._capture = Capture(recorder, enabled=self.config.graphs != "off")
-        self._running = False
+        self._running = threading.Lock()
 
     @property
     def model(self) -> PreTrainedModel:
@@ -168,6 +179,35 @@ class SpecExtend:
             assistant_model=assistant_model, **kwargs,
         )  # fmt: skip
 
+    # ---- what is kept ----------------------------------------------------------------------------
+
+    def read(self, inputs: Tensor | None = None, **kwargs) -> Context:
+        """Read a text without writing, for ``generate(..., past_key_values=)``.
+
+        Args:
+            inputs: [1, L] int64 (also as ``input_ids=``).
+            **kwargs: ``attention_mask``; ``past_key_values``, a context to go on from, which is
+                returned.
+
+        Returns:
+            A context of all L tokens, which is the caller's: it is not among those that are kept.
+        """
+
+        def run(model, input_ids, **rest):
+            request = self._request(model, input_ids, **rest)
+            request = request if request.context else replace(request, context=Context())
+            steps = self._rounds(request, reading=True)
+            next(steps)
+            steps.close()
+            return request.context
+
+        how = dict(max_new_tokens=1, do_sample=False, return_dict_in_generate=False)
+        return hf.DecodingMethod(run, None).through(self.model, inputs, kwargs | how)
+
+    def forget(self) -> None:
+        """Free the contexts that are kept; those in the caller's hands stay."""
+        self._shelf.clear()
+
     # ---- a generation ----------------------------------------------------------------------------
 
     def _run(self, model, input_ids, *, streamer=None, prompt_streamed=False, **kwargs):
@@ -177,42 +217,81 @@ class SpecExtend:
             if not (prompt_streamed and s is streamer):
                 s.put(input_ids.cpu())
         config = kwargs["generation_config"]
-        return hf.collect(
-            lambda: self._steps(model, input_ids, **kwargs), input_ids, config, streamers
-        )
+        past = [] if config.return_dict_in_generate else None
+
+        def steps():
+            return self._rounds(self._request(model, input_ids, **kwargs), past)
+
+        return hf.collect(steps, input_ids, config, streamers, past)
 
     def _steps(self, model, input_ids, **prepared) -> Iterator[Step]:
         """Check, then return the generator: errors in the arguments come at the call."""
+        return self._rounds(self._request(model, input_ids, **prepared))
+
+    def _request(self, model, input_ids, **prepared) -> Request:
+        """Check what is asked for."""
         if model is not self.model:
             raise ValueError("this SpecExtend was made for another model object")
-        if self._running:
-            raise RuntimeError(
-                "this SpecExtend is in the middle of a generation; finish or close that stream "
-                "first, or use a second SpecExtend"
-            )
+        if self._running.locked():
+            raise _busy()
         seed = self.config.seed
-        request = hf.read_request(self.target, self.draft, input_ids, seed=seed, **prepared)
-        return self._rounds(request)
+        return hf.read_request(self.target, self.draft, input_ids, seed=seed, **prepared)
 
-    def _rounds(self, request: Request) -> Iterator[Step]:
-        """Run the generation, and free what belongs to it when it ends or is given up."""
-        self.stats = SpecStats(num_prompt_tokens=request.prompt.shape[1])
-        self._running = True
-        generation = None
-        try:
-            with torch.inference_mode():
-                generation = self._make_generation(
-                    self.target, self.draft, self.config, request, self.stats, self._capture,
-                    self.progress,
-                )  # fmt: skip
-                generation.prefill()
-            while not request.stop.done:
+    def _rounds(
+        self, request: Request, past: list[Context] | None = None, reading: bool = False
+    ) -> Iterator[Step]:
+        """Run the generation, and keep or free what belongs to it when it ends or is given up.
+
+        Args:
+            past: gets the context that will be left, one that is made if none is kept.
+            reading: the draft is to have read the prompt by the first step.
+        """
+        with self._context_for(request, past) as request:
+            self.stats = SpecStats(num_prompt_tokens=request.prompt.shape[1])
+            generation = None
+            try:
                 with torch.inference_mode():
-                    step = generation.round()
-                yield step
+                    generation = self._make_generation(
+                        self.target, self.draft, self.config, request, self.stats, self._capture,
+                        self.progress,
+                    )  # fmt: skip
+                    generation.prefill()
+                while not request.stop.done:
+                    with torch.inference_mode():
+                        step = generation.round()
+                        if reading:
+                            generation.finish_reading()
+                    yield step
+            finally:
+                if generation is not None:
+                    with torch.inference_mode():
+                        generation.close()
+                if self.draft is not None:
+                    self.draft.end()
+
+    @contextlib.contextmanager
+    def _context_for(self, request: Request, past: list[Context] | None) -> Iterator[Request]:
+        """Let nothing else be generated in a ``with`` block; yield the request with a context."""
+        if not self._running.acquire(blocking=False):
+            raise _busy()
+        context, kept = request.context, False
+        try:
+            if context is None and self._shelf.count:
+                context, kept = self._shelf.take(request.prompt), True
+            elif context is None and past is not None:
+                context = Context()
+            if past is not None:
+                past.append(context)
+            with contextlib.nullcontext() if context is None else context.in_use():
+                yield replace(request, context=context)
         finally:
-            self._running = False
-            if generation is not None:
-                generation.close()
-            if self.draft is not None:
-                self.draft.end()
+            if kept:
+                self._shelf.put(context)
+            self._running.release()
+
+
+def _busy() -> RuntimeError:
+    return RuntimeError(
+        "this SpecExtend is in the middle of a generation; finish or close that stream first, or "
+        "use a second SpecExtend"
+    )

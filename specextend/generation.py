@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from .cache import Pass
 from .config import SpecConfig
+from .context import Context
 from .draft import Decided, Draft
 from .gate import Gate
 from .graphs import Capture, Graphs, Mailbox, RoundCost, bucket, obstacle
@@ -62,6 +63,8 @@ class Request:
         stop: where the text ends.
         keep_scores, keep_logits: whether steps bring them.
         padding: tokens that were before the prompt.
+        context: what is gone on from, where the prompt begins like it, and is left in the end;
+            None: the prompt is read from its beginning, and nothing is kept.
     """
 
     prompt: Tensor
@@ -71,6 +74,7 @@ class Request:
     keep_scores: bool = False
     keep_logits: bool = False
     padding: int = 0
+    context: Context | None = None
 
 
 class Generation:
@@ -119,8 +123,12 @@ class Generation:
         self._max_nodes = max(config.max_nodes, getattr(draft, "max_nodes", 0))
         width = self._max_depth + 1
         rows = request.max_length + 1 + max(self._max_nodes, width)
-        self.cache = target.make_cache(rows)
-        self.cache.rotary_length = prompt.shape[1]
+        self._context = request.context or Context()
+        self.cache, start, self._common = self._context.open(target, draft, config, prompt, rows)
+        self._num_read = stats.num_cached_tokens = start  # tokens of the prompt
+        self._begun: Draft | None = None  # the draft, once it has a part in this
+        self._sound = True  # no call was broken off
+        self._alike = True  # all keys were turned as in one text of this length
         # No pass straddles a length at which the target's keys become others.
         self._edge = longrope_edge(target.model)
         self.decisions = Decisions(prompt, request.max_length, width)
@@ -165,28 +173,51 @@ class Generation:
         return on_host and not self._leads
 
     def close(self) -> None:
-        """Drop the graphs; they hold the caches."""
-        self._graphs.close()
-        self._draft_graphs.close()
+        """Leave in the request's context what has been read and written, and drop the graphs, which
+        hold the caches."""
+        try:
+            if self.request.context is not None:
+                self._leave(self.request.context)
+        finally:
+            self._graphs.close()
+            self._draft_graphs.close()
+
+    def _leave(self, context: Context) -> None:
+        if not self._alike:
+            context.clear()
+            return
+        draft, length = self._begun, self.cache.length
+        drafted = draft and draft.keep(self.backlog.upto(length) if self._sound else None)
+        ids = self.decisions.ids[0, : length + 1]
+        context.leave(self.target, draft, ids, self._num_read, drafted, self._sound)
 
     # ---- the prompt ------------------------------------------------------------------------------
 
     def prefill(self) -> None:
-        """Take in all of the prompt but its last token, which is the first root."""
+        """Take in all of the prompt that is not there but its last token, which is the first
+        root."""
+        self._sound = False
         request, draft, tokens = self.request, self.draft, self.request.prompt[:, :-1]
-        total = tokens.shape[1]
+        total, first = tokens.shape[1], self.cache.length
         chunk = self.config.prefill_chunk or max(total, 1)
         if draft is not None:
+            self._begun = draft
             draft.begin(request.prompt, request.max_length, self.cache, self._draft_graphs)
-        for start in range(0, total, chunk):
+            if first:
+                draft.resume(self._context.drafted, self._common, first)
+        for start in range(first, total, chunk):
             part = tokens[:, start : start + chunk]
             features = self._read(part, start)
+            self._num_read = self.cache.length
             if draft is not None:
                 decided = Decided(part, self.backlog.shift(features))
                 with self.stats.phase("draft_prefill"):
                     draft.prefill(decided)
+            if request.context is not None:
+                self.cache.mark()
             if self.progress is not None:
                 self.progress("prefill", start + part.shape[1], total)
+        self._sound = True
 
     def _read(self, part: Tensor, start: int) -> Tensor | None:
         """Run the target over a part of the prompt that begins at ``start``."""
@@ -206,6 +237,7 @@ class Generation:
         length = self.cache.length
         self.cache.rotary_length = length + 1
         if self.request.padding or not drops_cache(self.target.model, length):
+            self._alike = False
             return
         self.cache.restart()
         for part in self.decisions.ids[:, :length].split(self.config.prefill_chunk or length, 1):
@@ -220,12 +252,15 @@ class Generation:
         it cannot run beyond the last token: while the host attends to stopping rules, streamers and
         the caller, the device works on. A tree launched in vain is dropped.
         """
+        self._sound = False
         if self.cache.length == self._edge and self.cache.rotary_length <= self._edge:
             self._pass_edge()
         tree, self._ahead = self._ahead or self._propose(), None
         self._outcome = outcome = self._verify(tree)
         self._launch_ahead(tree, outcome)
-        return self._accept(tree, outcome)
+        step = self._accept(tree, outcome)
+        self._sound = True
+        return step
 
     def _propose(self) -> Tree:
         """Have a tree made below the root, whose length the host knows."""
@@ -292,6 +327,11 @@ class Generation:
             )  # fmt: skip
             self._gate.count(took)
         return step
+
+    def finish_reading(self) -> None:
+        """Have the draft read what it leaves for later, behind the first round."""
+        if self.draft is not None and self._reading:
+            self._finish_prefill(self._outcome)
 
     def _finish_prefill(self, outcome: Outcome) -> None:
         """Let the draft read of the prompt what could wait for the first token, if it will now."""

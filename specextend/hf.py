@@ -24,7 +24,8 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-from .compat import CACHE, GENERATION_DEFAULTS
+from .compat import CACHE, CACHE_NAMES, GENERATION_DEFAULTS, num_cached
+from .context import Context
 from .draft import Draft
 from .generation import Request, Step
 from .guard import check_length
@@ -84,8 +85,10 @@ class DecodingMethod:
     def __init__(self, run: Callable, tokenizer: PreTrainedTokenizerBase | None):
         self.tokenizer = tokenizer
         self._run = run
+        self._past: dict = {}
 
     def __call__(self, model, input_ids, *, tokenizer=None, assistant_model=None, **prepared):
+        prepared |= self._past
         return self._run(model, input_ids, assistant_model=assistant_model, **prepared)
 
     def through(self, model: PreTrainedModel, inputs: Tensor | None, kwargs: dict):
@@ -97,6 +100,10 @@ class DecodingMethod:
         """
         if inputs is not None:
             kwargs["inputs"] = inputs
+        past = [kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None]
+        if len(past) > 1:
+            raise ValueError(f"{' and '.join(CACHE_NAMES)} are two names of one argument, got both")
+        self._past = {CACHE: past[0]} if past else {}
         check_prompt(kwargs.get("inputs", kwargs.get("input_ids")))
         return model.generate(custom_generate=self, **kwargs)
 
@@ -167,13 +174,15 @@ def read_request(
     input_ids = input_ids.long()
     prompt = _strip_padding(input_ids, attention_mask, generation_config.pad_token_id)
     prompt = prompt.to(target.device)
+    padding = input_ids.shape[1] - prompt.shape[1]
+    context = _past(model_kwargs.pop(CACHE, None), target, prompt, padding)
     _refuse_model_inputs(model_kwargs, prompt.shape[1])
     low, high = torch.stack([prompt.amin(), prompt.amax()]).tolist()
     if low < 0 or high >= target.vocab_size:
         bad = low if low < 0 else high
         raise ValueError(f"token ids must be in [0, {target.vocab_size}), got {bad}")
     stop = Stop(stopping_criteria, generation_config.max_length, input_ids)
-    max_length = stop.max_length - (input_ids.shape[1] - prompt.shape[1])
+    max_length = stop.max_length - padding
     check_length(target.model, prompt.shape[1], max_length)
     if draft is not None:
         draft.check_length(prompt.shape[1], max_length)
@@ -182,8 +191,7 @@ def read_request(
         seed = int(torch.randint(1 << 62, (), generator=generator)) if do_sample else 0
     chooser = TokenChooser(logits_processor, do_sample, seed, stop)
     keep = (bool(generation_config.output_scores), bool(generation_config.output_logits))
-    padding = input_ids.shape[1] - prompt.shape[1]
-    return Request(prompt, max_length, chooser, stop, *keep, padding=padding)
+    return Request(prompt, max_length, chooser, stop, *keep, padding=padding, context=context)
 
 
 def check_prompt(ids) -> None:
@@ -246,18 +254,28 @@ def _without(config: GenerationConfig, name: str) -> GenerationConfig:
     return changed
 
 
-def _is_empty(cache: Cache) -> bool:
-    try:
-        return int(cache.get_seq_length()) == 0
-    except ValueError:  # of layers that keep a state alone, it has no length
-        return not cache.has_previous_state()
+def _past(
+    cache: Context | Cache | None, target: Target, prompt: Tensor, padding: int
+) -> Context | None:
+    """Return the context that a user goes on from; None: none was given."""
+    if cache is None or isinstance(cache, Context):
+        return cache
+    if not isinstance(cache, Cache):
+        raise ValueError(
+            f"{CACHE} must be a Context of specextend or a DynamicCache of transformers, got "
+            f"{type(cache).__name__}"
+        )
+    if not num_cached(cache):
+        return None  # generate makes one for every call
+    if padding:
+        raise ValueError(
+            f"{CACHE} of transformers is not taken over with padding on the left, whose rows it has"
+        )
+    return Context.of(cache, target, prompt)
 
 
 def _refuse_model_inputs(model_kwargs: dict, prompt_length: int) -> None:
     """Refuse inputs to the forward besides the prompt; pass what ``generate`` itself adds."""
-    cache = model_kwargs.pop(CACHE, None)
-    if cache is not None and not _is_empty(cache):
-        raise ValueError(f"{CACHE} is not taken over: pass the whole text as the prompt")
     positions = model_kwargs.pop("position_ids", None)
     if positions is not None:
         # A vision-language model has several rows, which are the same for text.
@@ -298,6 +316,7 @@ def collect(
     input_ids: Tensor,
     config: GenerationConfig,
     streamers: list[BaseStreamer],
+    past: list[Context] | None = None,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Have all steps made, and put together what ``generate`` returns.
 
@@ -306,6 +325,7 @@ def collect(
         input_ids: [1, L] int64, with its padding.
         config: what of the steps is wanted.
         streamers: receive every token, and the end in any case.
+        past: gets the context that is left, once the steps have been made.
     """
     new, scores, logits = [], (), ()
     try:
@@ -327,4 +347,5 @@ def collect(
         sequences=sequences,
         scores=scores if config.output_scores else None,
         logits=logits if config.output_logits else None,
+        **({CACHE: past[0]} if past else {}),
     )

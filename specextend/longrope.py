@@ -55,6 +55,17 @@ def longrope_edge(model: PreTrainedModel) -> int | None:
     return found.pop() if len(found) == 1 and changing_modules(model) else None
 
 
+def factors(model: PreTrainedModel, length: int) -> tuple:
+    """Return what the factors of a model's rotary embeddings depend on in a text of ``length``
+    tokens: where it is the same for two lengths, keys are turned alike."""
+    if not changing_modules(model):
+        return ()
+    long, dynamic = edges(model, "longrope"), edges(model, "dynamic")
+    if not long | dynamic:  # not built as those of `transformers`
+        return (length,)
+    return *(length > edge for edge in sorted(long)), *(max(length, edge) for edge in dynamic)
+
+
 def drops_cache(model: PreTrainedModel, edge: int) -> bool | None:
     """Tell whether ``generate`` reads a text anew when it grows beyond ``edge``, with an empty
     cache, as Phi-3 does; False: the keys of all tokens before stay as they are; None: it does

@@ -24,6 +24,8 @@ class SpecStats:
 
     Attributes:
         num_prompt_tokens: tokens of the prompt.
+        num_cached_tokens: of these, those at its beginning that a kept context had, which were not
+            read again.
         num_emitted_tokens: tokens returned, the first one included.
         num_rounds: target forwards after the first token.
         num_plain_rounds: of these, rounds without a tree (the gate, or no draft).
@@ -34,6 +36,7 @@ class SpecStats:
     """
 
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
     num_emitted_tokens: int = 0
     num_rounds: int = 0
     num_plain_rounds: int = 0
@@ -103,6 +106,7 @@ class SpecStats:
         """Return plain data, for JSON."""
         return {
             "num_prompt_tokens": self.num_prompt_tokens,
+            "num_cached_tokens": self.num_cached_tokens,
             "num_emitted_tokens": self.num_emitted_tokens,
             "num_rounds": self.num_rounds,
             "num_plain_rounds": self.num_plain_rounds,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cached_property
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from .attention import PatchedModel
+
+
+#: what the layers of `peft` say of the adapters that count in their forwards
+_ADAPTERS = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
 
 
 def underlying(model: nn.Module, role: str = "model") -> PreTrainedModel:
@@ -95,6 +100,20 @@ class Target(PatchedModel):
             if i < -len(wide):
                 raise ValueError(f"score_layers: {i} is before the {len(wide)} layers to count")
         return frozenset(i if i >= 0 else wide[i] for i in self._wanted_layers)
+
+    def fingerprint(self) -> int:
+        """Return a number that is another one once weights were replaced or changed in place, or
+        adapters switched, scaled or merged; but not where weights were changed through ``.data``.
+        """
+        seen = [
+            (name, id(t), t.data_ptr(), 0 if t.is_inference() else t._version)
+            for name, t in itertools.chain(
+                self.model.named_parameters(), self.model.named_buffers()
+            )
+        ]
+        for module in self.model.modules():
+            seen += [str(getattr(module, name)) for name in _ADAPTERS if hasattr(module, name)]
+        return hash(tuple(seen))
 
     @property
     def group(self) -> int:

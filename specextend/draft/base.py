@@ -52,6 +52,17 @@ class Decided:
         return self.tokens.shape[1]
 
 
+class Kept(ABC):
+    """Holds what a draft keeps of a text between two generations."""
+
+    #: bytes that it takes, if they are many
+    num_bytes: int = 0
+
+    @abstractmethod
+    def fork(self) -> Kept:
+        """Return the same, for a text that goes on by itself from here on."""
+
+
 def follows(device: torch.device, graphs: Graphs) -> bool:
     """Tell whether a draft may look at what it has come to: on a GPU, and where it runs from
     graphs, nobody waits for that."""
@@ -61,8 +72,9 @@ def follows(device: torch.device, graphs: Graphs) -> bool:
 class Draft(ABC):
     """Proposes trees of tokens. One object serves one model for any number of generations.
 
-    The engine calls ``begin`` once per generation and ``prefill`` with each part of the prompts but
-    their last tokens, behind the target's own forward over that part; and ``finish_prefill`` when
+    The engine calls ``begin`` once per generation, and ``resume`` where it goes on from an earlier
+    one; ``prefill`` with each part of the prompts but their last tokens that the target reads,
+    behind its own forward over that part; and ``finish_prefill`` when
     the first token is out, before each tree until the draft is done with the prompt. Then per round
     it calls ``propose`` with the tokens that have been decided since the last call, the prompt's
     last one first, and on its schedule ``retrieve``. Whatever a draft proposes, the output is the
@@ -170,6 +182,25 @@ class Draft(ABC):
             graphs: that the draft's work is captured in, if it has no :meth:`obstacle`.
         """
 
+    def reusable(self, kept: Kept | None, length: int) -> int:
+        """Return how many tokens the target need not read again for this draft's sake.
+
+        Args:
+            kept: what :meth:`keep` returned at the end of the earlier generation.
+            length: tokens of the prompt that the target's cache holds from there.
+        """
+        return 0 if self.feature_layers else length
+
+    def resume(self, kept: Kept | None, length: int, start: int) -> None:  # noqa: B027
+        """Go on from an earlier generation whose text begins in the same way; behind ``begin``.
+
+        Args:
+            kept: what :meth:`keep` returned then.
+            length: tokens at the beginning of the prompt that are as in that text.
+            start: tokens, as many at most, that the target does not read again: ``prefill`` brings
+                those behind.
+        """
+
     def prefill(self, decided: Decided) -> None:  # noqa: B027
         """Take in the next part of the prompt, T tokens that are committed in the target's cache.
 
@@ -237,6 +268,15 @@ class Draft(ABC):
 
         Returns:
             [B, budget] int32 chunk ids with a -1 tail, or None if the draft does not retrieve.
+        """
+        return None
+
+    def keep(self, decided: Decided | None) -> Kept | None:
+        """Return what a later generation can go on from, before ``end``; None: nothing.
+
+        Args:
+            decided: what has been decided since the last ``propose``, as that would get it; None
+                where the generation was broken off in the middle of a call.
         """
         return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,8 +15,29 @@ from ..graphs import Graphs
 from ..pace import FREE, Price
 from ..rotary import Rotary
 from ..tree import Tree, grow_tree
-from .base import Decided, Draft
+from .base import Decided, Draft, Kept
 from .working_cache import WorkingCache
+
+
+@dataclass
+class KeptCache(Kept):
+    """Holds a draft's full cache of a text, between two generations.
+
+    Attributes:
+        full: rows of the text's tokens.
+        chosen: [C] bool, chunks of its beginning whose rows were filled; None: all of them were.
+    """
+
+    full: KVCache
+    chosen: Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Count the bytes that it takes."""
+        return self.full.num_bytes
+
+    def fork(self) -> KeptCache:
+        return KeptCache(self.full.fork(), self.chosen)
 
 
 class CachedDraft(Draft):
@@ -52,6 +74,22 @@ class CachedDraft(Draft):
         full.rotary_length = max_length
         self.caches = WorkingCache(full, self.config, rotary, graphs)
         self._graphs = graphs
+
+    def _go_on(self, kept: KeptCache, length: int) -> None:
+        """Have the first ``length`` rows of an earlier generation's cache, or as many as it has."""
+        begun = self.caches.full
+        kept.full.go_back(min(length, kept.full.length))
+        kept.full.reserve(begun.capacity)
+        kept.full.rotary_length = begun.rotary_length
+        self.caches = WorkingCache(kept.full, self.config, self.caches.rotary, self._graphs)
+        self.caches.chosen = kept.chosen
+
+    def keep(self, decided) -> KeptCache | None:
+        if self.caches is None:
+            return None
+        full = self.caches.collected()
+        full.mark()
+        return KeptCache(full, self.caches.chosen)
 
     def end(self) -> None:
         self.caches = self._graphs = None

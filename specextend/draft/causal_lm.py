@@ -15,12 +15,12 @@ from ..cache import Pass
 from ..config import SpecConfig
 from ..graphs import obstacle
 from ..guard import check_length, position_limit, self_check
-from ..longrope import frequencies
+from ..longrope import changing_modules, frequencies
 from ..rotary import Rotary, probe_rotary
 from ..target import Target
 from ..tokenizers import differing_ids
 from .base import Decided, Source, Tokenizers, follows
-from .cached import CachedDraft
+from .cached import CachedDraft, KeptCache
 from .checkpoint import Checkpoint
 from .prompt_reader import choose_chunks, part_read, read_chunks
 
@@ -124,7 +124,8 @@ class CausalLMDraft(CachedDraft):
         return obstacle(self.patched.model)
 
     def late_part(self, length: int) -> float:
-        return 1.0 if self.patched.keeps_states else part_read(length, self.config)
+        part = 1.0 if self.patched.keeps_states else part_read(length, self.config)
+        return part * max(0.0, 1 - self.caches.full.length / max(length, 1))
 
     def begin(self, prompt, max_length, cache, graphs) -> None:
         max_length = min(max_length, self.max_length or max_length)
@@ -135,19 +136,41 @@ class CausalLMDraft(CachedDraft):
         foreign[list(self._differing)] = True
         self._foreign = foreign.to(prompt.device)
 
+    def resume(self, kept, length, start) -> None:
+        if kept is not None:
+            self._go_on(kept, length)
+
+    def keep(self, decided) -> KeptCache | None:
+        # Keys of another length of text may be turned in another way.
+        return None if changing_modules(self.patched.model) else super().keep(decided)
+
     def finish_prefill(self, scores) -> bool:
         tokens, config, caches = self._prompt, self.config, self.caches
+        full, total = caches.full, tokens.shape[1]
         chosen = None
         if not self.patched.keeps_states:  # a state is of all that is before it
-            chosen = choose_chunks(scores, tokens.shape[1], config, tokens.device)
-        if chosen is not None:
-            caches.chosen = read_chunks(tokens, chosen, caches.full, config, self._keys)
-            caches.full.advance(tokens.shape[1])
+            chosen = choose_chunks(scores, total, config, tokens.device)
+        if chosen is not None or caches.chosen is not None:
+            known = self._known_chunks(-(-total // config.chunk_size))
+            missing = ~known if chosen is None else chosen & ~known
+            caches.chosen = read_chunks(tokens, missing, full, config, self._keys, known)
+            full.advance(total - full.length)
             return True
-        width = config.prefill_chunk or max(tokens.shape[1], 1)
-        for start in range(0, tokens.shape[1], width):
+        width = config.prefill_chunk or max(total, 1)
+        for start in range(full.length, total, width):
             self._fill(Decided(tokens[:, start : start + width]))
+        full.mark()
         return True
+
+    def _known_chunks(self, count: int) -> Tensor:
+        """Return [count] bool, the chunks all of whose rows the full cache has."""
+        full, chosen = self.caches.full, self.caches.chosen
+        whole = full.length // self.config.chunk_size
+        known = torch.arange(count, device=full.lens.device) < whole
+        if chosen is not None:
+            some = min(len(chosen), count)
+            known[:some] &= chosen[:some]
+        return known
 
     def retrieve(self, scores) -> Tensor:
         caches = self.caches

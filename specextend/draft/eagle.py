@@ -19,7 +19,7 @@ from ..rotary import Rotary
 from ..target import Target
 from ..tree import Tree
 from .base import Decided, Source, Tokenizers
-from .cached import CachedDraft
+from .cached import CachedDraft, KeptCache
 from .checkpoint import Checkpoint
 from .eagle_checkpoint import head_version, load_head
 from .eagle_head import Attend, EagleHead
@@ -72,6 +72,20 @@ class EagleDraft(CachedDraft):
             lambda capacity: KVCache(layers, capacity, 1, device), max_length, rotary, graphs
         )
         self._skip = 1  # the prompt's first token was decided from nothing
+
+    def reusable(self, kept, length) -> int:
+        # The next row is that of the token behind the last row's, and needs what the target saw at
+        # that token: it reads it again.
+        return 0 if kept is None else max(0, min(length - 1, kept.full.length))
+
+    def resume(self, kept, length, start) -> None:
+        if start:
+            self._go_on(kept, start)
+
+    def keep(self, decided) -> KeptCache | None:
+        if decided is not None and self.caches is not None:
+            self.prefill(decided)
+        return super().keep(decided)
 
     def end(self) -> None:
         super().end()

@@ -143,7 +143,7 @@ class LongSpecDraft(Draft):
         return sum(p.numel() for p in self.block.parameters())
 
     def begin(self, prompt, max_length, cache, graphs) -> None:
-        self._target = cache
+        self._target, self._prompt = cache, prompt
         # The last level is proposed, but never run.
         self.ring = RingCache(
             self.block.shape,
@@ -156,7 +156,13 @@ class LongSpecDraft(Draft):
         self._pending = torch.zeros(1, 0, dtype=torch.int64, device=self.device)
 
     def end(self) -> None:
-        self._target = self.ring = self._pending = None
+        self._target = self._prompt = self.ring = self._pending = None
+
+    def resume(self, kept, length, start) -> None:
+        # Nothing was kept: keys and values are made of the tokens alone, and of the last ones only.
+        first = max(0, start - self.window)
+        self._taken = first
+        self._take(self._prompt[:, first:start])
 
     def prefill(self, decided) -> None:
         self._take(decided.tokens)

@@ -7,12 +7,14 @@ proposed: it tells which continuations to follow, and how far.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
 import numpy as np
 
 from ..config import SpecConfig
+from .base import Kept
 
 _MATCHES = 32  # looked at per round; the better ones come first
 _LONGEST = 16  # matches from here on are alike
@@ -46,7 +48,7 @@ class Node:
     chance: float
 
 
-class Reliability:
+class Reliability(Kept):
     """Estimates how often the token behind a match is the text's next one, by the match's length.
 
     A look-up that has followed the text for some tokens has a match that is longer by as many, so
@@ -58,6 +60,9 @@ class Reliability:
         self._right = [0.0] * (_LONGEST + 1)
         self._seen = [0.0] * (_LONGEST + 1)
         self._estimate()
+
+    def fork(self) -> Reliability:
+        return copy.deepcopy(self)
 
     def count(self, length: int, right: bool) -> None:
         """Learn whether the token behind a match of ``length`` tokens was the next one."""

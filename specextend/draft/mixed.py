@@ -19,9 +19,9 @@ from ..config import SpecConfig
 from ..graphs import Stopwatch
 from ..pace import FREE, HOPED, Price, Round
 from ..tree import Tree
-from .base import Decided, Draft, follows
+from .base import Decided, Draft, Kept, follows
 from .choice import Choice
-from .lookup import LookUp, deepest
+from .lookup import LookUp, Reliability, deepest
 from .ngram import NGramDraft
 
 
@@ -107,6 +107,22 @@ class MixedDraft(Draft):
         if self._has_model:
             self.model.begin(prompt, max_length, cache, graphs)
 
+    def reusable(self, kept, length) -> int:
+        return self.model.reusable(None if kept is None else kept.model, length)
+
+    def resume(self, kept, length, start) -> None:
+        if kept is not None:
+            self._lookup.reliability = kept.reliability
+        if self._has_model:
+            self.model.resume(None if kept is None else kept.model, length, start)
+
+    def keep(self, decided) -> _Kept:
+        if decided is not None:
+            parts = [part for part in (*self._waiting, decided) if len(part)]
+            decided = _joined(parts) if parts else None
+        model = self.model.keep(decided) if self._has_model else None
+        return _Kept(model, self._lookup.reliability)
+
     def prefill(self, decided) -> None:
         if self._has_model:
             self.model.prefill(decided)
@@ -161,11 +177,7 @@ class MixedDraft(Draft):
 
     def _run(self, levels: int, price: Price) -> Tree:
         """Have the model take in all that is decided, and grow a tree."""
-        features = None
-        if self._waiting[0].features is not None:
-            features = torch.cat([part.features for part in self._waiting], 1)
-        decided = Decided(torch.cat([part.tokens for part in self._waiting], 1), features)
-        self._waiting = []
+        decided, self._waiting = _joined(self._waiting), []
         count, width = len(decided), self.config.max_depth + 1
         if not self._follows:
             price = FREE
@@ -207,6 +219,30 @@ class MixedDraft(Draft):
         )  # fmt: skip
         self._choice.count(took, proposed.most, model.size(self._branches))
         self.accepted += Counter(model=models, ngram=len(accepted) - models)
+
+
+def _joined(parts: list[Decided]) -> Decided:
+    """Join tokens that follow each other, all of which count."""
+    features = None
+    if parts[0].features is not None:
+        features = torch.cat([part.features for part in parts], 1)
+    return Decided(torch.cat([part.tokens for part in parts], 1), features)
+
+
+@dataclass
+class _Kept(Kept):
+    """Holds what a later generation can go on from: what the model kept, and what look-up learnt."""
+
+    model: Kept | None
+    reliability: Reliability
+
+    @property
+    def num_bytes(self) -> int:
+        """Count the bytes that it takes."""
+        return 0 if self.model is None else self.model.num_bytes
+
+    def fork(self) -> _Kept:
+        return _Kept(None if self.model is None else self.model.fork(), self.reliability.fork())
 
 
 @dataclass

@@ -10,7 +10,7 @@ from ..pace import FREE
 from ..target import Target
 from ..tree import Tree, num_paying
 from .base import Draft, Source, Tokenizers
-from .lookup import LookUp, deepest
+from .lookup import LookUp, Reliability, deepest
 
 
 class NGramDraft(Draft):
@@ -46,6 +46,13 @@ class NGramDraft(Draft):
     def begin(self, prompt, max_length, cache, graphs) -> None:
         self._lookup = LookUp(self.config, max_length + 1)
         self._lookup.begin(prompt[0].tolist())
+
+    def resume(self, kept, length, start) -> None:
+        if kept is not None:
+            self._lookup.reliability = kept
+
+    def keep(self, decided) -> Reliability:
+        return self._lookup.reliability
 
     def end(self) -> None:
         self._lookup = None

@@ -77,6 +77,12 @@ class SelfDraft(CausalLMDraft):
         # Rows of the target's cache that the working cache stands for; known on the device alone.
         self._copied = torch.zeros_like(cache.lens)
 
+    def resume(self, kept, length, start) -> None:
+        """Do nothing: the target's cache is all there is."""
+
+    def keep(self, decided) -> None:
+        """Return None: the target's cache is kept as the target's."""
+
     def late_part(self, length) -> float:
         return 0.0  # the target has read it
 

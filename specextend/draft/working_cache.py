@@ -85,6 +85,10 @@ class WorkingCache:
         self._holder = cache
         return cache
 
+    def collected(self) -> KVCache:
+        """Return the full cache with all that is kept of the text; the working one is done with."""
+        return self._with_states(self.full)
+
     def advance(self, count: int) -> None:
         """Commit what :meth:`extend` wrote."""
         for cache in self._both:
