@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from . import ops
+from .arena import Arena
 from .cache_layers import HybridLayer, KVLayer, Marks, StateLayer
 from .compat import Kind
 from .layout import by_rows
@@ -54,6 +55,8 @@ class KVCache(Cache):
         self.length = 0
         self.rotary_length = 0
         self._marks = Marks(self.state_layers)
+        self._arena: Arena | None = None
+        self._shared = 0  # the first rows, which are as in the arena
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Return what is new. It is written as attention gets it, which may be something else:
@@ -130,7 +133,7 @@ class KVCache(Cache):
         if self.state_layers and not (sound and length == self.length):
             length = self._marks.go_back(length)
         self.lens.fill_(length)
-        self.length = length
+        self.length, self._shared = length, min(length, self._shared)
         return length
 
     def restart(self) -> None:
@@ -143,7 +146,7 @@ class KVCache(Cache):
             for layer in self.layers:
                 if isinstance(layer, KVLayer):
                     layer.resize(capacity, self.length)
-            self.capacity = capacity
+            self.capacity, self._arena, self._shared = capacity, None, 0
 
     def another(self, capacity: int) -> KVCache:
         """Make an empty cache for the same model and text."""
@@ -151,18 +154,56 @@ class KVCache(Cache):
         made.rotary_length = self.rotary_length
         return made
 
+    def share(self) -> None:
+        """Have forks see the committed rows where they lie, if that can be."""
+        layers = self.kv_layers
+        like = [t for layer in layers for t in (layer.keys, layer.values)]
+        if self._arena is None and Arena.serves(like):
+            # What is not written takes no memory.
+            arena = Arena(like, max(self.capacity, self.length + max(self.length, 4096)))
+            self._write(arena)
+            self._map(arena, layers)
+
     def fork(self) -> KVCache:
-        """Make a cache of its own with what is committed."""
-        made = self.another(self.length)
-        made.lens.copy_(self.lens)
-        made.length = self.length
-        for ours, theirs in zip(made.layers, self.layers, strict=True):
-            if isinstance(theirs, KVLayer):
-                ours.copy_rows(theirs, self.length)
+        """Make a cache that goes on by itself from what is committed."""
+        self.share()
+        made, arena, copied = self.another(self.length), self._arena, 0
+        pairs = [
+            (ours, theirs)
+            for ours, theirs in zip(made.layers, self.layers, strict=True)
+            if isinstance(theirs, KVLayer) and theirs.is_initialized
+        ]
+        if arena is None:
+            for ours, theirs in pairs:
+                ours.like(theirs)
+        else:
+            with arena.lock:
+                if self._shared == arena.rows:
+                    self._write(arena)
+                made._map(arena, [ours for ours, _ in pairs])
+            copied = made._shared = self._shared
+        for ours, theirs in pairs:
+            ours.copy_rows(theirs, slice(copied, self.length))
         made._marks.copy(self._marks)
         for ours, theirs in zip(made.state_layers, self.state_layers, strict=True):
             ours.go_back(theirs.mark())
+        made.advance(self.length)
         return made
+
+    def _write(self, arena: Arena) -> None:
+        """Add the committed rows that an arena lacks; it has all those before them."""
+        rows = slice(arena.rows, self.length)
+        for index, layer in enumerate(self.kv_layers):
+            arena.write(2 * index, layer.keys, rows)
+            arena.write(2 * index + 1, layer.values, rows)
+        arena.rows = self._shared = self.length
+
+    def _map(self, arena: Arena, layers: list[KVLayer]) -> None:
+        """Have an arena's rows in these layers."""
+        mapped = arena.map()
+        for index, layer in enumerate(layers):
+            layer.hold(*mapped[2 * index : 2 * index + 2])
+        self._arena, self.capacity = arena, arena.capacity
 
     def take_in(self, other: Cache, length: int) -> None:
         """Copy a cache of `transformers` of the same model and a text of ``length`` tokens, which
@@ -201,8 +242,9 @@ class KVCache(Cache):
 
     @property
     def num_bytes(self) -> int:
-        """Count the bytes that the allocated layers take."""
-        held = [t for layer in self.kv_layers for t in (layer.keys, layer.values)]
+        """Count the bytes that the allocated layers take; rows that forks share, for each."""
+        rows = slice(None) if self._arena is None else slice(self.length)  # others take none
+        held = [t[:, :, rows] for layer in self.kv_layers for t in (layer.keys, layer.values)]
         held += [t for layer in self.state_layers for t in layer.states]
         return sum(t.numel() * t.element_size() for t in held) + self._marks.num_bytes
 

@@ -42,8 +42,12 @@ class KVLayer(CacheLayer):
         batch, heads, _, k_dim = key_states.shape
         v_dim = value_states.shape[-1]
         # Zeros: rows are read before they are written only under a mask, and 0 * 0 stays 0.
-        self.keys = key_states.new_zeros(batch, heads, self.capacity, k_dim)
-        self.values = value_states.new_zeros(batch, heads, self.capacity, v_dim)
+        keys = key_states.new_zeros(batch, heads, self.capacity, k_dim)
+        self.hold(keys, value_states.new_zeros(batch, heads, self.capacity, v_dim))
+
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        """Take the memory of the rows."""
+        self.keys, self.values, self.capacity = keys, values, keys.shape[2]
         self.k, self.v = self.keys.transpose(1, 2), self.values.transpose(1, 2)
         self.is_initialized = True
 
@@ -51,14 +55,14 @@ class KVLayer(CacheLayer):
         """Hold ``capacity`` rows from now on; the first ``rows`` stay as they are."""
         own = copy.copy(self)
         self.capacity, self.is_initialized = capacity, False
-        self.copy_rows(own, rows)
+        if own.is_initialized:
+            self.like(own)
+            self.copy_rows(own, slice(rows))
 
-    def copy_rows(self, other: KVLayer, rows: int) -> None:
-        """Copy the first ``rows`` of a layer of another cache of the same model, if it has any."""
-        if other.is_initialized:
-            self.like(other)
-            for ours, theirs in ((self.keys, other.keys), (self.values, other.values)):
-                ours[:, :, :rows] = theirs[:, :, :rows]
+    def copy_rows(self, other: KVLayer, rows: slice) -> None:
+        """Copy rows of a layer of another cache of the same model."""
+        self.keys[:, :, rows] = other.keys[:, :, rows]
+        self.values[:, :, rows] = other.values[:, :, rows]
 
     def take_in(self, other, length: int) -> None:
         """Copy the keys and values of ``length`` tokens that a layer of `transformers` has; as of

@@ -183,14 +183,23 @@ class Context:
         self._text, self._draft, self.drafted = ids[: length + 1].cpu(), draft, drafted
         self._num_whole, self._weights = min(num_read, length), target.fingerprint()
 
+    def share(self) -> None:
+        """Be ready for forks."""
+        for kept in (self.cache, self.drafted):
+            if kept is not None:
+                kept.share()
+
     def fork(self) -> Context:
         """Return another context of the same text, which goes on by itself.
+
+        On Linux, on the host, both see the same memory up to here, and the text is not copied; but
+        once, by the first fork of one that :meth:`SpecExtend.read` has not made. On a GPU it is.
 
         Raises:
             RuntimeError: a generation has this one.
         """
         made = Context()
-        with self.in_use():
+        with self.in_use(), torch.inference_mode():
             made._text, made._draft = self._text, self._draft
             made._num_whole, made._weights = self._num_whole, self._weights
             made.cache = None if self.cache is None else self.cache.fork()

@@ -199,6 +199,8 @@ class SpecExtend:
             steps = self._rounds(request, reading=True)
             next(steps)
             steps.close()
+            with torch.inference_mode():
+                request.context.share()
             return request.context
 
         how = dict(max_new_tokens=1, do_sample=False, return_dict_in_generate=False)

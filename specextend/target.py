@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from functools import cached_property
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from .attention import PatchedModel
-
 
 #: what the layers of `peft` say of the adapters that count in their forwards
 _ADAPTERS = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
@@ -105,11 +103,12 @@ class Target(PatchedModel):
         """Return a number that is another one once weights were replaced or changed in place, or
         adapters switched, scaled or merged; but not where weights were changed through ``.data``.
         """
-        seen = [
+        # Rotary embeddings replace theirs as the lengths of forwards want it.
+        passing = {id(t) for module in self._changing for t in module.buffers()}
+        seen: list = [
             (name, id(t), t.data_ptr(), 0 if t.is_inference() else t._version)
-            for name, t in itertools.chain(
-                self.model.named_parameters(), self.model.named_buffers()
-            )
+            for name, t in (*self.model.named_parameters(), *self.model.named_buffers())
+            if id(t) not in passing
         ]
         for module in self.model.modules():
             seen += [str(getattr(module, name)) for name in _ADAPTERS if hasattr(module, name)]

@@ -58,6 +58,9 @@ class Kept(ABC):
     #: bytes that it takes, if they are many
     num_bytes: int = 0
 
+    def share(self) -> None:  # noqa: B027
+        """Be ready for forks, so that the first one copies no more than others."""
+
     @abstractmethod
     def fork(self) -> Kept:
         """Return the same, for a text that goes on by itself from here on."""

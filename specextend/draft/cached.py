@@ -36,6 +36,9 @@ class KeptCache(Kept):
         """Count the bytes that it takes."""
         return self.full.num_bytes
 
+    def share(self) -> None:
+        self.full.share()
+
     def fork(self) -> KeptCache:
         return KeptCache(self.full.fork(), self.chosen)
 

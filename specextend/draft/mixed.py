@@ -190,6 +190,7 @@ class MixedDraft(Draft):
         # A graph serves any number of tokens: it is told on the device how many count.
         pad = width - count
         tokens = F.pad(decided.tokens, (0, pad))
+        features = decided.features
         features = None if features is None else F.pad(features, (0, 0, 0, pad))
         counts = torch.full((1,), count, dtype=torch.int32, device=self._device)
         tree = self.model.propose(Decided(tokens, features, counts), levels)
@@ -231,7 +232,7 @@ def _joined(parts: list[Decided]) -> Decided:
 
 @dataclass
 class _Kept(Kept):
-    """Holds what a later generation can go on from: what the model kept, and what look-up learnt."""
+    """Holds what a later generation can go on from, of the model and of look-up."""
 
     model: Kept | None
     reliability: Reliability
@@ -240,6 +241,10 @@ class _Kept(Kept):
     def num_bytes(self) -> int:
         """Count the bytes that it takes."""
         return 0 if self.model is None else self.model.num_bytes
+
+    def share(self) -> None:
+        if self.model is not None:
+            self.model.share()
 
     def fork(self) -> _Kept:
         return _Kept(None if self.model is None else self.model.fork(), self.reliability.fork())
