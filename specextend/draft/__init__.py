@@ -1,6 +1,6 @@
 """Holds the kinds of drafts, one module each, behind the contract of `specextend.draft.base`."""
 
-from .base import Decided, Draft
+from .base import Decided, Draft, Kept
 from .causal_lm import CausalLMDraft
 from .eagle import EagleDraft
 from .load import KINDS, WORDS, beside_lookup, load_draft
@@ -15,6 +15,7 @@ __all__ = [
     "CausalLMDraft",
     "Decided",
     "Draft",
+    "Kept",
     "EagleDraft",
     "LongSpecDraft",
     "MixedDraft",

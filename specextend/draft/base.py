@@ -176,12 +176,13 @@ class Draft(ABC):
 
     @abstractmethod
     def begin(self, prompt: Tensor, max_length: int, cache: KVCache, graphs: Graphs) -> None:
-        """Forget every earlier generation.
+        """Begin a generation; nothing of an earlier one counts, unless ``resume`` follows.
 
         Args:
             prompt: [B, L] int64, all of it.
             max_length: tokens, prompt included, that a sequence will have at most.
-            cache: the target's, empty; its committed rows may be read until ``end``.
+            cache: the target's, with what is kept of the prompt; its committed rows may be read
+                until ``end``.
             graphs: that the draft's work is captured in, if it has no :meth:`obstacle`.
         """
 
