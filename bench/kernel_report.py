@@ -2,9 +2,9 @@
 
     python bench/kernel_report.py [--build build/on] [--filter attention] [--json out.json]
 
-The figures are what ptxas said when the extension was built (`*.ptxas` beside the object files, see
-cmake/compile_kernels.sh); no GPU is needed. Shared memory is the static kind: what a launch asks for
-besides is not in the object. The exit status is 1 if a kernel spills registers.
+The figures are what ptxas said when the extension was built (`*.ptxas` beside the object files,
+see cmake/compile_kernels.sh); no GPU is needed. Shared memory is the static kind: what a launch
+asks for besides is not in the object. The exit status is 1 if a kernel spills registers.
 """
 
 import argparse
