@@ -1,5 +1,7 @@
 import logging
 import os
+import random
+from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
@@ -17,7 +19,24 @@ class DeprecationsAreErrors(logging.Handler):
 
 def pytest_configure(config: pytest.Config):
     config.addinivalue_line("markers", "not_emulated(why): not to be run on the emulation")
+    config.addinivalue_line("markers", "sweep(n): n of its parameters; the others are long")
     logging.getLogger("transformers").addHandler(DeprecationsAreErrors())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    """Draw, from each sweep, the parameters that every run has, the same ones always; a test that
+    is named alone runs."""
+    sweeps: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sweep"):
+            sweeps[item.nodeid.partition("[")[0]].append(item)
+    for name, those in sweeps.items():
+        count = those[0].get_closest_marker("sweep").args[0]
+        drawn = random.Random(name).sample(those, min(count, len(those)))
+        for item in those:
+            if item not in drawn:
+                item.add_marker("long")
 
 
 @pytest.fixture(scope="session")

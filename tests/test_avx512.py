@@ -54,11 +54,13 @@ def test_attention_fuzz(isa):
     test_tree_attention.test_fuzz("cpu", 40)
 
 
+@pytest.mark.sweep(17)
 @pytest.mark.parametrize("dim", [8, 40, 72, 120, 128, 192, 256, 264, 512, 576])
 def test_attention_head_dims(dim, isa):
     test_tree_attention.test_head_dims(dim, "cpu", Scheduler())
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("dims", [(192, 128), (64, 96), (24, 8), (576, 512)])
 def test_attention_values_of_another_size(dims, isa):
     for dtype in test_tree_attention.DTYPES:
@@ -67,6 +69,7 @@ def test_attention_values_of_another_size(dims, isa):
     test_tree_attention.test_row_invariance((2, 1), dims, torch.bfloat16)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("dtype", test_tree_attention.DTYPES)
 def test_attention_rows(dtype, isa):
     """The order of sums is the same alone and among others, by parts, in a tree and in a chain."""

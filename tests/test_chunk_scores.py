@@ -36,6 +36,7 @@ def score(chunk_lse, lse, rows, prefix_lens, device="cpu", **options):
     return ops.chunk_scores(*(t.to(device) for t in arguments), **options).cpu()
 
 
+@pytest.mark.sweep(77)
 @pytest.mark.parametrize("reduce", ["mean", "max"])
 @pytest.mark.parametrize("capacity", [3, 64, 100, 1000])
 @pytest.mark.parametrize("chunk_size", [1, 7, 8, 64, 5000])
@@ -292,6 +293,7 @@ def check_keys(q, k, rows, lens, device="cpu", **options):
     return got
 
 
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("chunk_size", [1, 7, 32, 64, 1000])
 def test_keys(chunk_size, dtype, device):

@@ -41,6 +41,7 @@ def draft():
 class TestGreedyEqualsGenerate:
     """Exact, in fp32, for every family that passes the guard (O14)."""
 
+    @pytest.mark.sweep(3)
     @pytest.mark.parametrize("family", FAMILIES)
     def test_families(self, family, draft):
         model, ids = tiny_model(family), prompt(90)
@@ -53,6 +54,7 @@ class TestGreedyEqualsGenerate:
             if kind is model:
                 assert spec.stats.mean_acceptance_length > 2
 
+    @pytest.mark.sweep(3)
     @pytest.mark.parametrize("draft_cache", ["full", "window", "retrieval"])
     @pytest.mark.parametrize("shape", ["opt", "top_k", "fixed"])
     @pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 120])
@@ -64,6 +66,7 @@ class TestGreedyEqualsGenerate:
             spec.generate(ids, max_new_tokens=50, do_sample=False), greedy(target, ids, 50)
         )
 
+    @pytest.mark.sweep(3)
     @pytest.mark.parametrize(
         "change",
         [
@@ -151,6 +154,7 @@ class TestIdenticalDraft:
 
 
 class TestSampling:
+    @pytest.mark.sweep(3)
     @pytest.mark.parametrize(
         "options",
         [
@@ -600,6 +604,7 @@ def test_package_attributes():
 class TestLowPrecision:
     """bf16: other kernels round differently, so output may differ at ties, and only there."""
 
+    @pytest.mark.sweep(3)
     @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_neox"])
     def test_divergence_from_generate_only_at_ties(self, family):
         model = tiny_model(family, dtype=torch.bfloat16)

@@ -90,6 +90,7 @@ def draw(tokenizer, rng: random.Random) -> list[int]:
     return [*tokens, len(tokenizer) + 7] if rng.random() < 0.1 else tokens  # of a padded head
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_pieces_joined_are_the_decoded_text(kind):
     tokenizer, rng, waited = make(kind), random.Random(kind), 0

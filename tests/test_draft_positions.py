@@ -87,6 +87,7 @@ def test_rotary_drafts_have_none(target, family):
     assert SpecExtend(target, tiny_model(family), CONFIG).draft.max_length is None
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("family", TABLES)
 def test_prompts_around_the_border(target, family):
     spec = SpecExtend(target, draft_of(family), CONFIG)
@@ -97,6 +98,7 @@ def test_prompts_around_the_border(target, family):
         assert (spec.stats.num_draft_tokens > 0) == (length < LIMIT), length
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("options", [dict(do_sample=False), SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("length", [5, LIMIT - 2, LIMIT, LIMIT + 9])
 def test_every_way_in(target, options, length):
@@ -111,6 +113,7 @@ def test_every_way_in(target, options, length):
     assert torch.equal(text[:, 3:], plain)
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize(
     "change",
     [dict(tree_shape="opt"), dict(tree_shape="fixed", tree_widths=(2, 3, 2)), dict(gate="auto"),
@@ -245,6 +248,7 @@ def unmovable(family: str):
 class TestUnmovableKeys:
     """By default a draft retrieves; one that cannot attends to all of its context, and says so."""
 
+    @pytest.mark.sweep(4)
     @pytest.mark.parametrize("family", [*TABLES, "nanochat", "cohere2"])
     @pytest.mark.parametrize("options", [dict(do_sample=False), SAMPLED], ids=["greedy", "sampled"])
     def test_serve_with_the_default_options(self, target, family, options, tmp_path, recwarn):

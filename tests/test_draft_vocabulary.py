@@ -71,6 +71,7 @@ class Spied:
         spec.draft.propose = proposing
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("options", WAYS, ids=["greedy", "sampled"])
 @pytest.mark.parametrize("draft_cache", ["full", "retrieval"])

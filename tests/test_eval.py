@@ -389,6 +389,7 @@ SMALL = "--generate joined,needle --lengths 200,300 --max-new-tokens 8 --runs 2"
 ALL = ["hf", "hf_assisted", "hf_lookup", "plain", *options.LADDER, "ngram", "self"]
 
 
+@pytest.mark.sweep(1)
 def test_command(evaluate, tmp_path):
     """Every method runs; then come an interruption, the rest, and other options."""
     methods = ["--methods", ",".join(ALL), "--output", tmp_path]

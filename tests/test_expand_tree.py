@@ -45,6 +45,7 @@ def check(logits, beam_logp, top_k, width, device="cpu"):
     return tokens, cand_logp, beam, beam_logp_out
 
 
+@pytest.mark.sweep(12)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", SIZES)
 def test_random(vocab, dtype, device, schedule):
@@ -56,6 +57,7 @@ def test_random(vocab, dtype, device, schedule):
             check(logits, beam_logp, top_k, width, device)
 
 
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [5, 100, 513, 3000])
 def test_ties(vocab, dtype, device):

@@ -44,6 +44,7 @@ def assert_same_text(model, length: int, **options) -> None:
     assert spec.stats.mean_acceptance_length > 1.5
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("family", SERVED)
 def test_text(family):
     """Prompts of one token, up to a border and over it; any size of chunks of the prompt."""
@@ -63,6 +64,7 @@ def test_text_at_every_length(family):
         assert_same_text(model, length, prefill_chunk=(None, 1, 2, 3, 7, 16, 64)[length % 7])
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("family", SERVED)
 @pytest.mark.parametrize("by", ["ngram", "oracle"])
 def test_sampled_text(family, by):
@@ -89,6 +91,7 @@ DRAFTS = {
 }
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "none"])
 @pytest.mark.parametrize("family", DRAFTS)
 def test_drafts_of_every_kind(family, kind, tmp_path):
@@ -110,6 +113,7 @@ def test_drafts_of_every_kind(family, kind, tmp_path):
 SEEING = ("gemma3", "gemma4", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("family", SEEING)
 def test_text_alone_of_models_that_see(family):
     assert_same_text(miniature(family, auto=AutoModelForImageTextToText), 61)

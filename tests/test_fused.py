@@ -434,6 +434,7 @@ CONFIG = SpecConfig(
 )  # fmt: skip
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("draft", [None, "ngram", "self", "model"])
 def test_exact_text(draft, dtype):
@@ -458,6 +459,7 @@ LAYER = {
 class TestKernels:
     """What is launched for a layer, in the captured rounds of target and draft."""
 
+    @pytest.mark.sweep(3)
     @pytest.mark.parametrize(
         "family, expected",
         [

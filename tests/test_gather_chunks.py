@@ -101,6 +101,7 @@ def untouched(got, before, lens):
     assert same_bits(got.base, before.base)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @for_each(
     work_layout=LAYOUTS,
@@ -120,6 +121,7 @@ def test_layouts(work_layout, full_layout, dtype, interleaved, right_aligned, de
     assert case.check().tolist() == [46, 41]
 
 
+@pytest.mark.sweep(40)
 @pytest.mark.parametrize("pairs", [0, 1, 3, 4, 8, 15, 16, 17, 33, 40])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -152,6 +154,7 @@ def test_random(seed, right_aligned, device):
     ).check()
 
 
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_wide_loads(dtype, interleaved, device):
@@ -188,6 +191,7 @@ def test_chunks_of_many_blocks(device, schedule):
             assert same_bits(base, cache.base)
 
 
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("layers", [23, 24, 25, 50])
 def test_more_layers_than_one_launch_takes(layers, device):
     case = Case(dims=((1, 8, 4),) * layers, budget=3, room=20, device=device)

@@ -60,6 +60,7 @@ def expected(folder, name: str, new: int) -> list[int]:
     return model.generate(ids, max_new_tokens=new, do_sample=False)[0, ids.shape[1] :].tolist()
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     "target, draft",
     [
@@ -84,6 +85,7 @@ def test_generate(folder, capsys, target, draft):
         assert result["tokens"] == expected(folder, "target", 20)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     "command",
     [

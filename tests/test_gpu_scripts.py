@@ -56,6 +56,7 @@ class TestPlans:
         assert ops | {"graphs"} <= tested
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("key", SCRIPTS)
 def test_rehearsal(key, tmp_path):
     """Every step runs in its small form; the folder gets two files, which hold all there is."""

@@ -60,6 +60,7 @@ GREEDY = dict(do_sample=False)
 class TestTapedRound:
     """The same functions, with lengths that change between replays, give the same tokens."""
 
+    @pytest.mark.sweep(3)
     @pytest.mark.parametrize("draft_cache", ["full", "window", "retrieval"])
     @pytest.mark.parametrize("shape", ["opt", "top_k", "fixed"])
     def test_greedy(self, models, tapes, draft_cache, shape, monkeypatch):
@@ -79,6 +80,7 @@ class TestTapedRound:
         assert target.replays > 5 and draft.replays > 5
         assert draft.records <= 4 + 2  # a depth each, and the refill
 
+    @pytest.mark.sweep(3)
     @pytest.mark.parametrize(
         "options",
         [
@@ -132,6 +134,7 @@ class TestTapedRound:
         expected, _ = run((models[0], "ngram"), config, ids, max_new_tokens=120, **GREEDY)
         assert got == expected
 
+    @pytest.mark.sweep(3)
     @pytest.mark.parametrize("dialect", ["eagle1", "eagle3"])
     @pytest.mark.parametrize("draft_cache", ["full", "window", "retrieval"])
     def test_eagle_heads(self, tapes, dialect, draft_cache, tmp_path):

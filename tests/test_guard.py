@@ -14,6 +14,7 @@ from specextend.guard import check_architecture, check_length, self_check
 from specextend.rotary import probe_rotary, rotate
 
 
+@pytest.mark.sweep(9)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_pass(family):
     for dtype in (torch.float32, torch.bfloat16):

@@ -30,6 +30,7 @@ APART = [(192, 128), (136, 72), (64, 96), (96, 64), (80, 200)]
 WIDE = [(512, 512), (576, 512), (264, 8), (8, 512), (520, 264)]
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @for_each(dims=APART, rows=[3, 13, 35], layout=LAYOUTS)
 def test_sizes_apart(dims, rows, layout, dtype, device):
@@ -41,6 +42,7 @@ def test_sizes_apart(dims, rows, layout, dtype, device):
     case.check(device, chunk_size=32 if rows < 30 else 50, window=60, **case.depths())
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @for_each(dims=WIDE, layout=LAYOUTS)
 def test_wide_layouts(dims, layout, dtype, device):
@@ -48,6 +50,7 @@ def test_wide_layouts(dims, layout, dtype, device):
     case.check(device, chunk_size=16)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_wide_heads(dtype, device, schedule):
     """Blocks of 16 and 32 rows, whole and not, one and several; units whole and in parts."""
@@ -60,6 +63,7 @@ def test_wide_heads(dtype, device, schedule):
                 case.check(device)
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_wide_options(dtype, device):
     case = Case((70, 5), 9, heads=(4, 2), dim=(320, 384), dtype=dtype)
@@ -72,6 +76,7 @@ def test_wide_options(dtype, device):
     Case((100,), 3, heads=(2, 1), dim=(320, 384), dtype=dtype, scale=40.0).check(device)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @for_each(dims=[(512, 512), (192, 128)], size=[1, 16, 37, 50, 64])
 def test_attention_chunks(dims, size, dtype, device):
@@ -84,6 +89,7 @@ def test_attention_chunks(dims, size, dtype, device):
     case.check(device, attention_chunk=size, q_depths=case.depths()["q_depths"] - 5)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dims", [(512, 512), (576, 512), (192, 128), (96, 64)])
 def test_schedules_do_not_change_bits(dims, dtype, device, schedule):
@@ -97,6 +103,7 @@ def test_schedules_do_not_change_bits(dims, dtype, device, schedule):
                 assert same_bits(case.run(device, chunk_size=chunk_size), first)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dims", [(512, 512), (64, 96)])
 def test_masked_keys_may_hold_anything(dims, dtype, device):
@@ -116,6 +123,7 @@ def test_nan_stays_in_its_row(dims, device):
     assert torch.equal(out, clean[0]) and torch.equal(lse, clean[1])
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_padding_does_not_count(dtype, device):
     """Heads with zeros behind them, for which there is another kernel, give the same."""

@@ -65,6 +65,7 @@ def on_hopper(request, library):
     return schedule
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("rows", "heads"), [(17, (8, 2)), (33, (2, 1)), (65, (1, 1)), (10, (14, 2)), (32, (4, 1))]
 )
@@ -75,6 +76,7 @@ def test_one_block(rows, heads, on_hopper):
             Case(prefixes, rows, heads=heads, dtype=(FP16, BF16)[i % 2], seed=i).check()
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(("rows", "heads"), [(33, (4, 1)), (64, (8, 2)), (100, (4, 1))])
 def test_clusters(rows, heads, on_hopper):
     """More than 128 rows: the second block with a row and more; two clusters to a KV head."""
@@ -85,6 +87,7 @@ def test_clusters(rows, heads, on_hopper):
             )
 
 
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("dim", [8, 72, 80, 96, 128, 192, 200, 256])
 def test_head_dims(dim, on_hopper):
     with on_hopper():
@@ -93,6 +96,7 @@ def test_head_dims(dim, on_hopper):
         )
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("window", [1, 7, 100, 300])
 def test_windows(window, on_hopper):
     case = Case((400, 20), 35, heads=(2, 1), dtype=FP16)
@@ -102,6 +106,7 @@ def test_windows(window, on_hopper):
         Case((400,), 35, heads=(4, 1), dtype=FP16, tree=False).check(window=window)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("size", [1, 100, 400, 410, 1000])
 def test_attention_chunks(size, on_hopper):
     """Their borders lie in the prefix, at its end, in the tree, and nowhere."""
@@ -306,6 +311,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("batch", "rows", "heads", "dim"),

@@ -99,6 +99,7 @@ def paper_block(state, x, cos, sin, keys, values, lag, window, eps):
 
 
 class TestAgainstThePaper:
+    @pytest.mark.sweep(19)
     @pytest.mark.parametrize("family", ["llama", "qwen2"])
     @pytest.mark.parametrize("lag", [1, 2, 4])
     @pytest.mark.parametrize("window", [1, 7, 16, 40])
@@ -153,6 +154,7 @@ class TestTreeEqualsTrainingForm:
     """Rows of the tree step are those of the training form, lag = depth + 1 (positions, what is
     visible, windows, the ring, keys and values alone for all but the root)."""
 
+    @pytest.mark.sweep(3)
     @pytest.mark.parametrize("family", ["llama", "cohere", "glm4"])
     @pytest.mark.parametrize("window", [5, 24, 200])  # shorter than the prompt, and longer
     def test_rows(self, family, window):
@@ -186,6 +188,7 @@ class TestTreeEqualsTrainingForm:
 
 
 class TestLossless:
+    @pytest.mark.sweep(3)
     @pytest.mark.parametrize(
         "family",
         ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi", "olmo3", "cohere",
@@ -198,6 +201,7 @@ class TestLossless:
             spec.generate(ids, max_new_tokens=40, do_sample=False), greedy(model, ids)
         )
 
+    @pytest.mark.sweep(3)
     @pytest.mark.parametrize("length", [1, 24, 25, 120])
     @pytest.mark.parametrize("change", [{}, dict(tree_shape="opt"), dict(gate="auto")], ids=str)
     def test_lengths_and_trees(self, target, length, change):

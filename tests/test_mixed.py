@@ -143,6 +143,7 @@ def test_a_model_may_propose_a_token_twice():
 # ---- the same text -------------------------------------------------------------------------------
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_lossless(kind, options, tmp_path, monkeypatch):
@@ -158,6 +159,7 @@ def test_lossless(kind, options, tmp_path, monkeypatch):
             assert sum(spec.draft.accepted.values()) == spec.stats.num_accepted_tokens > 0
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     "change",
     [dict(tree_shape="fixed", tree_widths=(2, 3, 2)), dict(tree_shape="top_k"), dict(tree_depth=1),
@@ -202,6 +204,7 @@ def test_look_up_goes_on_where_the_model_ends(length):
 # ---- what the model takes in ---------------------------------------------------------------------
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("cache", ["full", "window", "retrieval"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_taking_in_late_is_taking_in(kind, cache, tmp_path):
@@ -224,6 +227,7 @@ def test_taking_in_late_is_taking_in(kind, cache, tmp_path):
     assert both.stats.num_accepted_tokens > 0 or kind in ("eagle", "longspec")
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("cache", ["full", "window", "retrieval"])
 @pytest.mark.parametrize("wait", [0, 1, 2, 3, 100])
 def test_a_model_reads_when_it_is_worth_it(cache, wait):

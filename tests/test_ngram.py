@@ -138,6 +138,7 @@ def repeating(length: int) -> torch.Tensor:
 
 
 class TestLossless:
+    @pytest.mark.sweep(3)
     @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gpt_oss", "gpt2"])
     def test_greedy(self, family):
         assert family in FAMILIES

@@ -260,6 +260,7 @@ def test_every_argument_of_every_op_is_here():
     assert here == there
 
 
+@pytest.mark.sweep(33)
 @pytest.mark.parametrize(("name", "call"), CASES)
 def test_strides_beyond_32_bits(name, call, device):
     """Results have the same bits; what has to be contiguous is refused."""

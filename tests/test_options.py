@@ -55,6 +55,7 @@ OTHERS = [
 ]  # fmt: skip
 
 
+@pytest.mark.sweep(12)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("options", [*MODES, *OTHERS], ids=lambda o: next(iter(o)))
 def test_what_cannot_be_honoured_is_refused_by_name(options, way):
@@ -106,6 +107,7 @@ def test_sampling_options_of_a_checkpoint():
 # ---- inputs and outputs --------------------------------------------------------------------------
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["none", "model", "ngram"])
 def test_int32_ids(kind, way):
@@ -117,6 +119,7 @@ def test_int32_ids(kind, way):
     assert out.dtype == target().generate(ids.int(), **GREEDY).dtype
 
 
+@pytest.mark.sweep(15)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{}, dict(repetition_penalty=1.3)], ids=["device", "walk"])
 def test_what_is_returned_can_be_changed_and_learnt_from(kind, options, tmp_path):
@@ -178,6 +181,7 @@ def words():
     return made, made.decode(theirs(prompt(30), **GREEDY))
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("where", ["call", "constructor"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("source", ["argument", "configuration", "checkpoint"])
@@ -245,6 +249,7 @@ def criteria(ids):
     ]  # fmt: skip
 
 
+@pytest.mark.sweep(14)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["none", "model", "ngram"])
 @pytest.mark.parametrize("case", range(7))
@@ -255,6 +260,7 @@ def test_criteria_of_the_users(case, kind, way):
     assert write(spec, way, ids, stopping_criteria=criteria(ids)[case], **GREEDY) == expected
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("walk", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_statistics_add_up_for_every_end(kind, walk, tmp_path):

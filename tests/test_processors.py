@@ -202,6 +202,7 @@ def padded(ids, pads):
     return ids, mask
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("pads", [0, 6])
 @pytest.mark.parametrize("name", ALL)
 def test_greedy_text_is_generates(name, pads, ends):
@@ -217,6 +218,7 @@ def test_greedy_text_is_generates(name, pads, ends):
         assert write(spec, way, ids, **options) == expected, (kind, way)
 
 
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("pads", [0, 5])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)

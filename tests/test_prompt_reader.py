@@ -54,6 +54,7 @@ class TestChoice:
 
 
 class TestReading:
+    @pytest.mark.sweep(35)
     @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
     @pytest.mark.parametrize("window", [None, 1, 5, 16, 200])
     @pytest.mark.parametrize("width", [None, 1, 7, 32])
@@ -156,6 +157,7 @@ class TestGeneration:
         stream.close()
         handle.remove()
 
+    @pytest.mark.sweep(4)
     @pytest.mark.parametrize(
         "draft_cache, later", [("window", True), ("retrieval", False), ("retrieval", True)]
     )

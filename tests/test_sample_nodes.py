@@ -65,6 +65,7 @@ def test_argmax_of_infinities(device):
     assert ops.sample_nodes(logits.to(device)).tolist() == [[-1, 600, 5]]
 
 
+@pytest.mark.sweep(10)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("uniform_dtype", [torch.float32, torch.float64])
 def test_draws(dtype, uniform_dtype, device):

@@ -27,6 +27,7 @@ def greedy(model, ids, n=40, **kwargs):
 
 
 class TestLossless:
+    @pytest.mark.sweep(5)
     @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi", "gpt_oss", "glm4"])
     def test_greedy_families(self, family):
         model, ids = tiny_model(family), prompt(90)

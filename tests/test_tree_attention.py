@@ -170,6 +170,7 @@ def assert_close(a, b) -> None:
 # --- Against the reference -----------------------------------------------------------------------
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_prefixes(prefix, dtype, device, schedule):
@@ -180,6 +181,7 @@ def test_prefixes(prefix, dtype, device, schedule):
         Case((prefix,), rows, heads=(4, 4), dim=32, dtype=dtype, tree=False).check(device)
 
 
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("rows", TREES)
 def test_trees(rows, device, schedule):
     # A long prefix is seconds on the emulation, and is that of other tests there.
@@ -188,6 +190,7 @@ def test_trees(rows, device, schedule):
         Case((prefix,), rows, heads=(6, 2), dim=64, dtype=dtype, seed=i).check(device)
 
 
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("group", GROUPS)
 def test_groups(group, device):
     for rows, dtype in [(1, torch.bfloat16), (3, torch.float16), (13, torch.float32)]:
@@ -195,6 +198,7 @@ def test_groups(group, device):
         Case((150,), rows, heads=(2 * group, 2), dim=128, dtype=torch.bfloat16).check(device)
 
 
+@pytest.mark.sweep(15)
 @pytest.mark.parametrize("dim", range(8, 577, 8))
 def test_head_dims(dim, device, schedule):
     if schedule.emulated and dim > 256 and dim % 64:
@@ -205,6 +209,7 @@ def test_head_dims(dim, device, schedule):
             Case((140,), rows, heads=(2, 1), dim=dims, dtype=dtype or torch.float32).check(device)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dims", SIZES)
 def test_values_of_another_size(dims, dtype, device, schedule):
@@ -223,6 +228,7 @@ def test_values_of_another_size(dims, dtype, device, schedule):
             chain.check(device, attention_chunk=1030 + rows // 2, scale=1 / dims[0])
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values_that_are_columns_of_the_keys(dtype, device):
     """What lies in the same memory gives what it gives in memory of its own."""
@@ -234,6 +240,7 @@ def test_values_that_are_columns_of_the_keys(dtype, device):
         assert same_bits(case.run(device, chunk_size=32), got)
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layouts(layout, dtype, device):
@@ -244,6 +251,7 @@ def test_layouts(layout, dtype, device):
         assert same_bits(got, plain.run(device, chunk_size=32))
 
 
+@pytest.mark.sweep(12)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layouts", [("bshd", "bhsd"), ("bhsd", "bshd"), ("sliced", "bshd")])
 def test_keys_and_values_differ_in_layout(layouts, dtype, device):
@@ -254,6 +262,7 @@ def test_keys_and_values_differ_in_layout(layouts, dtype, device):
         assert same_bits(case.run(device, chunk_size=32), expected)
 
 
+@pytest.mark.sweep(18)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows, keys", [(1, 9), (4, 70), (16, 64), (9, 4), (3, 1), (5, 0), (1, 0)])
 def test_rows_and_keys_differ(rows, keys, dtype, device):
@@ -262,6 +271,7 @@ def test_rows_and_keys_differ(rows, keys, dtype, device):
     Case((130, 7), rows, keys, dtype=dtype, tree=False).check(device, chunk_size=16)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_batch(dtype, device, schedule):
     case = Case((0, 700, 64, 1100), 9, dtype=dtype)
@@ -309,6 +319,7 @@ def test_sinks(dtype, device):
     Case((0,), 2, 0, dtype=dtype, tree=False).check(device, sinks=sinks)
 
 
+@pytest.mark.sweep(11)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [0, 40])
 def test_options_together(window, dtype, device):
@@ -325,6 +336,7 @@ def test_options_together(window, dtype, device):
             assert_close([out], [(plain * share).to(dtype)])
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [1, 2, 7, 64, 129, 500, 100000])
 def test_window(window, dtype, device):
@@ -340,6 +352,7 @@ def test_window(window, dtype, device):
         chain.check(device, window=window, q_depths=depths, k_depths=depths)
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 2, 7, 16, 64, 129, 500, 100000])
 def test_attention_chunk(size, dtype, device, schedule):
@@ -380,6 +393,7 @@ def test_depths_alone_change_nothing(device):
     assert same_bits(case.run(device), case.run(device, **case.depths()))
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunk_size", [1, 7, 16, 32, 64, 100, 128, 256, 1000, 1 << 20])
 def test_chunk_lse(chunk_size, dtype, device, schedule):
@@ -395,6 +409,7 @@ def test_chunk_lse(chunk_size, dtype, device, schedule):
             torch.testing.assert_close(got[2].logsumexp(-1), alone, rtol=3e-6, atol=3e-6)
 
 
+@pytest.mark.sweep(9)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunk_size", [1, 7, 16, 24, 32, 48, 100, 256])
 def test_the_last_chunk_is_full(chunk_size, dtype, device):
@@ -405,6 +420,7 @@ def test_the_last_chunk_is_full(chunk_size, dtype, device):
             assert case.check(device, chunk_size=chunk_size)[2].isfinite().all()
 
 
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("prefix", [15, 31, 63, 127, 143])
 def test_one_key_from_a_whole_tile(prefix, dtype, device):
@@ -502,6 +518,7 @@ def test_long_fuzz(device):
 # --- How a GPU cuts the work ----------------------------------------------------------------------
 
 
+@pytest.mark.sweep(14)
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 192, 256, 72, 136])
 @pytest.mark.parametrize("rows", [5, 13, 25, 33, 70])
 def test_row_blocks(rows, dim, device):
@@ -513,6 +530,7 @@ def test_row_blocks(rows, dim, device):
     case.check(device, chunk_size=24 if rows < 30 else 200)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_multiprocessors(dtype, device, schedule):
     """Parts go from one per unit, or several units per block, to one per tile."""
@@ -536,6 +554,7 @@ def test_more_parts_than_lanes(dtype, device, schedule):
         Case((3000,), 3, heads=(1, 1), dtype=dtype).check(device, chunk_size=100)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_schedules_do_not_change_bits(dtype, device, schedule):
     for rows, chunk_size in [(3, 0), (9, 32), (40, 100)]:
@@ -572,6 +591,7 @@ def test_graph_replay_with_other_lengths(device):
 # --- Properties of trees ----------------------------------------------------------------------
 
 
+@pytest.mark.sweep(13)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("prefix", [0, 100, 1020])
 def test_chain_is_causal_sdpa(prefix, dtype, device):
@@ -619,6 +639,7 @@ def test_powers_of_two_tell_which_keys_were_seen(device):
         torch.testing.assert_close(lse[0, :, 0].double().exp(), visible.sum(-1), rtol=1e-5, atol=0)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_path_unrolling(dtype, device, schedule):
     """Each path from the root is a chain: on the CPU, to the bit (see also row_invariance)."""
@@ -676,6 +697,7 @@ def test_two_parts_merged(dtype, device):
 # --- Bits -------------------------------------------------------------------------------------
 
 
+@pytest.mark.sweep(20)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "heads, dim",
@@ -780,6 +802,7 @@ def test_attention_chunk_row_invariance(dtype):
             assert same_bits(plain[:2], [t[:, row : row + 1] for t in got[:2]])
 
 
+@pytest.mark.sweep(65)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [64, 72, 80, 96, 128, 256, (192, 128)])
 @pytest.mark.parametrize("group", [1, 2, 4, 7])
@@ -876,6 +899,7 @@ def check_masked_keys(case: Case, device) -> None:
     assert (chunk_lse[1] == -INF).all()
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_masked_keys_may_hold_anything(dtype, device):
     """Keys of the tree that no row sees are NaN; a row that sees nothing gives 0 and -inf."""

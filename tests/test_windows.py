@@ -24,6 +24,7 @@ def assert_same_text(model: PreTrainedModel, lengths: tuple[int, ...], **options
             assert torch.equal(spec.generate(ids, **how), model.generate(ids, **how)), length
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("window", [None, 2, 7, 8, 9, 10, 24, 64, 512, 4096])
 def test_windows_of_masks_alone(window, attention):
@@ -33,6 +34,7 @@ def test_windows_of_masks_alone(window, attention):
     assert_same_text(model, (3, 60))
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("window", [2, 9, 24, 512, 4096])
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text", "gpt_oss"])
 def test_windows_that_attention_is_told(family, window):

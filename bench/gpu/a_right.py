@@ -43,7 +43,7 @@ def plan(results: Path, device: str) -> list[Step]:
     else:
         steps.append(cases("the others", "", 60, "--few"))
     hopper = "cuda" if cuda else "test_one_block and random and heads0"
-    tests = [python, "-m", "pytest", "-x", "tests/test_hopper.py", "-k", hopper]
+    tests = [python, "-m", "pytest", "-x", "-m", "not smoke", "tests/test_hopper.py", "-k", hopper]
     ops = results / "goals.json"
     goals = [python, "bench/bench_ops.py", "--device", device, "--goals", "--json", str(ops)]
     goals += ["--seconds", "0.2"] if cuda else ["--seconds", "0.01", "--quick"]

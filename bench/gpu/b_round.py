@@ -29,8 +29,8 @@ def plan(results: Path, device: str) -> list[Step]:
     workers = ["-n", "8"] if cuda and importlib.util.find_spec("xdist") else []
 
     def tests(file: str, limit: float, chosen: str = "cuda") -> Step:
-        return Step(f"tests of {file}", [python, "-m", "pytest", f"tests/test_{file}.py", "-k",
-                                         chosen, "--maxfail=10", *workers], limit)  # fmt: skip
+        command = [python, "-m", "pytest", "-m", "not smoke", f"tests/test_{file}.py", "-k", chosen]
+        return Step(f"tests of {file}", [*command, "--maxfail=10", *workers], limit)
 
     steps = [writes("rounds", 130, *rounds), writes("profile", 80, *profile)]
     if not cuda:
