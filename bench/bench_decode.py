@@ -283,9 +283,11 @@ def bench_shape(arguments: argparse.Namespace, results: Report) -> None:
             config = base.replace(tree_nodes=nodes, tree_depth=depth)
             if nodes == depth:  # a chain
                 config = config.replace(tree_width=1, tree_top_k=1)
+            # Nothing is kept: the text is not what a stretched cache has.
+            how = dict(generation=Stretched, keep_contexts=0)
             specs = {
-                "plain": SpecExtend(target, None, config, generation=Stretched),
-                "tree": SpecExtend(target, draft, config, generation=Stretched),
+                "plain": SpecExtend(target, None, config, **how),
+                "tree": SpecExtend(target, draft, config, **how),
             }
             ran = in_turns(specs, prompt, arguments.turns, arguments.warmup)
             least = bound(rates, target, context, config, draft, depth)
@@ -334,9 +336,9 @@ def bench_pair(arguments: argparse.Namespace, results: Report) -> None:
         named = {case: way for case, way in named.items() if results.wants(case)}
         if not named:
             continue
-        specs = {"plain": SpecExtend(target, None, base)}
+        specs = {"plain": SpecExtend(target, None, base, keep_contexts=0)}
         for case, (name, config) in named.items():
-            specs[case] = SpecExtend(target, drafts[name], config)
+            specs[case] = SpecExtend(target, drafts[name], config, keep_contexts=0)
         _, ids = assets.demo_prompt(tokenizer, context)
         prompt = torch.tensor([ids], device=arguments.device)
         ran = in_turns(specs, prompt, arguments.pair_turns, arguments.warmup)

@@ -180,7 +180,8 @@ def measure(way: str, length: int, shape: str, device: str, dtype: str) -> dict:
     if way == "standard":
         generate = functools.partial(standard, target, peak=peak)
     else:
-        generate = functools.partial(ours, SpecExtend(target, draft, config), peak=peak)
+        spec = SpecExtend(target, draft, config, keep_contexts=0)  # or the warm-up is kept
+        generate = functools.partial(ours, spec, peak=peak)
     generate(prompt[:, :256])  # code, threads, and what libraries keep
     gc.collect()
     before = meter.current() - weights(target) - (0 if draft is None else weights(draft))

@@ -144,7 +144,8 @@ def run(pair: Pair, documents: list[Tensor], new: int, report: Report, name: str
     loops = {}
     for exact in found:
         config = SpecConfig(exact=exact, gate="off", **assets.SETTINGS)
-        loops[exact] = pair.plain(config), pair.spec(config)
+        # Each reads its prompts anew: what they have before their rounds is the same, bit for bit.
+        loops[exact] = tuple(make(config, keep_contexts=0) for make in (pair.plain, pair.spec))
     for ids in documents:
         for exact, counts in found.items():
             counts.append(compare(*loops[exact], ids, new))

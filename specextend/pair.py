@@ -43,16 +43,16 @@ class Pair:
     tokenizer: PreTrainedTokenizerBase
     draft_tokenizer: PreTrainedTokenizerBase | None = None
 
-    def spec(self, config: SpecConfig, progress: Progress | None = None) -> SpecExtend:
-        """Make a loop of the pair."""
+    def spec(self, config: SpecConfig, progress: Progress | None = None, **options) -> SpecExtend:
+        """Make a loop of the pair; ``options`` are further arguments of :class:`SpecExtend`."""
         return SpecExtend(
             self.target, self.draft, config, tokenizer=self.tokenizer,
-            draft_tokenizer=self.draft_tokenizer, progress=progress,
+            draft_tokenizer=self.draft_tokenizer, progress=progress, **options,
         )  # fmt: skip
 
-    def plain(self, config: SpecConfig, progress: Progress | None = None) -> SpecExtend:
-        """Make a loop of the target alone."""
-        return SpecExtend(self.target, None, config, progress=progress)
+    def plain(self, config: SpecConfig, progress: Progress | None = None, **options) -> SpecExtend:
+        """Make a loop of the target alone, as :meth:`spec` does."""
+        return SpecExtend(self.target, None, config, progress=progress, **options)
 
 
 def load_target(

@@ -19,11 +19,13 @@ import bench_same_text
 import pytest
 import torch
 from families import WINDOW, miniature
-from models import prompt, tiny_model
+from models import VOCAB, prompt, tiny_model
+from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
 from specextend import SpecConfig, SpecExtend, __version__, machine
 from specextend.cache import KVCache
+from specextend.compat import CACHE, num_cached
 from specextend.eval.memory import PeakMemory
 from specextend.gate import Gate, break_even
 from specextend.pace import Round
@@ -327,54 +329,82 @@ def test_predicted_memory(pair):
 # ---- the same text -------------------------------------------------------------------------------
 
 
-def test_answers(pair, report):
-    """All contestants write the same text, and their seconds are of the whole of it."""
+@pytest.mark.parametrize("questions", [1, 2])
+def test_answers(pair, report, questions):
+    """All contestants write the same text, and their seconds are of the whole of it. Of a single
+    question all is read; of a second one what is new, by those who keep the first."""
     made, record = report
     target, draft = pair
     config = SpecConfig(gate="off", tree_nodes=4, seed=0)
-    answering = bench_answer.contestants(Pair(target, draft, None), config, None)
+    answering = bench_answer.contestants(Pair(target, draft, None), config, None, questions)
     assert [name.split()[0] for name in answering] == ["Hugging"] * 3 + ["ours"] * 4
-    prompts = [prompt(70), prompt(90)]
+    documents = [
+        [ids, torch.cat([ids[:, :length], (ids[:, length : length + 5] + 1) % VOCAB], 1)]
+        for ids, length in ((prompt(70), 60), (prompt(90), 80))
+    ]
+    documents = [prompts[:questions] for prompts in documents]
     memory = PeakMemory(torch.device("cpu"))
     start = time.perf_counter()
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it calls its assistant in a way that it calls deprecated
     try:
-        found = bench_answer.run(answering, prompts, 12, 2, memory)
+        both = bench_answer.run(answering, documents, 12, 2, memory)
     finally:
         logging.set_verbosity(level)
     spent = time.perf_counter() - start
-    assert sum(a.last for answers in found.values() for a in answers) < spent
-    for name, answers in found.items():
-        assert len(answers) == 4
-        for answer, plain in zip(answers, found["Hugging Face plain"], strict=True):
-            assert answer.tokens == plain.tokens and answer.count == 12
-            assert 0 < answer.first < answer.last and answer.rate > 0
-            assert answer.passes >= 1 and (name != "ours plain" or answer.passes == 1)
-    text = bench_answer.remarks(found["ours draft"], found["Hugging Face plain"])
-    assert "4 of 4 texts as Hugging Face's" in text and "per pass" in text
+    assert len(both) == questions
+    assert sum(a.last for found in both for answers in found.values() for a in answers) < spent
+    for question, found in enumerate(both):
+        for name, answers in found.items():
+            assert len(answers) == 4
+            keeps = question == 1 and (name.startswith("ours") or name == "Hugging Face plain")
+            assert [a.cached for a in answers] == ([60, 80] * 2 if keeps else [0] * 4)
+            for answer, plain in zip(answers, found["Hugging Face plain"], strict=True):
+                assert answer.tokens == plain.tokens and answer.count == 12
+                assert 0 < answer.first < answer.last and answer.rate > 0
+                assert answer.passes >= 1 and (name != "ours plain" or answer.passes == 1)
+        text = bench_answer.remarks(found["ours draft"], found["Hugging Face plain"])
+        assert "4 of 4 texts as Hugging Face's" in text and "per pass" in text
+        assert ("(70 tokens were there)" in text) == (question == 1)
+
+
+def test_a_cache_that_cannot_go_back_is_left(pair):
+    """Another one is begun; where nothing is to be cut, it stays as it is."""
+    target = pair[0]
+    ids = prompt(20)
+    cache = DynamicCache(config=target.config)
+    target(ids, **{CACHE: cache})
+    longer = torch.cat([ids, ids], 1)
+    given = Pair(target, None, None)
+    assert bench_answer.kept(given, cache, ids, longer) is cache and num_cached(cache) == 20
+    with mock.patch.object(cache, "crop", side_effect=RuntimeError):
+        assert num_cached(bench_answer.kept(given, cache, ids, 1 + ids)) == 0
 
 
 def test_questions_have_the_length_that_was_asked_for():
     class Words:
         chat_template = None
 
-        def __call__(self, text):
+        def __call__(self, text, **options):
             return SimpleNamespace(input_ids=[len(word) for word in text.split()])
 
         def decode(self, ids):
             return " ".join("x" * i for i in ids)
 
         def apply_chat_template(self, messages, **options):
-            assert messages[0]["content"].endswith(bench_answer.QUESTION)
+            assert messages[0]["content"].endswith(bench_answer.QUESTIONS)
             return {"input_ids": torch.tensor([self(messages[0]["content"]).input_ids])}
 
     words, text = Words(), "some words and " * 50
-    assert bench_answer.question(words, text, 151) is None
-    assert bench_answer.question(words, text, 100).shape == (1, 100)
+    lengths = [len(question.split()) for question in bench_answer.QUESTIONS]
+    assert bench_answer.ask(words, text, 151, 1) is None
+    asked = bench_answer.ask(words, text, 100, 2)
+    assert [ids.shape for ids in asked] == [(1, 100), (1, 100 + lengths[1])]
+    assert torch.equal(asked[1][:, :100], asked[0])
+    assert len(bench_answer.ask(words, text, 100, 1)) == 1
     words.chat_template = "a template"
-    asked = bench_answer.question(words, text, 100)
-    assert asked.shape == (1, 100 - 64 + len(bench_answer.QUESTION.split()))
+    asked = bench_answer.ask(words, text, 100, 2)
+    assert [ids.shape for ids in asked] == [(1, 100 - 64 + length) for length in lengths]
 
 
 def test_prompts_are_read_alike():

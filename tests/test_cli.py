@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import itertools
 import json
 import os
 import re
@@ -242,6 +243,28 @@ class TestChat:
         second = tokenizer.decode(greedy(f"one\n{first}two\n", 6))
         lines = "".join(t + "\n" * (not t.endswith("\n")) for t in (first, second, first))
         assert out == lines and err.count("6 tokens |") == 3
+
+    @pytest.mark.parametrize("target", ["target", "talker"])
+    def test_a_turn_goes_on_from_the_last(self, run, target):
+        """As far as the tokens are the same, which is said; /reset begins anew."""
+        lines, length = ["one", "two", "three", "/reset", "one"], 6
+        arguments, pair = ("--max-new-tokens", length), (target, "draft")
+        code, out, err = run("chat", *arguments, stdin="\n".join(lines) + "\n", pair=pair)
+        tokenizer, held, prompt, expected = byte_tokenizer(), [], "", []
+        for line in lines:
+            if line == "/reset":
+                held, prompt = [], ""
+                continue
+            prompt += f"<user>{line}<assistant>" if target == "talker" else f"{line}\n"
+            ids = tokenizer(prompt).input_ids
+            pairs = zip(ids, held, strict=False)
+            expected.append((len(ids), sum(itertools.accumulate((a == b for a, b in pairs), min))))
+            answer = greedy(prompt, length)
+            held = ids + answer[:-1]  # the last one has not been read
+            prompt += tokenizer.decode(answer)
+        found = re.findall(r"prefill of (\d+) tokens(?: \((\d+) cached\))? [\d.]+ s", err)
+        assert code == 0 and [(int(n), int(cached or 0)) for n, cached in found] == expected
+        assert expected[0] == expected[-1] and expected[1][1] > expected[0][0]
 
     def test_template(self, run):
         arguments = ("--max-new-tokens", 6, "--system", "brief")

@@ -310,6 +310,17 @@ def test_sampled_runs_are_exact(pair, drafts):
     assert theirs.exact is None and theirs.first_difference is None
 
 
+def test_every_run_reads_its_prompt(pair, drafts):
+    """Also behind a warm-up and a run that had the same one."""
+    config = SpecConfig(chunk_size=8, budget=32, recent_chunks=1, gate="off")
+    runner = Runner(pair[0], drafts, {"model": config}, new_tokens=4)
+    prompt = prompts.Prompt("p", "joined", 60, list(range(1, 61)))
+    for repeat in range(2):
+        runner.run(Task(prompt, Row(METHODS["retrieval"], "model"), repeat), None, _quiet)
+        (spec,) = runner._specs.values()
+        assert spec.stats.num_cached_tokens == 0 and spec.stats.num_prompt_tokens == 60
+
+
 def _quiet(phase: str, done: int, total: int) -> None:
     pass
 

@@ -122,16 +122,33 @@ def refusal(port: int, **order) -> tuple[int, str]:
 
 
 @functools.cache
-def expected() -> list[int]:
-    """Return what the target itself writes behind the text."""
+def embedded():
+    """Load the target itself, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = assets.target_path()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    ids = tokenizer(TEXT, return_tensors="pt").input_ids
-    assert 600 < ids.shape[1] < 800
-    return model.generate(ids, max_new_tokens=NEW, do_sample=False)[0, ids.shape[1] :].tolist()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def written_behind(ids: list[int], new: int = NEW) -> list[int]:
+    """Return what the target itself writes behind tokens."""
+    prompt = torch.tensor([ids])
+    out = embedded()[0].generate(prompt, max_new_tokens=new, do_sample=False)
+    return out[0, len(ids) :].tolist()
+
+
+@functools.cache
+def expected() -> list[int]:
+    """Return what the target itself writes behind the text."""
+    ids = embedded()[1](TEXT).input_ids
+    assert 600 < len(ids) < 800
+    return written_behind(ids)
+
+
+def cached(events: list[dict]) -> dict[str, int]:
+    """Return how many tokens of the prompt were there, by column."""
+    return {e["column"]: e["cached"] for e in events if "cached" in e}
 
 
 def test_events(port):
@@ -171,6 +188,35 @@ def test_sampling_draws_the_same_in_both(port):
     *_, done = run(port, temperature=1.0, new_tokens=8)
     assert done["difference"] is None
     assert len(done["columns"]["spec"]["tokens"]) == 8
+
+
+def test_further_questions(port):
+    """Each goes on from document, questions and answers, of which nothing is read again. A new
+    race, or another draft, has both columns read all of it."""
+    tokenizer = embedded()[1]
+    ids, question = tokenizer(TEXT).input_ids, "# The surface of it:"
+    first = run(port)
+    assert cached(first) == {"plain": 0, "spec": 0}
+    answer, key = expected(), first[-1]["conversation"]
+    assert first[-1]["answer"] == tokenizer.decode(answer)
+    for _ in range(2):
+        there = len(ids) + NEW - 1  # the last token of an answer has been read by nobody
+        ids += [*answer, *tokenizer("\n\n" + question).input_ids]
+        start, *events, done = run(port, conversation=key, text="", instruction=question)
+        assert start["prompt_tokens"] == len(ids)
+        assert "".join(start["chunks"]) == tokenizer.decode(ids)
+        assert cached(events) == {"plain": there, "spec": there}
+        answer = written_behind(ids)
+        assert [each["tokens"] for each in done["columns"].values()] == [answer] * 2
+        assert (done["conversation"], done["answer"]) == (key, tokenizer.decode(answer))
+    ids += answer
+    start, *events, done = run(port, conversation=key, draft="ngram", new_tokens=4)
+    assert start["prompt_tokens"] == len(ids) and cached(events) == {"plain": 0, "spec": 0}
+    assert done["columns"]["spec"]["tokens"] == written_behind(ids, 4)
+    again = run(port, new_tokens=4)
+    assert cached(again) == {"plain": 0, "spec": 0} and again[-1]["conversation"] != key
+    status, error = refusal(port, conversation=key)
+    assert status == 400 and error.startswith("This conversation has made room for another")
 
 
 def test_turns_by_time():
@@ -349,8 +395,19 @@ def test_own_models(tmp_path):
             text = tokenizer.decode(result["tokens"], skip_special_tokens=True)
             assert "".join(pieces) + result["tail"] == text
             assert [each.get("gap") for each in rounds] == ["", *[None] * (len(rounds) - 1)]
-        assert "".join(start["chunks"]) == "<user>All work \n\nWhy?<assistant>"
+        asked = "<user>All work \n\nWhy?<assistant>"
+        assert "".join(start["chunks"]) == asked
         assert done["difference"] is None
+        # The answer is rendered from its text: what was read serves up to where tokens differ.
+        order = {**draft, "conversation": done["conversation"], "new_tokens": 5}
+        status, error = refusal(port, **order)
+        assert (status, error) == (400, "There is no question.")
+        start, *events, further = run(port, **order, instruction="So?")
+        text = f"{asked}{done['answer']}<user>So?<assistant>"
+        assert start["prompt_tokens"] == len(tokenizer(text).input_ids)
+        assert further["difference"] is None
+        found = cached(events)
+        assert found["plain"] == found["spec"] >= len(asked)
 
 
 @pytest.mark.parametrize(
@@ -418,9 +475,9 @@ class Page:
 
         self.driver.find_element(By.ID, name).click()
 
-    def generate(self) -> None:
+    def generate(self, button: str = "go") -> None:
         """Press the button, and wait for the end."""
-        self.click("go")
+        self.click(button)
         self.wait("!document.getElementById('go').disabled")
 
     def error(self) -> str | None:
@@ -485,9 +542,7 @@ def test_page_generates(page):
     page.generate()
     assert page.error() is None
     assert page.text("#verdict") == f"The same text: all of {NEW} tokens are identical"
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(assets.target_path())
+    tokenizer = embedded()[1]
     wanted = tokenizer.decode(expected())
     assert page.written("plain") == page.written("spec") == wanted
     marks = page.js(
@@ -510,6 +565,37 @@ def test_page_generates(page):
     assert page.url + "script.js" in urls and page.url + "api/run" in urls
     assert [url for url in urls if not url.startswith(page.url)] == []
     assert page.driver.get_log("browser") == []
+
+
+def test_page_asks_further(page):
+    """The conversation is on show, and what was read for each answer; another document ends it."""
+    page.open()
+    assert page.js("document.getElementById('further').disabled")
+    page.set(document="", text=TEXT, budget="256")
+    page.generate()
+    tokenizer = embedded()[1]
+    ids, question = tokenizer(TEXT).input_ids, "# The surface of it:"
+    assert page.text("#plain .read") == f"Prompt of {len(ids)} tokens, all of them read"
+    page.set(instruction=question)
+    page.generate("further")
+    assert page.error() is None
+    there = len(ids) + NEW - 1
+    ids += [*expected(), *tokenizer("\n\n" + question).input_ids]
+    answer = tokenizer.decode(written_behind(ids))
+    assert page.written("plain") == page.written("spec") == answer
+    read = f"{len(ids)} tokens: {there} were there, {len(ids) - there} read"
+    assert page.text("#plain .read") == page.text("#spec .read") == f"Prompt of {read}"
+    turns = page.js("[...document.querySelectorAll('#turns li *')].map(e => e.textContent)")
+    assert turns[1] == tokenizer.decode(expected())
+    assert turns[3:] == [question, answer, f"Both: {read}"]
+    assert page.text("#talk-about") == "about a text of your own"
+    page.set(text=TEXT + "\n")
+    assert page.js("document.getElementById('further').disabled")
+    page.set(text=TEXT)
+    assert not page.js("document.getElementById('further').disabled")
+    page.set(text=TEXT[:1000], instruction="", new_tokens="3")
+    page.generate()
+    assert page.js("document.querySelectorAll('#turns li').length") == 1
 
 
 def test_page_shows_text_as_text(page):

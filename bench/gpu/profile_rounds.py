@@ -50,7 +50,7 @@ def main() -> None:
         tree_depth=depth, seed=0,
     )  # fmt: skip
     models = random_model(*made), random_model(*made, num_hidden_layers=1)
-    spec = SpecExtend(*models, config, generation=Stretched)
+    spec = SpecExtend(*models, config, generation=Stretched, keep_contexts=0)
     prompt = torch.randint(1, 1000, (1, arguments.context), device=device)
     tokens = (WARMUP + ROUNDS + 2) * (depth + 1)
     stream = spec.stream(prompt, max_new_tokens=tokens, do_sample=False)

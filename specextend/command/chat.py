@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
             break
         if line.strip() == "/reset":
             messages, written = list(first), ""
+            spec.forget()
             continue
         if not line.strip():
             continue

@@ -95,7 +95,10 @@ def summary(stats) -> str:
     parts = [f"{stats.num_emitted_tokens} tokens", f"{stats.tokens_per_second:.1f} tokens/s"]
     if stats.num_draft_tokens:
         parts.append(f"mean acceptance length {stats.mean_acceptance_length:.2f}")
-    prefill = f"prefill of {stats.num_prompt_tokens:,} tokens {seconds['prefill']:.1f} s"
+    prefill = f"prefill of {stats.num_prompt_tokens:,} tokens"
+    if stats.num_cached_tokens:
+        prefill += f" ({stats.num_cached_tokens:,} cached)"
+    prefill += f" {seconds['prefill']:.1f} s"
     if "draft_prefill" in seconds:
         prefill += f" + draft {seconds['draft_prefill']:.1f} s"
     return " | ".join([*parts, prefill])

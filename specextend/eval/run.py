@@ -244,7 +244,8 @@ class Runner:
         if row.key not in self._specs:
             config = self.config(row)
             draft = None if row.draft is None else self.drafts[row.draft].with_config(config)
-            self._specs[row.key] = self.make(self.target, draft, config)
+            # Every run reads its whole prompt, also where the one before had the same.
+            self._specs[row.key] = self.make(self.target, draft, config, keep_contexts=0)
         spec = self._specs[row.key]
         spec.progress = progress
         return spec

@@ -28,6 +28,7 @@ from ..pair import Pair
 from ..stats import PHASES
 from ..terminal import Detokenizer, dtype_name, gap, last_lines, size_text
 from ..timing import Timed, difference, timed_steps
+from .conversation import Conversation
 
 MAX_CHARS = 1_000_000  # of a text that a page may send
 LENGTH = 8_000  # tokens of an included document, unless somebody says otherwise
@@ -48,9 +49,12 @@ class Order(BaseModel):
     """Says what a page asks for.
 
     Attributes:
+        conversation: key of the one that ``instruction`` goes on with, of whose document the next
+            two say nothing; None: a new one.
         document: key of an included document, of which ``length`` tokens are used; None: ``text``.
         text: a document of the page's own, all of which is used.
-        instruction: stands behind the document, or goes with it into the chat template.
+        instruction: stands behind the document or the conversation, or goes with them into the chat
+            template.
         new_tokens: to write.
         temperature: 0: greedy; above: both columns sample, with the same noise.
         draft: key of a draft; the fields below are those of :class:`SpecConfig`.
@@ -58,6 +62,7 @@ class Order(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    conversation: str | None = None
     document: str | None = None
     length: int = Field(LENGTH, ge=2)
     text: str = Field("", max_length=MAX_CHARS)
@@ -134,6 +139,7 @@ class Column:
         }
         if first:
             event["gap"] = gap(self._tokenizer, self._prompt, step.tokens)
+            event["cached"] = stats.num_cached_tokens
         if len(stats.retrieved_ids) > self._retrievals:
             self._retrievals = len(stats.retrieved_ids)
             event["chunks"] = [i for i in stats.retrieved_ids[-1][0].tolist() if i >= 0]
@@ -190,7 +196,9 @@ class Race:
             self._try(kind)
         if error := self._sources[self.draft].error:
             raise ValueError(error)
-        self._plain = SpecExtend(self.target, None, self.config)
+        # Both keep what they read, for the next question.
+        self._plain = self._last = SpecExtend(self.target, None, self.config)
+        self._conversation: Conversation | None = None
         self._documents = self._included(document)
 
     # ---- what is on offer ------------------------------------------------------------------------
@@ -268,7 +276,7 @@ class Race:
     # ---- a race ----------------------------------------------------------------------------------
 
     def run(self, order: Order, emit: Emit, stop: threading.Event) -> dict:
-        """Continue a document in both ways.
+        """Continue a document or a conversation in both ways.
 
         Args:
             emit: called with each event but the last; the first is "start".
@@ -280,7 +288,8 @@ class Race:
         Raises:
             ValueError: an order that cannot be met, before the first event.
         """
-        ids = self._prompt(order)
+        conversation = self._conversation_of(order)
+        ids = torch.tensor([conversation.ask(order.instruction)], device=self.target.device)
         options: dict = {
             "max_new_tokens": order.new_tokens,
             "do_sample": order.temperature > 0,
@@ -304,37 +313,37 @@ class Race:
         try:
             columns.append(column("plain", self._plain))
             columns.append(column("spec", self._drafting(order)))
+            self._make_equal(conversation, columns[1].spec)
             emit(self._start(order, ids, columns[1].spec.draft))
             try:
                 self._take_turns(columns, emit, stop)
             except Stopped:
                 pass
-            return self._done(columns)
+            return self._done(columns, conversation)
         finally:
             for each in columns:
                 each.steps.close()
 
-    def _prompt(self, order: Order) -> Tensor:
-        """Return the tokens of the prompt, [1, L] int64."""
+    def _conversation_of(self, order: Order) -> Conversation:
+        """Return the conversation that goes on, or a new one about the document."""
+        if order.conversation is not None:
+            if self._conversation is None or order.conversation != self._conversation.key:
+                raise ValueError("This conversation has made room for another; generate anew.")
+            return self._conversation
         if order.document is None:
             ids = self.tokenizer(order.text).input_ids if order.text.strip() else []
         elif order.document not in self._documents:
             raise ValueError(f"there is no document {order.document!r}")
         else:
             ids = self._documents[order.document][1](order.length)
-        has_template = bool(self.tokenizer.chat_template)
-        if not ids and not (has_template and order.instruction.strip()):
-            raise ValueError("The document is empty: paste a text, open a file or choose one.")
-        if has_template:
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            content = "\n\n".join(part for part in (text, order.instruction) if part.strip())
-            ids = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True, return_dict=True
-            )["input_ids"]
-        elif order.instruction.strip():
-            text = "\n\n" + order.instruction
-            ids = [*ids, *self.tokenizer(text, add_special_tokens=False).input_ids]
-        return torch.tensor([ids], device=self.target.device)
+        return Conversation(self.tokenizer, ids)
+
+    def _make_equal(self, conversation: Conversation, spec: SpecExtend) -> None:
+        """Have both loops begin alike: with what both kept of the conversation, or with nothing."""
+        if conversation is not self._conversation or spec is not self._last:
+            for loop in (self._plain, self._last, spec):
+                loop.forget()
+        self._conversation, self._last = conversation, spec
 
     def _drafting(self, order: Order) -> SpecExtend:
         source = self._sources.get(order.draft)
@@ -376,7 +385,7 @@ class Race:
             if stop.is_set():
                 raise Stopped
 
-    def _done(self, columns: list[Column]) -> dict:
+    def _done(self, columns: list[Column], conversation: Conversation) -> dict:
         plain, spec = (each.timed.tokens for each in columns)
         stopped = not all(each.over for each in columns)
         if stopped:  # what both have
@@ -386,5 +395,7 @@ class Race:
             "event": "done",
             "stopped": stopped,
             "difference": difference(self.tokenizer, spec, plain, "plain decoding"),
+            "conversation": conversation.key,
+            "answer": conversation.add(plain) if plain else None,  # the target's own, if they part
             "columns": {each.name: each.result() for each in columns},
         }

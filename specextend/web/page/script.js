@@ -14,6 +14,9 @@ const number = (n) => n.toLocaleString("en");
 
 let offer = null;
 let race = null; // what is on show: see `begin`
+let asked = null; // the question that was sent last: see the form’s submission
+let talk = null; // the conversation that can go on: the server's key of it, and its document
+let running = false;
 
 class Refused extends Error {} // with a text for people
 
@@ -70,7 +73,7 @@ function show(found) {
   for (const [key, name] of Object.entries(offer.documents)) addOption($("document"), key, name);
   for (const [key, { name }] of Object.entries(offer.drafts)) addOption($("draft"), key, name);
   $("hint").textContent = offer.has_template
-    ? "about the document" : "this model only continues: it stands at the document’s end";
+    ? "about the document" : "this model only continues: it stands at the text’s end";
   if (offer.has_template) field("instruction").value = "Summarize this document.";
   for (const name of ["length", "new_tokens", "temperature", "draft", ...SWITCHES]) {
     field(name).value = defaults[name];
@@ -98,12 +101,24 @@ function adapt() {
   field("tree_nodes").disabled = field("tree_shape").value === "fixed";
   const reads = cache.disabled ? "" : `, reads ${cache.selectedOptions[0].textContent}`;
   $("chosen").textContent = `– ${name}${reads}`;
+  offerButtons();
+}
+
+function offerButtons() {
+  $("go").disabled = running;
+  const same = talk !== null && JSON.stringify(about()) === JSON.stringify(talk.about);
+  $("further").disabled = running || !same; // another document begins another conversation
+}
+
+// The document that the form names.
+function about() {
+  if (field("document").value === OWN) return { text: field("text").value };
+  return { document: field("document").value, length: Number(field("length").value) };
 }
 
 function order() {
   const given = (name) => field(name).value;
   const result = {
-    document: given("document") === OWN ? null : given("document"),
     instruction: given("instruction"),
     new_tokens: Number(given("new_tokens")),
     temperature: Number(given("temperature")),
@@ -115,10 +130,9 @@ function order() {
     budget: Number(given("budget")),
     gate: field("gate").checked ? "auto" : "off",
   };
-  if (result.document === null) result.text = given("text");
-  else result.length = Number(given("length"));
-  if ((result.text ?? "").length > offer.max_chars) throw tooLong();
-  return result;
+  if (asked.follows) return { ...result, conversation: talk.key };
+  if ((asked.about.text ?? "").length > offer.max_chars) throw tooLong();
+  return { ...result, ...asked.about };
 }
 
 const tooLong = () =>
@@ -143,16 +157,23 @@ form.addEventListener("change", adapt);
 form.addEventListener("submit", async (event) => {
   event.preventDefault();
   $("error").hidden = true;
-  $("go").disabled = true;
+  running = true;
+  offerButtons();
   $("stop").disabled = false;
   $("status").textContent = "Preparing …";
   try {
+    asked = {
+      follows: event.submitter === $("further"),
+      question: field("instruction").value.trim(),
+      about: about(),
+    };
     const answer = await request("api/run", order());
     for await (const each of events(answer)) take(each);
   } catch (error) {
     complain(error);
   }
-  $("go").disabled = false;
+  running = false;
+  offerButtons();
   $("stop").disabled = true;
   if (!$("error").hidden) $("status").textContent = "";
 });
@@ -192,6 +213,13 @@ class Column {
     this.section.querySelector(".acceptance").textContent = acceptance.toFixed(2);
   }
 
+  read(total, cached) {
+    this.prompt = cached
+      ? `${number(total)} tokens: ${number(cached)} were there, ${number(total - cached)} read`
+      : `${number(total)} tokens, all of them read`;
+    this.section.querySelector(".read").textContent = `Prompt of ${this.prompt}`;
+  }
+
   progress(value, max) {
     this.bar.max = Math.max(max, 1);
     this.bar.value = value;
@@ -214,7 +242,13 @@ class Column {
 
 function begin(event) {
   race = { ...event, columns: { plain: new Column("plain"), spec: new Column("spec") } };
+  if (!asked.follows) {
+    talk = null;
+    $("talk").hidden = true;
+    $("turns").replaceChildren();
+  }
   for (const column of Object.values(race.columns)) {
+    column.section.querySelector(".read").textContent = "";
     column.text.replaceChildren();
     column.write(event.tail, "before");
     column.figures(0, 1);
@@ -232,9 +266,10 @@ function prefill({ column, done, total }) {
   $("status").textContent = `${who} reads the prompt: ${number(done)} of ${number(total)} tokens`;
 }
 
-function round({ column: name, pieces, accepted, rate, acceptance, chunks, gap }) {
+function round({ column: name, pieces, accepted, rate, acceptance, chunks, gap, cached }) {
   const column = race.columns[name];
   if (gap) column.write(gap, "before");
+  if (cached !== undefined) column.read(race.prompt_tokens, cached);
   pieces.forEach((piece, i) => {
     const own = i < accepted ? "accepted" : "target";
     column.write(piece, name === "spec" ? own : "");
@@ -254,7 +289,7 @@ function round({ column: name, pieces, accepted, rate, acceptance, chunks, gap }
   if (chunks) light(chunks);
 }
 
-function finish({ stopped, difference, columns }) {
+function finish({ stopped, difference, columns, conversation, answer }) {
   for (const [name, result] of Object.entries(columns)) {
     race.columns[name].write(result.tail);
     race.columns[name].figures(result.rate, result.acceptance);
@@ -279,6 +314,35 @@ function finish({ stopped, difference, columns }) {
     return row;
   }));
   $("outcome").hidden = false;
+  if (answer !== null) remember(conversation, answer);
+}
+
+// ---- the conversation ---------------------------------------------------------------------------
+
+function remember(key, answer) {
+  if (talk === null) {
+    const { text, document: name, length } = asked.about;
+    $("talk-about").textContent = text !== undefined ? "about a text of your own"
+      : `about ${offer.documents[name]}, ${number(length)} tokens`;
+  }
+  talk = { key, about: asked.about };
+  const turn = document.createElement("li");
+  const add = (tag, kind, text) => {
+    const part = document.createElement(tag);
+    part.className = kind;
+    part.textContent = text;
+    turn.append(part);
+    return part;
+  };
+  add("p", "question", asked.question || "(no question: the text goes on)");
+  const shown = add("pre", "answer", answer.trim() ? answer : "(nothing)");
+  shown.tabIndex = 0; // for the arrow keys to scroll it
+  shown.setAttribute("aria-label", "Answer");
+  const { plain, spec } = race.columns;
+  add("p", "quiet", plain.prompt === spec.prompt ? `Both: ${plain.prompt}`
+    : `Plain decoding: ${plain.prompt}; SpecExtend: ${spec.prompt}`);
+  $("turns").append(turn);
+  $("talk").hidden = false;
 }
 
 // ---- the strip ----------------------------------------------------------------------------------
