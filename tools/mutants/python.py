@@ -37,7 +37,9 @@ RETRIEVAL = ("tests/test_decode.py::TestRetrieval",)
 CACHES = ("tests/test_cache.py",)
 STATES = ("tests/test_families.py::test_text[jamba]", "tests/test_families.py::test_text[bamba]")
 LEVELS = ("tests/test_recurrent.py::TestDrafts::test_levels_of_trees_with_states",)
-RECURRENT = "specextend/recurrent.py"
+RECURRENT, BACKLOG, CONTEXT, CACHE_LAYERS = (
+    f"specextend/{name}.py" for name in ("recurrent", "backlog", "context", "cache_layers")
+)
 
 MUTANTS = [
     # ---- the loop: positions, the root, what is committed ----
@@ -254,14 +256,14 @@ MUTANTS = [
     ),
     Mutant(
         "the draft gets the root alone, not what was emitted before it",
-        GENERATION,
+        BACKLOG,
         "self._decisions.ids[:, self._seen : length + 1]",
         "self._decisions.ids[:, length : length + 1]",
         (*FULL_DEPTH, *CACHES),
     ),
     Mutant(
         "the draft gets the last emitted token twice",
-        GENERATION,
+        BACKLOG,
         "self._seen, self.features = length + 1, []",
         "self._seen, self.features = length, []",
         (*FULL_DEPTH, *CACHES),
@@ -326,8 +328,8 @@ MUTANTS = [
     Mutant(
         "an interrupted generation leaves the object busy",
         DECODE,
-        "        finally:\n            self._running = False\n",
-        "            self._running = False\n        finally:\n",
+        "                self._shelf.put(context)\n            self._running.release()\n",
+        "                self._shelf.put(context)\n                self._running.release()\n",
         ("tests/test_decode.py::TestState",),
     ),
     # ---- the target's choice ----
@@ -780,7 +782,7 @@ MUTANTS = [
     ),
     Mutant(
         "EAGLE: the prompt's parts forget what stood before them",
-        GENERATION,
+        BACKLOG,
         "return torch.cat([*before, features[:, :-1]], 1)",
         "return torch.cat([torch.zeros_like(features[:, :1]), features[:, :-1]], 1)",
         (
@@ -922,14 +924,14 @@ MUTANTS = [
     ),
     Mutant(
         "EAGLE: features are those of the token itself",
-        GENERATION,
+        BACKLOG,
         "return torch.cat([*before, features[:, :-1]], 1)",
         "return features",
         ("tests/test_eagle.py::test_keys_from_guessed_features_are_overwritten",),
     ),
     Mutant(
         "EAGLE: a row of features is lost between rounds",
-        GENERATION,
+        BACKLOG,
         "self.features.append(features[:, :count].clone())",
         "self.features.append(features[:, : max(count - 1, 1)].clone())",
         (
@@ -1160,6 +1162,133 @@ MUTANTS = [
             "tests/test_fused.py::test_what_is_known",
             "tests/test_fused.py::TestKernels::test_of_a_layer",
         ),
+    ),
+    # ---- contexts ----
+    Mutant(
+        "contexts: a token too many is taken from the old text",
+        CONTEXT,
+        "else int(same.int().argmin())",
+        "else int(same.int().argmin()) + 1",
+        ("tests/test_context.py::TestKept::test_a_prompt_that_leaves_a_text",),
+    ),
+    Mutant(
+        "contexts: the prompt's last token is taken to be there",
+        CONTEXT,
+        "count = min(len(self._text), prompt.shape[1] - 1)",
+        "count = min(len(self._text), prompt.shape[1])",
+        ("tests/test_context.py::TestKept::test_the_same_prompt_and_a_shorter_one",),
+    ),
+    Mutant(
+        "contexts: weights are not looked at",
+        CONTEXT,
+        "return alike and self._weights == target.fingerprint()",
+        "return alike",
+        ("tests/test_context.py::TestWeights",),
+    ),
+    Mutant(
+        "contexts: keys of the other side of a LongRoPE edge serve",
+        CONTEXT,
+        "return alike and self._weights == target.fingerprint()",
+        "return self._weights == target.fingerprint()",
+        ("tests/test_context.py::TestKept::test_longrope",),
+    ),
+    Mutant(
+        "contexts: parts of the prompt do not matter to exact rows",
+        CONTEXT,
+        "        if config.exact:",
+        "        if False:",
+        ("tests/test_context.py::TestKept::test_exact",),
+    ),
+    Mutant(
+        "contexts: what another draft kept serves",
+        CONTEXT,
+        "        if draft is not self._draft:",
+        "        if False:",
+        ("tests/test_context.py::TestByHand::test_one_of_another_draft",),
+    ),
+    Mutant(
+        "contexts: rows are taken for all that the draft had",
+        CONTEXT,
+        "self._text = self._text[:start]  #",
+        "pass  #",
+        ("tests/test_context.py",),
+    ),
+    Mutant(
+        "contexts: a state in the middle of a forward is taken for that behind the text",
+        CACHE,
+        "if self.state_layers and not (sound and length == self.length):",
+        "if self.state_layers and length != self.length:",
+        ("tests/test_context.py::TestStates::test_an_error_in_the_middle_of_a_forward",),
+    ),
+    Mutant(
+        "contexts: a state goes back nowhere",
+        CACHE,
+        "            length = self._marks.go_back(length)",
+        "            pass",
+        ("tests/test_context.py::TestStates::test_text",),
+    ),
+    Mutant(
+        "contexts: a mark forgets what a state has yet to take in",
+        CACHE_LAYERS,
+        'for name in (*self._fresh, "pending")}',
+        "for name in self._fresh}",
+        ("tests/test_context.py::TestStates",),
+    ),
+    Mutant(
+        "contexts: a copy of a state is the state",
+        CACHE_LAYERS,
+        "vars(self).update(tree_map_only(Tensor, Tensor.clone, mark))",
+        "vars(self).update(mark)",
+        ("tests/test_context.py::TestStates",),
+    ),
+    Mutant(
+        "contexts: EAGLE's row at the border is that of the old text",
+        EAGLE,
+        "max(0, min(length - 1, kept.full.length))",
+        "max(0, min(length, kept.full.length))",
+        ("tests/test_context.py::TestKept::test_the_draft_goes_on_as_if_it_had_read_all",),
+    ),
+    Mutant(
+        "contexts: EAGLE forgets what it has yet to take in",
+        EAGLE,
+        "            self.prefill(decided)\n        return super().keep(decided)",
+        "            pass\n        return super().keep(decided)",
+        ("tests/test_context.py::TestKept::test_a_conversation",),
+    ),
+    Mutant(
+        "contexts: the draft keeps rows of the old text",
+        CACHED,
+        "kept.full.go_back(min(length, kept.full.length))",
+        "kept.full.go_back(kept.full.length)",
+        ("tests/test_context.py::TestKept::test_the_draft_goes_on_as_if_it_had_read_all",),
+    ),
+    Mutant(
+        "contexts: a fork writes to the memory of all",
+        "specextend/arena.py",
+        "return self._map(shared=False)",
+        "return self._map(shared=True)",
+        ("tests/test_arena.py",),
+    ),
+    Mutant(
+        "contexts: rows of a fork are added where another one has added",
+        CACHE,
+        "                if self._shared == arena.rows:",
+        "                if True:",
+        ("tests/test_arena.py::test_any_tree_of_forks",),
+    ),
+    Mutant(
+        "contexts: rows that went back are taken for shared ones",
+        CACHE,
+        "self.length, self._shared = length, min(length, self._shared)",
+        "self.length = length",
+        ("tests/test_arena.py",),
+    ),
+    Mutant(
+        "contexts: the last used one leaves first",
+        CONTEXT,
+        "        self._contexts.append(context)",
+        "        self._contexts.insert(0, context)",
+        ("tests/test_context.py::TestShelf",),
     ),
     # ---- exact ----
     Mutant(
