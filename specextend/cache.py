@@ -224,6 +224,29 @@ class KVCache(Cache):
                 raise ValueError(f"layer {index} of the cache {error}") from None
         self.advance(length)
 
+    def parts(self) -> dict:
+        """Return what is committed: plain data, with tensors where they lie. The states behind
+        what is committed are to be marked."""
+        return {
+            "length": self.length,
+            "rotary_length": self.rotary_length,
+            "rows": [
+                layer.parts(self.length) if isinstance(layer, KVLayer) else {}
+                for layer in self.layers
+            ],
+            "marks": self._marks.parts(),
+        }
+
+    def take_parts(self, parts: dict) -> None:
+        """Have the :meth:`parts` of a cache of the same model for its own. It is empty, with a
+        capacity of as many rows."""
+        for layer, rows in zip(self.layers, parts["rows"], strict=True):
+            if rows:
+                layer.take_parts(rows)
+        self._marks.take_parts(parts["marks"])
+        self.rotary_length = parts["rotary_length"]
+        self.go_back(parts["length"], sound=False)  # to the states that are marked there
+
     def allocate_as(self, other: KVCache) -> None:
         """Allocate the rows of the layers that another cache of the same model has allocated."""
         for ours, theirs in zip(self.layers, other.layers, strict=True):

@@ -80,6 +80,16 @@ class KVLayer(CacheLayer):
                 raise ValueError(f"must have {name} in {ours.dtype}, got {theirs.dtype}")
             ours[:, :, :length] = theirs
 
+    def parts(self, rows: int) -> dict[str, Tensor]:
+        """Return its first rows by name, where they lie; nothing before the first token."""
+        if not self.is_initialized:
+            return {}
+        return {name: getattr(self, name)[:, :, :rows] for name in ("keys", "values")}
+
+    def take_parts(self, parts: dict[str, Tensor]) -> None:
+        """Have the :meth:`parts` of a layer for its own rows: as many as it has room for."""
+        self.hold(parts["keys"], parts["values"])
+
     def like(self, other: KVLayer) -> None:
         """Allocate with the heads, head dims, dtype and device of another layer."""
         KVLayer.lazy_initialization(self, other.keys[:, :, :1], other.values[:, :, :1])
@@ -241,6 +251,14 @@ class Marks:
         for layer, state in zip(self._layers, states, strict=True):
             layer.forget() if state is None else layer.go_back(state)
         return at
+
+    def parts(self) -> list[tuple[int, list[dict]]]:
+        """Return the places, and the states of each layer behind them."""
+        return list(self._marks)
+
+    def take_parts(self, parts: list) -> None:
+        """Have the :meth:`parts` of others for its own."""
+        self._marks = [(at, states) for at, states in parts]
 
     def copy(self, other: Marks) -> None:
         """Have the marks of another cache of the same model and text."""

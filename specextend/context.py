@@ -8,6 +8,8 @@ has come to. A :class:`Shelf` holds those of the last generations.
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import threading
 from collections.abc import Iterator
 
@@ -15,21 +17,23 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from . import context_file
 from .cache import KVCache, Pass
 from .compat import num_cached
 from .config import SpecConfig
 from .draft import Draft
 from .draft.base import Kept
 from .longrope import factors
-from .target import Target
+from .target import Target, identity
 
 
 class Context:
     """Holds a text that has been read: its tokens, and what target and draft keep of them. Batch 1.
 
-    Made by :meth:`SpecExtend.read`, and returned by ``generate(return_dict_in_generate=True)``; it
-    is given back as ``generate(..., past_key_values=)``, with the whole text as the prompt, and
-    goes along with what is written. A prompt may leave the text at any token.
+    Made by :meth:`SpecExtend.read` and :meth:`SpecExtend.load_context`, and returned by
+    ``generate(return_dict_in_generate=True)``; it is given back as
+    ``generate(..., past_key_values=)``, with the whole text as the prompt, and goes along with what
+    is written. A prompt may leave the text at any token.
 
     Attributes:
         cache: the target's; None: nothing has been read.
@@ -37,6 +41,8 @@ class Context:
     """
 
     def __init__(self):
+        # Of the SpecExtend that it was last used by, for a file.
+        self._owner: tuple[Target, Draft | None, SpecConfig] | None = None
         self.clear()
         self._in_use = threading.Lock()
 
@@ -84,6 +90,60 @@ class Context:
         made.cache.rotary_length = length
         made._text, made._weights = prompt[0, :length].cpu(), target.fingerprint()
         return made
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike, target: Target, draft: Draft | None, config: SpecConfig
+    ) -> Context:
+        """Read what :meth:`save` has written, by a :class:`SpecExtend` of the same models.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            ValueError: it is no such file, or cut, or target, draft or what else its rows depend on
+                are others.
+        """
+        said, read = context_file.read(path, target.device)
+        _compare(path, said, _describe(target, draft, config))
+        parts = read()
+        made = cls()
+        made.belong_to(target, draft, config)
+        made.cache = target.make_cache(parts["cache"]["length"])
+        made.cache.take_parts(parts["cache"])
+        made._text, made._num_whole = parts["text"].cpu(), parts["num_whole"]
+        made._draft, made._weights = draft, target.fingerprint()
+        if parts["drafted"] is not None:
+            made.drafted = draft.kept_from(parts["drafted"])
+        return made
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write it to a file, for :meth:`SpecExtend.load_context`. A file that is there already is
+        whole until it is replaced.
+
+        Raises:
+            RuntimeError: a generation has it.
+            ValueError: it has no text, or the target's weights are others than those that read it.
+        """
+        with self.in_use():
+            if not self.get_seq_length():
+                raise ValueError("the context has no text yet: there is nothing to save")
+            target, draft, config = self._owner
+            if self._weights != target.fingerprint():
+                raise ValueError(
+                    "the target's weights have changed since the context was read: no file can say "
+                    "whose it is"
+                )
+            drafted = self.drafted if draft is self._draft else None
+            parts = {
+                "text": self._text,
+                "num_whole": self._num_whole,
+                "cache": self.cache.parts(),
+                "drafted": None if drafted is None else drafted.parts(),
+            }
+            context_file.write(path, _describe(target, draft, config), parts)
+
+    def belong_to(self, target: Target, draft: Draft | None, config: SpecConfig) -> None:
+        """Note whose it is, which a file of it will say."""
+        self._owner = target, draft, config
 
     @property
     def num_bytes(self) -> int:
@@ -200,11 +260,55 @@ class Context:
         """
         made = Context()
         with self.in_use(), torch.inference_mode():
-            made._text, made._draft = self._text, self._draft
+            made._text, made._draft, made._owner = self._text, self._draft, self._owner
             made._num_whole, made._weights = self._num_whole, self._weights
             made.cache = None if self.cache is None else self.cache.fork()
             made.drafted = None if self.drafted is None else self.drafted.fork()
         return made
+
+
+def _describe(target: Target, draft: Draft | None, config: SpecConfig) -> dict:
+    """Say, as plain data, what the rows of a context depend on."""
+    said = {
+        "target": identity(target.model),
+        "draft": {"kind": "none"} if draft is None else draft.identity(),
+        # Other parts of a text give rows other bits, which matter to exact text alone.
+        "reading": {"exact": config.exact, "prefill_chunk": config.exact and config.prefill_chunk},
+    }
+    return json.loads(json.dumps(said, default=str))
+
+
+#: what is to be said of a file that is of another
+_ANOTHER = {
+    "target": "is of another target",
+    "draft": "is of another draft",
+    "reading": "was read in another way",
+}
+
+
+def _compare(path: str | os.PathLike, there: dict, here: dict) -> None:
+    """Refuse a file that is of others.
+
+    Raises:
+        ValueError: with the first thing that differs.
+    """
+    for role, words in _ANOTHER.items():
+        got, wanted = dict(_leaves(there[role])), dict(_leaves(here[role]))
+        for name in {**wanted, **got}:
+            if got.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"the context in {path} {words}: {name} is {got.get(name)!r} there and "
+                    f"{wanted.get(name)!r} here"
+                )
+
+
+def _leaves(data: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield what is in nested dicts, by names with dots."""
+    for name, value in data.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 class Shelf:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -206,6 +207,22 @@ class SpecExtend:
         how = dict(max_new_tokens=1, do_sample=False, return_dict_in_generate=False)
         return hf.DecodingMethod(run, None).through(self.model, inputs, kwargs | how)
 
+    def load_context(self, path: str | os.PathLike) -> Context:
+        """Read a context that :meth:`Context.save` has written, here or in another process.
+
+        Args:
+            path: the file. Target and draft are to be the ones that it was read with.
+
+        Returns:
+            The context, which is the caller's, as one of :meth:`read`.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            ValueError: it is none, or cut, or models or options are others; with what differs.
+        """
+        with torch.inference_mode():
+            return Context.load(path, self.target, self.draft, self.config)
+
     def forget(self) -> None:
         """Free the contexts that are kept; those in the caller's hands stay."""
         self._shelf.clear()
@@ -257,6 +274,8 @@ class SpecExtend:
                         self.target, self.draft, self.config, request, self.stats, self._capture,
                         self.progress,
                     )  # fmt: skip
+                    if request.context is not None:
+                        request.context.belong_to(self.target, self.draft, self.config)
                     generation.prefill()
                 while not request.stop.done:
                     with torch.inference_mode():

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import cached_property
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .attention import PatchedModel
 
 #: what the layers of `peft` say of the adapters that count in their forwards
 _ADAPTERS = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+
+#: fields of configurations that say nothing of what a model computes from tokens
+_SILENT = (
+    "_name_or_path", "architectures", "dtype", "id2label", "label2id", "torch_dtype",
+    "transformers_version", "use_cache",
+)  # fmt: skip
+
+_SAMPLE = 1024  # elements of each tensor of weights that are looked at
 
 
 def underlying(model: nn.Module, role: str = "model") -> PreTrainedModel:
@@ -52,6 +62,55 @@ def check_adapters(model: nn.Module) -> None:
         else:
             continue
         raise ValueError(f"the adapter {name!r} ({kind}) {what}, which specextend does not follow")
+
+
+def identity(model: PreTrainedModel) -> dict:
+    """Say which model it is, the same in every process and on every device: its class, its dtype,
+    its configuration, and its weights."""
+    config = model.config.to_diff_dict().items()
+    return {
+        "class": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "config": {k: v for k, v in config if k not in _SILENT and not k.endswith("_token_id")},
+        **weights_identity(model),
+    }
+
+
+def weights_identity(module: nn.Module) -> dict:
+    """Say which weights a module has, the adapters in it and how they count.
+
+    Of each tensor some elements are looked at, from everywhere in it, so that it takes no time;
+    weights that differ in a few places alone may pass for the same. Of a tensor that has no bytes
+    of its own, as on the device "meta", the shape is all that is known.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        if isinstance(tensor, Tensor):
+            digest.update(name.replace("_orig_mod.", "").encode())  # of torch.compile
+            _count_in(digest, tensor)
+    adapters = [
+        str(getattr(m, name)) for m in module.modules() for name in _ADAPTERS if hasattr(m, name)
+    ]
+    said = {"weights": digest.hexdigest()[:16]}
+    if adapters:
+        said["adapters"] = hashlib.sha256("\n".join(adapters).encode()).hexdigest()[:16]
+    return said
+
+
+def _count_in(digest, tensor: Tensor) -> None:
+    """Have a digest depend on a tensor: its shape, its dtype, and some of its elements."""
+    digest.update(f"{list(tensor.shape)} {tensor.dtype}".encode())
+    if hasattr(tensor, "__tensor_flatten__"):  # made of others, as quantised weights are
+        for name in tensor.__tensor_flatten__()[0]:
+            _count_in(digest, getattr(tensor, name))
+        return
+    if tensor.is_quantized:
+        tensor = tensor.int_repr()
+    if tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
+        return
+    plain = tensor.detach().as_subclass(Tensor).flatten()
+    step = len(plain) // _SAMPLE | 1  # odd: not always the same column of a matrix
+    digest.update(plain[::step].cpu().contiguous().view(torch.uint8).numpy())
 
 
 class Target(PatchedModel):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -34,6 +36,11 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--json", action="store_true", help="print one JSON object: text, tokens, statistics"
     )
+    sub.add_argument(
+        "--context", type=Path, metavar="FILE",
+        help="a file of a text that has been read, to go on from where the prompt begins like it; "
+        "prompt and output are saved there in the end, also where it is not there yet",
+    )  # fmt: skip
     writing.add_generation(sub)
     add_models(sub, "auto")
     add_config_options(sub)
@@ -58,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     from ..pair import load_pair
 
     config = config_from(args)
+    if args.context is not None and not args.context.absolute().parent.is_dir():
+        raise UsageError(f"--context {args.context}: there is no folder {args.context.parent}")
     text = _read_prompt(args)
     pair = load_pair(args.target, args.draft, args.dtype, choose_device(args.device))
     tokenizer = pair.tokenizer
@@ -76,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
     meter = Meter(notes)
     spec = pair.spec(config, meter)
     live = LiveText(None if args.json else standard_output(), tokenizer, args.highlight)
-    tokens = writing.run(spec, ids, options, live, meter)
+    with _context(spec, args.context) as past:
+        tokens = writing.run(spec, ids, options | past, live, meter)
     result = {
         "text": live.text,
         "tokens": tokens,
@@ -105,6 +115,23 @@ def run(args: argparse.Namespace) -> int:
     if difference:
         raise ValueError(difference)
     return 0
+
+
+@contextlib.contextmanager
+def _context(spec, file: Path | None) -> Iterator[dict]:
+    """Yield the argument of a generation that goes on from a file, and save what it comes to, also
+    where it is broken off."""
+    from ..context import Context
+
+    if file is None:
+        yield {}
+        return
+    context = spec.load_context(file) if file.exists() else Context()
+    try:
+        yield {"past_key_values": context}
+    finally:
+        if context.is_free and context.get_seq_length():
+            context.save(file)
 
 
 def _compare(plain, ids, options, tokenizer, result, meter) -> tuple[dict, str | None]:

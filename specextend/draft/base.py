@@ -65,6 +65,11 @@ class Kept(ABC):
     def fork(self) -> Kept:
         """Return the same, for a text that goes on by itself from here on."""
 
+    def parts(self) -> dict | None:
+        """Return what :meth:`Draft.kept_from` makes it of: plain data, with tensors where they lie;
+        None: it is not saved."""
+        return None
+
 
 def follows(device: torch.device, graphs: Graphs) -> bool:
     """Tell whether a draft may look at what it has come to: on a GPU, and where it runs from
@@ -151,6 +156,11 @@ class Draft(ABC):
     def num_parameters(self) -> int:
         """Count the weights of its own."""
         return 0
+
+    def identity(self) -> dict:
+        """Say which draft it is, the same in every process: kind, weights, and options that what it
+        keeps depends on."""
+        return {"kind": self.kind}
 
     def check_length(self, prompt: int, total: int) -> None:  # noqa: B027  most hold any length
         """Refuse a text that the draft cannot follow.
@@ -281,6 +291,14 @@ class Draft(ABC):
         Args:
             decided: what has been decided since the last ``propose``, as that would get it; None
                 where the generation was broken off in the middle of a call.
+        """
+        return None
+
+    def kept_from(self, parts: dict) -> Kept | None:
+        """Make again what :meth:`keep` returned once, to a draft of the same :meth:`identity`.
+
+        Args:
+            parts: as :meth:`Kept.parts` returned them, on the target's device, for it to keep.
         """
         return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +41,9 @@ class KeptCache(Kept):
     def fork(self) -> KeptCache:
         return KeptCache(self.full.fork(), self.chosen)
 
+    def parts(self) -> dict:
+        return {"full": self.full.parts(), "chosen": self.chosen}
+
 
 class CachedDraft(Draft):
     """Drafts with a model that attends to its full cache, a recent window, or retrieved chunks.
@@ -62,18 +64,20 @@ class CachedDraft(Draft):
         self.config = config
         self.wants_scores = config.draft_cache == "retrieval"
 
-    def _begin(
-        self,
-        make: Callable[[int], KVCache],
-        max_length: int,
-        rotary: Rotary | None,
-        graphs: Graphs,
-    ) -> None:
-        """Make the caches of a generation of ``max_length`` tokens, by what makes one of some rows
-        for the draft's layers."""
+    @abstractmethod
+    def _make_cache(self, capacity: int) -> KVCache:
+        """Make an empty cache for the draft's layers."""
+
+    def _options(self) -> dict:
+        """Return the options that the rows of the full cache depend on."""
+        names = ("draft_cache", "draft_prefill_window", "chunk_size")
+        return {name: getattr(self.config, name) for name in names}
+
+    def _begin(self, max_length: int, rotary: Rotary | None, graphs: Graphs) -> None:
+        """Make the caches of a generation of ``max_length`` tokens."""
         # Behind the committed rows: a growing tree, or a path of which not every token counts.
         capacity = max_length + 1 + max(self.config.tree_keys, self.config.max_depth + 1)
-        full = make(capacity)
+        full = self._make_cache(capacity)
         full.rotary_length = max_length
         self.caches = WorkingCache(full, self.config, rotary, graphs)
         self._graphs = graphs
@@ -93,6 +97,11 @@ class CachedDraft(Draft):
         full = self.caches.collected()
         full.mark()
         return KeptCache(full, self.caches.chosen)
+
+    def kept_from(self, parts) -> KeptCache:
+        full = self._make_cache(parts["full"]["length"])
+        full.take_parts(parts["full"])
+        return KeptCache(full, parts["chosen"])
 
     def end(self) -> None:
         self.caches = self._graphs = None

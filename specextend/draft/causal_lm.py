@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..attention import PatchedModel, device_of
-from ..cache import Pass
+from ..cache import KVCache, Pass
 from ..config import SpecConfig
 from ..graphs import obstacle
 from ..guard import check_length, position_limit, self_check
 from ..longrope import changing_modules, frequencies
 from ..rotary import Rotary, probe_rotary
-from ..target import Target
+from ..target import Target, identity
 from ..tokenizers import differing_ids
 from .base import Decided, Source, Tokenizers, follows
 from .cached import CachedDraft, KeptCache
@@ -115,6 +115,9 @@ class CausalLMDraft(CachedDraft):
     def num_parameters(self) -> int:
         return self.patched.model.num_parameters()
 
+    def identity(self) -> dict:
+        return {"kind": self.kind, **identity(self.patched.model), "options": self._options()}
+
     def check_length(self, prompt: int, total: int) -> None:
         check_length(self.patched.model, prompt, total, role="draft")
 
@@ -129,12 +132,15 @@ class CausalLMDraft(CachedDraft):
 
     def begin(self, prompt, max_length, cache, graphs) -> None:
         max_length = min(max_length, self.max_length or max_length)
-        self._begin(self.patched.make_cache, max_length, self.rotary, graphs)
+        self._begin(max_length, self.rotary, graphs)
         self._last_position = max_length - 1
         self._prompt = prompt[:, :-1]
         foreign = torch.zeros(self._vocab, dtype=torch.bool)
         foreign[list(self._differing)] = True
         self._foreign = foreign.to(prompt.device)
+
+    def _make_cache(self, capacity: int) -> KVCache:
+        return self.patched.make_cache(capacity)
 
     def resume(self, kept, length, start) -> None:
         if kept is not None:

@@ -7,6 +7,8 @@ ones; after each verification the decided tokens' rows are made anew from the tr
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from ..config import SpecConfig
 from ..pace import FREE
 from ..products import OwnProducts
 from ..rotary import Rotary
-from ..target import Target
+from ..target import Target, weights_identity
 from ..tree import Tree
 from .base import Decided, Source, Tokenizers
 from .cached import CachedDraft, KeptCache
@@ -61,17 +63,23 @@ class EagleDraft(CachedDraft):
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.head.parameters())
 
+    def identity(self) -> dict:
+        config, weights = asdict(self.head.config), weights_identity(self.head)
+        return {"kind": self.kind, "config": config, **weights, "options": self._options()}
+
     def obstacle(self) -> str | None:
         return self.head.obstacle()
 
     def begin(self, prompt, max_length, cache, graphs) -> None:
-        layers, device = self.head.config.num_layers, prompt.device
-        frequencies = self.head.rope(device).inv_freq.float()
+        frequencies = self.head.rope(prompt.device).inv_freq.float()
+        layers = self.head.config.num_layers
         rotary = Rotary(frequencies.expand(layers, -1).contiguous(), interleaved=False)
-        self._begin(
-            lambda capacity: KVCache(layers, capacity, 1, device), max_length, rotary, graphs
-        )
+        self._begin(max_length, rotary, graphs)
         self._skip = 1  # the prompt's first token was decided from nothing
+
+    def _make_cache(self, capacity: int) -> KVCache:
+        device = next(self.head.parameters()).device
+        return KVCache(self.head.config.num_layers, capacity, 1, device)
 
     def reusable(self, kept, length) -> int:
         # The next row is that of the token behind the last row's, and needs what the target saw at

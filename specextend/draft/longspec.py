@@ -17,7 +17,7 @@ from ..attention import device_of
 from ..config import SpecConfig
 from ..pace import FREE
 from ..products import OwnProducts
-from ..target import Target
+from ..target import Target, weights_identity
 from ..tree import Tree, grow_tree
 from .base import Draft, Source, Tokenizers
 from .checkpoint import Checkpoint
@@ -141,6 +141,9 @@ class LongSpecDraft(Draft):
     @property
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.block.parameters())
+
+    def identity(self) -> dict:
+        return {"kind": self.kind, **weights_identity(self.block)}
 
     def begin(self, prompt, max_length, cache, graphs) -> None:
         self._target, self._prompt = cache, prompt

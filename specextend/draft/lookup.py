@@ -64,6 +64,17 @@ class Reliability(Kept):
     def fork(self) -> Reliability:
         return copy.deepcopy(self)
 
+    def parts(self) -> dict:
+        return {"right": self._right, "seen": self._seen}
+
+    @classmethod
+    def of(cls, parts: dict) -> Reliability:
+        """Make it again of its :meth:`parts`."""
+        made = cls()
+        made._right, made._seen = parts["right"], parts["seen"]
+        made._estimate()
+        return made
+
     def count(self, length: int, right: bool) -> None:
         """Learn whether the token behind a match of ``length`` tokens was the next one."""
         length, keep = min(length, _LONGEST), 1 - 1 / _MEMORY

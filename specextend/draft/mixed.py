@@ -79,6 +79,9 @@ class MixedDraft(Draft):
     def num_parameters(self) -> int:
         return self.model.num_parameters
 
+    def identity(self) -> dict:
+        return {**self.model.identity(), "kind": self.kind}
+
     def check_length(self, prompt: int, total: int) -> None:
         self.model.check_length(prompt, total)
 
@@ -122,6 +125,10 @@ class MixedDraft(Draft):
             decided = _joined(parts) if parts else None
         model = self.model.keep(decided) if self._has_model else None
         return _Kept(model, self._lookup.reliability)
+
+    def kept_from(self, parts) -> _Kept:
+        model = parts["model"] and self.model.kept_from(parts["model"])
+        return _Kept(model, Reliability.of(parts["reliability"]))
 
     def prefill(self, decided) -> None:
         if self._has_model:
@@ -248,6 +255,10 @@ class _Kept(Kept):
 
     def fork(self) -> _Kept:
         return _Kept(None if self.model is None else self.model.fork(), self.reliability.fork())
+
+    def parts(self) -> dict:
+        model = None if self.model is None else self.model.parts()
+        return {"model": model, "reliability": self.reliability.parts()}
 
 
 @dataclass

@@ -54,6 +54,9 @@ class NGramDraft(Draft):
     def keep(self, decided) -> Reliability:
         return self._lookup.reliability
 
+    def kept_from(self, parts) -> Reliability:
+        return Reliability.of(parts)
+
     def end(self) -> None:
         self._lookup = None
 

@@ -68,6 +68,9 @@ class SelfDraft(CausalLMDraft):
     def with_config(self, config: SpecConfig) -> SelfDraft:
         return SelfDraft(self.patched.model, config, self._target_vocab, self.rotary)
 
+    def identity(self) -> dict:
+        return {"kind": self.kind}  # all that it has is the target's
+
     def check_length(self, prompt: int, total: int) -> None:
         """Refuse nothing: what the target can hold is known of the target."""
 
