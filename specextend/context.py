@@ -199,9 +199,10 @@ class Context:
             common = 0
         start = min(common, self.cache.length if common else 0)
         if config.exact:
-            # A row that was read in another part of the text may have other bits.
+            # A row that was read in another part of the text, or not exactly, may have other bits.
             chunk = config.prefill_chunk or prompt.shape[1]
-            start = common = min(start, self._num_whole) // chunk * chunk
+            alike = self._owner is not None and _reading(self._owner[2]) == _reading(config)
+            start = common = min(start, self._num_whole if alike else 0) // chunk * chunk
         if draft is not self._draft:
             self.drafted = None
         if start and draft is not None:
@@ -272,10 +273,14 @@ def _describe(target: Target, draft: Draft | None, config: SpecConfig) -> dict:
     said = {
         "target": identity(target.model),
         "draft": {"kind": "none"} if draft is None else draft.identity(),
-        # Other parts of a text give rows other bits, which matter to exact text alone.
-        "reading": {"exact": config.exact, "prefill_chunk": config.exact and config.prefill_chunk},
+        "reading": _reading(config),
     }
     return json.loads(json.dumps(said, default=str))
+
+
+def _reading(config: SpecConfig) -> dict:
+    """Say how a text is read, where rows of other bits matter: for exact text."""
+    return {"exact": config.exact, "prefill_chunk": config.exact and config.prefill_chunk}
 
 
 #: what is to be said of a file that is of another

@@ -122,6 +122,15 @@ class TestText:
         assert spec.generate(ids, past_key_values=found, **HOW)[0].tolist() == text(target(), ids)
         assert spec.stats.num_cached_tokens == 52  # four parts of 13
 
+    def test_exact_text_behind_one_that_was_not_read_exactly(self):
+        ids, exact = prompt(60), SMALL.replace(exact=True)
+        spec = SpecExtend(target(), "ngram", exact)
+        for other, cached in ((SMALL, 0), (exact.replace(prefill_chunk=7), 0), (exact, 52)):
+            context = SpecExtend(target(), "ngram", other).read(ids)
+            out = spec.generate(ids, past_key_values=context, **HOW)
+            assert out[0].tolist() == text(target(), ids)
+            assert spec.stats.num_cached_tokens == cached
+
     def test_in_another_process(self, tmp_path):
         tiny_model().save_pretrained(tmp_path / "target")
         tiny_model(seed=1).save_pretrained(tmp_path / "draft")
