@@ -90,7 +90,7 @@ class TestText:
         assert first.generate(other, past_key_values=found, **HOW)[0].tolist() == want
         assert first.stats.num_cached_tokens == 40 - kind.startswith("eagle")
 
-    @pytest.mark.parametrize("family", ["qwen3_next", "falcon_h1"])
+    @pytest.mark.parametrize("family", ["lfm2", "falcon_h1"])
     def test_layers_that_keep_a_state(self, family, tmp_path):
         """Of target and draft, with the places that can be gone back to."""
         config, ids = SMALL.replace(draft_cache="full"), prompt(40)
