@@ -56,39 +56,34 @@ class TestText:
             ("eagle", WINDOW),
         ],
     )
-    def test_behind_a_text_that_was_read(self, kind, config, tmp_path):
-        """Text is as without a context, and so are proposals as from one that stayed in memory."""
-        ids = prompt(90)
-        longer = behind(ids, 10, 1)
-        want = text(target(), longer)
+    def test_kinds_of_drafts(self, kind, config, tmp_path):
+        """Text is as without a context, and proposals are as from one that stayed in memory."""
         specs = [
             SpecExtend(target(), draft(kind, config, tmp_path / "head"), config) for _ in range(2)
         ]
+        ids, late = prompt(90), kind.startswith("eagle")
         stayed = specs[0].read(ids)
         found = again(stayed, specs[1], tmp_path)
         assert torch.equal(found.ids, ids)
-        counts = []
+        longer, counts = behind(ids, 10, 1), []
         for spec, context in zip(specs, (stayed, found), strict=True):
-            assert spec.generate(longer, past_key_values=context, **HOW)[0].tolist() == want
-            assert spec.stats.num_cached_tokens == 90 - kind.startswith("eagle")
+            out = spec.generate(longer, past_key_values=context, **HOW)
+            assert out[0].tolist() == text(target(), longer)
+            assert spec.stats.num_cached_tokens == 90 - late
             counts.append((spec.stats.acceptance_histogram, spec.stats.retrieved_chunks))
         assert counts[0] == counts[1]
+        # Behind what was written, and in the middle of what was read.
+        for on, cached in ((behind(out, 5, 2), 111), (behind(ids[:, :40], 9, 3), 40)):
+            found = again(found, specs[0], tmp_path)
+            want = text(target(), on)
+            assert specs[0].generate(on, past_key_values=found, **HOW)[0].tolist() == want
+            assert specs[0].stats.num_cached_tokens == cached - late
 
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_behind_a_text_that_was_written(self, kind, tmp_path):
-        ids, stem = prompt(60), tmp_path / "head"
-        first = SpecExtend(target(), draft(kind, SMALL, stem), SMALL)
-        out = first.generate(ids, return_dict_in_generate=True, **HOW)
-        second = SpecExtend(target(), draft(kind, SMALL, stem), SMALL)
-        found = again(getattr(out, CACHE), second, tmp_path)
-        on = behind(out.sequences, 5, 2)
-        assert second.generate(on, past_key_values=found, **HOW)[0].tolist() == text(target(), on)
-        assert second.stats.num_cached_tokens == 71 - kind.startswith("eagle")
-        other = behind(ids[:, :40], 9, 3)  # which leaves it in the middle
-        found = again(found, first, tmp_path)
-        want = text(target(), other)
-        assert first.generate(other, past_key_values=found, **HOW)[0].tolist() == want
-        assert first.stats.num_cached_tokens == 40 - kind.startswith("eagle")
+    def test_what_a_generation_returns(self, tmp_path):
+        ids, spec = prompt(60), SpecExtend(target(), "ngram", SMALL)
+        out = spec.generate(ids, return_dict_in_generate=True, **HOW)
+        found = again(getattr(out, CACHE), spec, tmp_path)
+        assert torch.equal(found.ids, out.sequences[:, :-1])
 
     @pytest.mark.parametrize("family", ["lfm2", "falcon_h1"])
     def test_layers_that_keep_a_state(self, family, tmp_path):
