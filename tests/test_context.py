@@ -304,6 +304,8 @@ class TestWeights:
         assert again(spec, prompt(60), 0) == fresh(model, prompt(60))
         assert again(spec, prompt(60), 59) == fresh(model, prompt(60))
 
+    @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft calls what is deprecated
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     def test_adapters(self):
         peft = pytest.importorskip("peft")
         config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)

@@ -1290,6 +1290,13 @@ MUTANTS = [
         "        self._contexts.insert(0, context)",
         ("tests/test_context.py::TestShelf",),
     ),
+    Mutant(
+        "context files: another target's is read",
+        CONTEXT,
+        "        _compare(path, said, _describe(target, draft, config))\n",
+        "",
+        ("tests/test_context_file.py",),
+    ),
     # ---- exact ----
     Mutant(
         "exact: products are torch's own",
