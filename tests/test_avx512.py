@@ -60,7 +60,7 @@ def test_attention_head_dims(dim, isa):
     test_tree_attention.test_head_dims(dim, "cpu", Scheduler())
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("dims", [(192, 128), (64, 96), (24, 8), (576, 512)])
 def test_attention_values_of_another_size(dims, isa):
     for dtype in test_tree_attention.DTYPES:

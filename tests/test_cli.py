@@ -178,7 +178,7 @@ class TestGenerate:
         code, out, err = run("generate", "--json", *arguments, stdin=TEXT)
         assert code == 1 and json.loads(out)["plain"]["identical"] is False
 
-    @pytest.mark.sweep(3)
+    @pytest.mark.sweep(2)
     @pytest.mark.parametrize(
         "options",
         ["--temperature 0.8", "--top-k 20", "--top-p 0.9", "--min-p 0.02", "--temperature 0.6"

@@ -57,6 +57,7 @@ def leaving(ids, at: int, seed: int = 1) -> torch.Tensor:
 
 
 class TestKept:
+    @pytest.mark.sweep(8)
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("sampled", [False, True])
     def test_a_prompt_that_leaves_a_text(self, kind, sampled, tmp_path):
@@ -80,6 +81,7 @@ class TestKept:
             write(spec, "generate", leaving(ids, at), **how)
             assert again(spec, ids, at, how) == list(wanted(200, sampled)), at
 
+    @pytest.mark.sweep(10)
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("kind", KINDS)
     def test_a_conversation(self, kind, way, tmp_path):
@@ -180,6 +182,7 @@ class TestKept:
 class TestStates:
     """Layers whose state cannot be taken back: it is that of a place that was marked."""
 
+    @pytest.mark.sweep(4)
     @pytest.mark.parametrize("family", STATES)
     @pytest.mark.parametrize("kind", ["none", "model"])
     def test_text(self, family, kind):
@@ -231,6 +234,7 @@ class TestStates:
 
 
 class TestBrokenOff:
+    @pytest.mark.sweep(4)
     @pytest.mark.parametrize("kind", KINDS)
     def test_a_stream_that_is_closed(self, kind, tmp_path):
         spec = SpecExtend(target(), draft(kind, folder=tmp_path), SMALL)
@@ -246,6 +250,7 @@ class TestBrokenOff:
         longer = torch.cat([ids, torch.tensor([tokens]), prompt(5, 3)], 1)
         assert again(spec, longer, 60 + len(tokens) - 1) == fresh(target(), longer)
 
+    @pytest.mark.sweep(16)
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("where", ["forward", "accept", "propose", "observe"])
     def test_an_error_inside_a_round(self, kind, where, tmp_path, monkeypatch):
@@ -273,6 +278,7 @@ class TestBrokenOff:
         assert again(spec, ids, 59) == list(wanted(60))
         assert again(spec, ids, 59) == list(wanted(60))
 
+    @pytest.mark.sweep(4)
     @pytest.mark.parametrize("kind", KINDS)
     def test_an_interrupt_while_a_prompt_is_read(self, kind, tmp_path):
         def stop(phase, done, total):
@@ -368,6 +374,7 @@ class TestShelf:
 
 
 class TestByHand:
+    @pytest.mark.sweep(4)
     @pytest.mark.parametrize("kind", KINDS)
     def test_read_and_fork(self, kind, tmp_path):
         """Several questions on one document, each with its own continuation."""
@@ -407,6 +414,7 @@ class TestByHand:
         spec = SpecExtend(target(), draft("eagle", folder=tmp_path), SMALL)
         again(spec, ids, 0, past_key_values=context)  # what the target saw is not kept
 
+    @pytest.mark.sweep(8)
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("length", [1, 50, 59, 60])
     def test_a_cache_of_transformers(self, kind, length, tmp_path):

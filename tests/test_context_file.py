@@ -47,6 +47,7 @@ def behind(ids: torch.Tensor, count: int, seed: int) -> torch.Tensor:
 
 
 class TestText:
+    @pytest.mark.sweep(6)
     @pytest.mark.parametrize(
         "kind, config",
         [

@@ -729,7 +729,7 @@ def false_alarms(check):
     return [s for s in SCHEDULES if notices(mutation.unchanged(), mutation, s)]
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
 def test_mutations_are_found(mutation):
     changed = mutation.library()

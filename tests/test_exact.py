@@ -242,7 +242,7 @@ def flat():
     return tiny_model(dtype=BF16, **NEAR_TIES)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("kind", ["model", "ngram", "self", "identical"])
 def test_text(flat, kind, sampled):
@@ -298,7 +298,7 @@ def of_kind(kind, draft):
     return assets.draft_path(kind) if kind in assets.DRAFTS else kind
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("kind", [*assets.DRAFTS, "ngram", "self"])
 def test_embedded(embedded, kind):
     target, draft, tokenizer = embedded

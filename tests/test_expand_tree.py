@@ -45,7 +45,7 @@ def check(logits, beam_logp, top_k, width, device="cpu"):
     return tokens, cand_logp, beam, beam_logp_out
 
 
-@pytest.mark.sweep(12)
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", SIZES)
 def test_random(vocab, dtype, device, schedule):

@@ -44,7 +44,7 @@ def assert_same_text(model, length: int, **options) -> None:
     assert spec.stats.mean_acceptance_length > 1.5
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("family", SERVED)
 def test_text(family):
     """Prompts of one token, up to a border and over it; any size of chunks of the prompt."""

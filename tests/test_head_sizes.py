@@ -30,7 +30,7 @@ APART = [(192, 128), (136, 72), (64, 96), (96, 64), (80, 200)]
 WIDE = [(512, 512), (576, 512), (264, 8), (8, 512), (520, 264)]
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @for_each(dims=APART, rows=[3, 13, 35], layout=LAYOUTS)
 def test_sizes_apart(dims, rows, layout, dtype, device):
@@ -89,7 +89,7 @@ def test_attention_chunks(dims, size, dtype, device):
     case.check(device, attention_chunk=size, q_depths=case.depths()["q_depths"] - 5)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dims", [(512, 512), (576, 512), (192, 128), (96, 64)])
 def test_schedules_do_not_change_bits(dims, dtype, device, schedule):

@@ -164,6 +164,7 @@ def test_the_last_chunk_is_full(prefix, on_hopper):
         assert case.check(chunk_size=32)[2].isfinite().all()
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("prefix", [127, 255])
 def test_one_key_from_a_whole_tile(prefix, on_hopper):
     """The key that is missing does not count: there is none, or some rows do not see it."""
@@ -269,6 +270,7 @@ def placed(t: torch.Tensor, begin: int = 0, odd: int | None = None) -> torch.Ten
     return memory[begin:].as_strided(t.shape, strides).copy_(t)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_memory_that_tensor_copies_do_not_take(name, library):
     """Each stride and the begin alone is of 8 bytes, not of 16; or rows are far too far apart."""

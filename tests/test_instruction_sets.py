@@ -33,7 +33,7 @@ def test_same_bits():
     assert found == dict.fromkeys(found, {op: isa_bits.digest(op) for op in isa_bits.OPS})
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", FORCED[len(isa_bits.runnable()) :])
 def test_error_text_where_it_does_not_run(name):
     run = subprocess.run(

@@ -234,6 +234,7 @@ class TestBrokenHeads:
         assert f"missing {made.names.get(gone, gone).removeprefix('model.')}" in text
         assert f"{wrong} is [3, 5], expected {shape}" in text
 
+    @pytest.mark.sweep(14)
     @pytest.mark.parametrize("dialect", DIALECTS)
     def test_every_tensor_is_needed(self, target, dialect, tmp_path):
         """But for what only training reads, what the target's may stand in for, and switches."""

@@ -66,7 +66,7 @@ def assert_theirs(spec: SpecExtend, family: str, length: int, padding: int = 0) 
         assert torch.equal(out, expected), (length, padding, left)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("chunk", [None, 1, 7, EDGE])
 @pytest.mark.parametrize("family", ["phi3", "phimoe", "llama"])
 def test_lengths_and_chunks(family, chunk):
@@ -94,7 +94,7 @@ def drafted(family: str, name: str, **options) -> SpecExtend:
     return SpecExtend(model_of(family), models.get(draft, draft), **CONFIG, **more, **options)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("family", ["phi3", "llama"])
 def test_drafts(family, draft):

@@ -159,7 +159,7 @@ def test_lossless(kind, options, tmp_path, monkeypatch):
             assert sum(spec.draft.accepted.values()) == spec.stats.num_accepted_tokens > 0
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     "change",
     [dict(tree_shape="fixed", tree_widths=(2, 3, 2)), dict(tree_shape="top_k"), dict(tree_depth=1),
@@ -204,7 +204,7 @@ def test_look_up_goes_on_where_the_model_ends(length):
 # ---- what the model takes in ---------------------------------------------------------------------
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("cache", ["full", "window", "retrieval"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_taking_in_late_is_taking_in(kind, cache, tmp_path):
@@ -227,7 +227,7 @@ def test_taking_in_late_is_taking_in(kind, cache, tmp_path):
     assert both.stats.num_accepted_tokens > 0 or kind in ("eagle", "longspec")
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("cache", ["full", "window", "retrieval"])
 @pytest.mark.parametrize("wait", [0, 1, 2, 3, 100])
 def test_a_model_reads_when_it_is_worth_it(cache, wait):
@@ -314,6 +314,7 @@ def test_an_identical_model_is_accepted_behind_look_up(monkeypatch):
     assert min(spec.draft.accepted[source] for source in ("model", "ngram")) > 40
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("kind", ["model", "eagle", "self"])
 def test_captured(kind, tmp_path):
     """The model's part runs from graphs; it is never asked before the host has read a round."""

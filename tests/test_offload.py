@@ -55,7 +55,7 @@ PLACES = {
 }
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("draft", [None, "ngram", "self", "model"])
 def test_offloaded_targets(place, draft, tmp_path):

@@ -107,7 +107,7 @@ def test_sampling_options_of_a_checkpoint():
 # ---- inputs and outputs --------------------------------------------------------------------------
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["none", "model", "ngram"])
 def test_int32_ids(kind, way):
@@ -119,7 +119,7 @@ def test_int32_ids(kind, way):
     assert out.dtype == target().generate(ids.int(), **GREEDY).dtype
 
 
-@pytest.mark.sweep(15)
+@pytest.mark.sweep(9)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{}, dict(repetition_penalty=1.3)], ids=["device", "walk"])
 def test_what_is_returned_can_be_changed_and_learnt_from(kind, options, tmp_path):
@@ -181,7 +181,7 @@ def words():
     return made, made.decode(theirs(prompt(30), **GREEDY))
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("where", ["call", "constructor"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("source", ["argument", "configuration", "checkpoint"])
@@ -249,7 +249,7 @@ def criteria(ids):
     ]  # fmt: skip
 
 
-@pytest.mark.sweep(14)
+@pytest.mark.sweep(10)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["none", "model", "ngram"])
 @pytest.mark.parametrize("case", range(7))
@@ -260,7 +260,7 @@ def test_criteria_of_the_users(case, kind, way):
     assert write(spec, way, ids, stopping_criteria=criteria(ids)[case], **GREEDY) == expected
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("walk", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_statistics_add_up_for_every_end(kind, walk, tmp_path):

@@ -96,6 +96,7 @@ class TestStateLayer:
         assert cache.num_bytes == 0 and not any(la.states for la in cache.state_layers)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("family", "goes_on"),
     [("jamba", False), ("qwen3_next", True), ("lfm2", True), ("zamba", False)],
@@ -115,6 +116,7 @@ def test_forwards_that_begin_anew_are_known(family, goes_on):
 class TestBetweenRounds:
     """While a stream is open the model is as it came."""
 
+    @pytest.mark.sweep(2)
     @pytest.mark.parametrize("family", ["qwen3_next", "falcon_h1", "lfm2"])
     def test_the_model_writes_itself(self, family):
         model, ids, other = miniature(family), prompt(40), prompt(17, 5)
@@ -190,6 +192,7 @@ class TestDrafts:
         assert spec.generate(ids, **HOW)[0].tolist() == text(model, ids)
         assert spec.stats.num_retrievals > 3
 
+    @pytest.mark.sweep(5)
     @pytest.mark.parametrize("family", STATES)
     def test_levels_of_trees_with_states(self, family, monkeypatch):
         """Every node of a level has the logits of the model's own forward over its path."""
@@ -224,6 +227,7 @@ class TestDrafts:
         assert torch.equal(spec.generate(ids, max_new_tokens=8, do_sample=False), want)
         assert len(checked) > len(set(checked)) > 1  # levels of several nodes
 
+    @pytest.mark.sweep(3)
     @pytest.mark.filterwarnings("ignore:specextend")  # that it has its full cache
     @pytest.mark.parametrize("length", [1, 40])
     @pytest.mark.parametrize("kind", ["full", "window", "retrieval"])
@@ -248,6 +252,7 @@ class TestDrafts:
         rounds = spec.stats.acceptance_histogram
         assert max(rounds) == config.max_depth and sum(rounds.values()) <= 8, rounds
 
+    @pytest.mark.sweep(2)
     @pytest.mark.parametrize("family", ["qwen3_next", "falcon_h1", "lfm2"])
     def test_rests_and_look_up_beside_a_draft_with_states(self, family):
         """What was decided without it is taken in when it is run next, however much that is."""
@@ -264,6 +269,7 @@ class TestDrafts:
         with pytest.raises(ValueError, match='draft="self" does not serve Qwen3Next'):
             SpecExtend(model, "self", SMALL)
 
+    @pytest.mark.sweep(2)
     @pytest.mark.parametrize("family", ["deepseek_v3", "gemma4_text", "llama4_text", "phimoe"])
     def test_drafts_of_today(self, family):
         """Latent keys, shared ones, chunks of attention: with the cache that the draft can have."""

@@ -88,7 +88,7 @@ def test_a_round_copies_no_cache(models, draft):
 
 def test_nothing_is_kept_after_a_generation(models):
     """Caches are freed; a thousand rounds leave no tensors behind."""
-    spec = SpecExtend(*models, CONFIG)
+    spec = SpecExtend(*models, CONFIG, keep_contexts=0)
     ids = prompt(200)
 
     def live() -> int:

@@ -101,7 +101,7 @@ MODELS = {
 }
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_any_order(name):
     """Each enters a forward, and leaves it, in every order."""

@@ -77,6 +77,7 @@ class TestRanges:
         versions.check("torch", "1.0")
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     "package, code",
     [
