@@ -97,7 +97,7 @@ def hugging_face(pair: Pair, **options) -> Contestant:
             given = dict(options)
             if len(prompts) > 1 and not options:
                 given[CACHE] = cache = kept(pair, cache, before, ids)
-                cached, before = num_cached(cache), ids
+                cached, before = num_cached(cache) or 0, ids
             timed = time_hugging_face(
                 pair.target, ids, new, lambda *_: None, do_sample=False,
                 attention_mask=torch.ones_like(ids), **given,
@@ -112,7 +112,7 @@ def hugging_face(pair: Pair, **options) -> Contestant:
 def kept(pair: Pair, cache: Cache | None, before: Tensor | None, ids: Tensor) -> Cache:
     """Cut the cache of the last prompt back to what a new one has in common with it; make an empty
     one where there is none or its layers cannot go back."""
-    if cache is not None:
+    if cache is not None and num_cached(cache) is not None:
         surplus = num_cached(cache) - parting(before[0].tolist(), ids[0].tolist())
         try:
             if surplus:

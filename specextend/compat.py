@@ -78,9 +78,10 @@ def layer_kinds(config: PreTrainedConfig) -> tuple[Kind | str, ...]:
     return tuple(kinds + [Kind(False, 0)] * (count - len(kinds)))
 
 
-def num_cached(cache: Cache) -> int:
-    """Count the tokens that a cache of `transformers` has taken in."""
+def num_cached(cache: Cache) -> int | None:
+    """Count the tokens that a cache of `transformers` has taken in; None: it does not say how many,
+    as all of its layers keep a state."""
     try:
         return int(cache.get_seq_length())
-    except ValueError:  # of layers that keep a state alone, it has no length
-        return 1 if cache.has_previous_state() else 0
+    except ValueError:
+        return None if cache.has_previous_state() else 0

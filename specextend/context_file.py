@@ -119,8 +119,8 @@ def read(path: str | os.PathLike, device: torch.device) -> tuple[dict, Callable[
 
 
 def _read_parts(path: str | os.PathLike, metadata: dict[str, str], device: torch.device) -> dict:
-    """Read the parts, each tensor into memory of its own. (Copied from a mapping they would come at
-    half the rate: pages are mapped a few at a time.)"""
+    """Read the parts, each tensor into memory of its own. (Copied from a mapping they would be
+    faulted in, a few pages at a time, and all of them are needed at the first token.)"""
     with open(path, "rb") as file:
         entries = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         if entries.pop("__metadata__") != metadata:

@@ -132,7 +132,9 @@ class SpecExtend:
             streamer: receives the prompt, then every token, as from ``model.generate``.
             tokenizer: for ``stop_strings``, in place of the constructor's.
             generator: seeds the sampling noise, if the configuration has no seed.
-            **kwargs: as for ``model.generate``. Beams, several sequences, attentions and hidden
+            **kwargs: as for ``model.generate``. ``past_key_values`` (or ``cache``) is a
+                :class:`~specextend.context.Context`, which goes along with what is written, or a
+                ``DynamicCache``, which is copied. Beams, several sequences, attentions and hidden
                 states are refused.
 
         Returns:

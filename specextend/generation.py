@@ -201,8 +201,8 @@ class Generation:
         total, first = tokens.shape[1], self.cache.length
         chunk = self.config.prefill_chunk or max(total, 1)
         if draft is not None:
-            self._begun = draft
             draft.begin(request.prompt, request.max_length, self.cache, self._draft_graphs)
+            self._begun = draft
             if first:
                 draft.resume(self._context.drafted, self._common, first)
         for start in range(first, total, chunk):

@@ -265,7 +265,13 @@ def _past(
             f"{CACHE} must be a Context of specextend or a DynamicCache of transformers, got "
             f"{type(cache).__name__}"
         )
-    if not num_cached(cache):
+    length = num_cached(cache)
+    if length is None:
+        raise ValueError(
+            f"{CACHE} of layers that keep a state alone does not say how many tokens it has taken "
+            "in: pass the whole text without it, or a Context of specextend"
+        )
+    if not length:
         return None  # generate makes one for every call
     if padding:
         raise ValueError(

@@ -292,6 +292,20 @@ class TestBrokenOff:
         # Three parts of 13 tokens.
         assert again(spec, prompt(60), 39) == list(wanted(60))
 
+    def test_a_draft_that_does_not_begin(self, monkeypatch):
+        """Its error is what the caller sees, and not that of asking it what to keep."""
+        spec = SpecExtend(target(), "ngram", SMALL)
+        spec.generate(prompt(60), **GREEDY)
+
+        def fail(*args):
+            raise RuntimeError("inside")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(spec.draft), "begin", fail)
+            with pytest.raises(RuntimeError, match="inside"):
+                spec.generate(prompt(60), **GREEDY)
+        assert again(spec, prompt(60), 59) == list(wanted(60))
+
     def test_an_argument_that_is_refused(self):
         spec = SpecExtend(target(), None, SMALL)
         spec.generate(prompt(60), **GREEDY)
@@ -467,6 +481,17 @@ class TestByHand:
         spec = SpecExtend(model, None, SMALL)
         with pytest.raises(ValueError, match=r"must have keys .* of all 50 tokens, got \[1, 2, 23"):
             spec.generate(prompt(60), past_key_values=self.cache_of(model), **GREEDY)
+
+    def test_a_cache_that_does_not_say_how_long_it_is(self):
+        """Of states alone: it was taken for one of a single token."""
+        model, ids = miniature("mamba2"), prompt(60)
+        theirs = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(ids[:, :50], **{CACHE: theirs})
+        spec = SpecExtend(model, None, SMALL)
+        with pytest.raises(ValueError, match="does not say how many tokens it has taken in"):
+            spec.generate(ids, past_key_values=theirs, **GREEDY)
+        assert again(spec, ids, 0) == fresh(model, ids)
 
     def test_two_names(self):
         spec = SpecExtend(target(), None, SMALL)
