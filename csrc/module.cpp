@@ -5,14 +5,19 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <system_error>
+#include <tuple>
 #include <vector>
 
 #include "attention_plan.h"
 #include "cpu/built_isas.h"
 #include "cpu/isa.h"
+#include "mapping.h"
 #ifdef SPECEXTEND_HAS_CUDA
 #include "stream.h"
 #endif
@@ -74,6 +79,27 @@ py::dict plan_attention(int num_rows, int num_heads, int num_kv_heads, int head_
   return plan;
 }
 
+std::unique_ptr<Mapping> map_file(int file,
+                                  const std::vector<std::tuple<int64_t, int64_t, int64_t>>& pieces,
+                                  int64_t size, bool shared) {
+  std::vector<MappedPiece> parts;
+  for (const auto& [at, offset, bytes] : pieces) {
+    if (at < 0 || bytes < 1 || at > size - bytes) {
+      throw std::invalid_argument("Mapping: a piece must lie in the " + std::to_string(size) +
+                                  " bytes, got " + std::to_string(bytes) + " at " +
+                                  std::to_string(at));
+    }
+    parts.push_back({at, offset, bytes});
+  }
+  try {
+    return std::make_unique<Mapping>(file, parts, size, shared);
+  } catch (const std::system_error& error) {
+    errno = error.code().value();
+    PyErr_SetFromErrno(PyExc_OSError);
+    throw py::error_already_set();
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -115,6 +141,19 @@ those that get work, and waves, the grid in units of what the GPU holds at a tim
 that a cluster gets at most, being begun counted as two, and min_run, which it gets at least;
 partials, results that the combine puts together, most_partials, those of one unit, and
 partial_rows, their rows.)");
+  py::class_<Mapping>(m, "Mapping", py::buffer_protocol(),
+                      R"(Memory with pieces of a file in it, as a buffer; zeros elsewhere.
+
+file: a descriptor, which may be closed afterwards. pieces: (at, offset, bytes) each, multiples of
+the page: where in the memory, where in the file, how much. size: of the memory, in bytes.
+shared: what is written goes to the file; else pages that are written to become copies of its own.
+
+Raises OSError where the system refuses, and ValueError for a piece beyond the memory.)")
+      .def(py::init(&map_file), py::arg("file"), py::arg("pieces"), py::kw_only(), py::arg("size"),
+           py::arg("shared"))
+      .def_buffer([](Mapping& self) {
+        return py::buffer_info(static_cast<uint8_t*>(self.data()), self.size());
+      });
   m.def("cpu_isas", &specextend::cpu::built_isas,
         "CPU instruction sets with kernels in this module.");
   m.def(

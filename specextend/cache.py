@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from . import ops
-from .arena import Arena
+from .arena import Arena, Stored, with_room
 from .cache_layers import HybridLayer, KVLayer, Marks, StateLayer
 from .compat import Kind
 from .layout import by_rows
@@ -159,8 +159,7 @@ class KVCache(Cache):
         layers = self.kv_layers
         like = [t for layer in layers for t in (layer.keys, layer.values)]
         if self._arena is None and Arena.serves(like):
-            # What is not written takes no memory.
-            arena = Arena(like, max(self.capacity, self.length + max(self.length, 4096)))
+            arena = Arena.like(like, max(self.capacity, with_room(self.length)))
             self._write(arena)
             self._map(arena, layers)
 
@@ -178,7 +177,7 @@ class KVCache(Cache):
                 ours.like(theirs)
         else:
             with arena.lock:
-                if self._shared == arena.rows:
+                if arena.grows and self._shared == arena.rows:
                     self._write(arena)
                 made._map(arena, [ours for ours, _ in pairs])
             copied = made._shared = self._shared
@@ -238,11 +237,16 @@ class KVCache(Cache):
         }
 
     def take_parts(self, parts: dict) -> None:
-        """Have the :meth:`parts` of a cache of the same model for its own. It is empty, with a
-        capacity of as many rows."""
-        for layer, rows in zip(self.layers, parts["rows"], strict=True):
-            if rows:
-                layer.take_parts(rows)
+        """Have the :meth:`parts` of a cache of the same model, as :mod:`context_file` returns them,
+        for its own. It is empty, with a capacity of as many rows."""
+        held = [(la, rows) for la, rows in zip(self.layers, parts["rows"], strict=True) if rows]
+        tensors = [rows[name] for _, rows in held for name in ("keys", "values")]
+        if tensors and isinstance(tensors[0], Stored):
+            self._map(Arena.of(tensors), [layer for layer, _ in held])
+            self._shared = parts["length"]
+        else:
+            for layer, rows in held:
+                layer.hold(rows["keys"], rows["values"])
         self._marks.take_parts(parts["marks"])
         self.rotary_length = parts["rotary_length"]
         self.go_back(parts["length"], sound=False)  # to the states that are marked there

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .arena import Rows
 from .compat import CacheLayer, LinearAttentionLayer
 
 #: that copies of states may take, of one text
@@ -80,15 +81,11 @@ class KVLayer(CacheLayer):
                 raise ValueError(f"must have {name} in {ours.dtype}, got {theirs.dtype}")
             ours[:, :, :length] = theirs
 
-    def parts(self, rows: int) -> dict[str, Tensor]:
+    def parts(self, rows: int) -> dict[str, Rows]:
         """Return its first rows by name, where they lie; nothing before the first token."""
         if not self.is_initialized:
             return {}
-        return {name: getattr(self, name)[:, :, :rows] for name in ("keys", "values")}
-
-    def take_parts(self, parts: dict[str, Tensor]) -> None:
-        """Have the :meth:`parts` of a layer for its own rows: as many as it has room for."""
-        self.hold(parts["keys"], parts["values"])
+        return {name: Rows(getattr(self, name)[:, :, :rows]) for name in ("keys", "values")}
 
     def like(self, other: KVLayer) -> None:
         """Allocate with the heads, head dims, dtype and device of another layer."""

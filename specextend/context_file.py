@@ -1,13 +1,16 @@
 """Writes and reads files of contexts: plain data with tensors in it, as safetensors.
 
 All that is no tensor is JSON in the header of the file, with the name of each tensor in its place.
-A file is written beside where it belongs, and is moved there when it is whole.
+Rows of layers begin with pages, head by head, and fill them, so that they can be mapped; zeros
+follow the last ones. A file is written beside where it belongs, and is moved there when it is
+whole.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -19,8 +22,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .arena import OpenFile, Place, Rows, Stored, fill_pages
+
 #: of what is in a file, and how; another one is not read
-LAYOUT = 1
+LAYOUT = 2
+
+#: bytes that heads begin at multiples of
+_PAGE = 4096
 
 _FORMAT = "specextend context"
 _DTYPES = {
@@ -37,12 +45,13 @@ def write(path: str | os.PathLike, said: dict, parts: dict) -> None:
     Args:
         path: in a folder that is there.
         said: of whom the context is, for JSON.
-        parts: what it has: dicts, lists, tensors, dtypes, devices, and what JSON has.
+        parts: what it has: dicts, lists, tensors, rows, dtypes, devices, and what JSON has.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | Rows] = {}
     parts = _take_apart(parts, "context", tensors)
-    # The largest elements first, so that each begins at a multiple of its size.
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+    # Rows first, which fill pages; then the largest elements, so that each begins at a multiple of
+    # its size.
+    tensors = dict(sorted(tensors.items(), key=lambda item: _order(item[1])))
     metadata = {
         "format": _FORMAT, "layout": str(LAYOUT), "said": json.dumps(said),
         "parts": json.dumps(parts),
@@ -50,22 +59,43 @@ def write(path: str | os.PathLike, said: dict, parts: dict) -> None:
     with _replacing(Path(path)) as file:
         file.write(_header(tensors, metadata))
         for tensor in tensors.values():  # one after the other: only one is held twice
-            data = tensor.cpu().contiguous().flatten().view(torch.uint8)
-            file.write(data.numpy())
+            data = _filled(tensor) if isinstance(tensor, Rows) else tensor.cpu().contiguous()
+            file.write(data.flatten().view(torch.uint8).numpy())
 
 
-def _header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+def _order(tensor: Tensor | Rows) -> tuple[bool, int]:
+    """Say where a tensor belongs in a file: what is less comes first."""
+    return (False, 0) if isinstance(tensor, Rows) else (True, -tensor.element_size())
+
+
+def _shape(tensor: Tensor | Rows) -> list[int]:
+    """Return the shape that a tensor has in a file."""
+    if isinstance(tensor, Tensor):
+        return list(tensor.shape)
+    batch, heads, rows, dim = tensor.tensor.shape
+    return [batch, heads, fill_pages(rows, [dim * tensor.tensor.element_size()], _PAGE), dim]
+
+
+def _filled(rows: Rows) -> Tensor:
+    """Copy rows to the host, with zeros behind those of each head."""
+    made = torch.zeros(_shape(rows), dtype=rows.tensor.dtype)
+    made[:, :, : rows.tensor.shape[2]] = rows.tensor
+    return made
+
+
+def _header(tensors: dict[str, Tensor | Rows], metadata: dict[str, str]) -> bytes:
     """Make the beginning of a file of safetensors."""
     entries: dict[str, dict] = {"__metadata__": metadata}
     end = 0
     for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * tensor.element_size()
+        dtype = (tensor.tensor if isinstance(tensor, Rows) else tensor).dtype
+        shape = _shape(tensor)
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
         entries[name] = {
-            "dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
+            "dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [begin, end],
         }  # fmt: skip
     text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % _PAGE)
     return len(text).to_bytes(8, "little") + text
 
 
@@ -119,27 +149,43 @@ def read(path: str | os.PathLike, device: torch.device) -> tuple[dict, Callable[
 
 
 def _read_parts(path: str | os.PathLike, metadata: dict[str, str], device: torch.device) -> dict:
-    """Read the parts, each tensor into memory of its own. (Copied from a mapping they would be
-    faulted in, a few pages at a time, and all of them are needed at the first token.)"""
-    with open(path, "rb") as file:
-        entries = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        if entries.pop("__metadata__") != metadata:
-            raise ValueError(f"{path} was replaced while it was read")
-        tensors = {}
-        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            tensor = torch.empty(entry["shape"], dtype=_NAMED[entry["dtype"]])
-            data = tensor.flatten().view(torch.uint8).numpy()
-            if file.readinto(data) < len(data):
-                raise ValueError(f"{path} was cut while it was read")
-            tensors[name] = tensor.to(device)
-    return _put_together(json.loads(metadata["parts"]), tensors, device)
+    """Read the parts, each tensor into memory of its own; rows stay where they are if the host is
+    to have them."""
+    held = OpenFile(os.open(path, os.O_RDONLY))
+    file = open(held.descriptor, "rb", closefd=False)
+    length = int.from_bytes(file.read(8), "little")
+    entries = json.loads(file.read(length))
+    if entries.pop("__metadata__") != metadata:
+        raise ValueError(f"{path} was replaced while it was read")
+    begin = 8 + length
+    end = begin + max(entry["data_offsets"][1] for entry in entries.values())
+    if os.fstat(held.descriptor).st_size < end:
+        raise ValueError(f"{path} was cut while it was read")
+
+    def take(name: str, rows: int | None = None) -> Tensor | Stored:
+        """Return a tensor, or the first rows of one."""
+        shape, dtype = entries[name]["shape"], _NAMED[entries[name]["dtype"]]
+        offset = begin + entries[name]["data_offsets"][0]
+        if rows is not None and device.type == "cpu":
+            stored = Stored(held, Place(tuple(shape), dtype, offset), rows)
+            if stored.can_be_mapped:
+                return stored
+        tensor = torch.empty(shape, dtype=dtype)
+        file.seek(offset)
+        file.readinto(tensor.flatten().view(torch.uint8).numpy())
+        return tensor.to(device)[(..., slice(rows), slice(None)) if rows is not None else ...]
+
+    return _put_together(json.loads(metadata["parts"]), take, device)
 
 
-def _take_apart(data: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+def _take_apart(data: Any, name: str, tensors: dict[str, Tensor | Rows]) -> Any:
     """Return data for JSON; its tensors are put into ``tensors``, by their places in it."""
     if isinstance(data, Tensor):
         tensors[name] = data
         return {"tensor": name}
+    if isinstance(data, Rows):
+        tensors[name] = data
+        return {"rows": [name, data.tensor.shape[2]]}
     if isinstance(data, torch.dtype):
         return {"dtype": str(data).removeprefix("torch.")}
     if isinstance(data, torch.device):
@@ -152,17 +198,23 @@ def _take_apart(data: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     return data
 
 
-def _put_together(data: Any, tensors: dict[str, Tensor], device: torch.device) -> Any:
-    """Undo :func:`_take_apart`."""
+def _put_together(data: Any, take: Callable[..., Tensor | Stored], device: torch.device) -> Any:
+    """Undo :func:`_take_apart`.
+
+    Args:
+        take: returns a tensor by its name, or the first rows of one by name and number.
+    """
     if isinstance(data, list):
-        return [_put_together(item, tensors, device) for item in data]
+        return [_put_together(item, take, device) for item in data]
     if not isinstance(data, dict):
         return data
     ((kind, value),) = data.items()
     if kind == "tensor":
-        return tensors[value]
+        return take(value)
+    if kind == "rows":
+        return take(*value)
     if kind == "dtype":
         return getattr(torch, value)
     if kind == "device":
         return device
-    return {k: _put_together(v, tensors, device) for k, v in value}
+    return {k: _put_together(v, take, device) for k, v in value}
