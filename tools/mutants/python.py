@@ -1272,7 +1272,7 @@ MUTANTS = [
     Mutant(
         "contexts: rows of a fork are added where another one has added",
         CACHE,
-        "                if self._shared == arena.rows:",
+        "                if arena.grows and self._shared == arena.rows:",
         "                if True:",
         ("tests/test_arena.py::test_any_tree_of_forks",),
     ),
@@ -1296,6 +1296,27 @@ MUTANTS = [
         "        _compare(path, said, _describe(target, draft, config))\n",
         "",
         ("tests/test_context_file.py",),
+    ),
+    Mutant(
+        "context files: a head has the rows of another",
+        "specextend/arena.py",
+        "place.offset + head * size, size",
+        "place.offset + max(head - 1, 0) * size, size",
+        ("tests/test_context_file.py",),
+    ),
+    Mutant(
+        "context files: pages of any length are mapped",
+        "specextend/arena.py",
+        "self.place.offset % mmap.PAGESIZE == self.place.head_bytes % mmap.PAGESIZE == 0",
+        "True",
+        ("tests/test_context_file.py::TestMapping::test_pages_that_are_larger_here",),
+    ),
+    Mutant(
+        "context files: what fills a page is taken for rows",
+        "specextend/cache.py",
+        '            self._shared = parts["length"]',
+        "            self._shared = self.capacity",
+        ("tests/test_context_file.py::TestMapping::test_forks",),
     ),
     # ---- exact ----
     Mutant(
