@@ -500,6 +500,32 @@ def test_sweep(evaluate, tmp_path):
     assert chosen == [8, 4, 16, 8]
 
 
+def test_prompts_are_read_once(evaluate, tmp_path, monkeypatch):
+    """Our methods go on from what one of them has read, with the text that they write alone."""
+    read, lengths = Target.read, []
+
+    def counted(self, ids, *rest):
+        lengths.append(ids.shape[1])
+        return read(self, ids, *rest)
+
+    monkeypatch.setattr(Target, "read", counted)
+    code, _, err = evaluate(
+        *"--generate joined --lengths 200,300 --max-new-tokens 8 --runs 2 --warmup 0".split(),
+        *"--methods hf,plain,streaming,retrieval,ngram,self --read-once".split(),
+        "--output", tmp_path,
+    )  # fmt: skip
+    assert code == 0, err
+    results = Results.read(tmp_path)
+    assert results.header.settings["read_once"] is True
+    assert [n for n in lengths if n > 10] == [199, 299]  # others are of the guard's trial
+    for index, run in enumerate(results.runs):
+        assert run.exact is not False and run.new_tokens == 8
+        first = run.method == "plain" and run.repeat == 0
+        assert (run.prefill_seconds is not None) is (first or run.method == "hf"), index
+        assert (run.draft_prefill_seconds is None) is (run.method in ("plain", "hf"))
+    assert "| - / " in (tmp_path / "results.md").read_text()
+
+
 def test_synthetic(evaluate, tmp_path):
     """Random weights run, with proposals that are right as often as was said."""
     config = LlamaConfig(
@@ -533,6 +559,7 @@ def test_synthetic(evaluate, tmp_path):
         ("--preset nothing", 1, "a preset is one of paper-table1, "),
         ("--synthetic 0.5 --methods hf_lookup", 2, "hf_lookup accepts what the models"),
         ("--draft self --draft self", 2, "one draft of a kind at a time: self and self are"),
+        ("--preset paper-table8 --prompts x --read-once", 2, "counts every method's own prefill"),
         ("--budget 12", 2, "budget must be a positive multiple of chunk_size=8, got 12"),
     ],
 )

@@ -91,6 +91,7 @@ def prepare(options: EvalOptions) -> Evaluation:
     runner = Runner(
         models.target, models.drafts, configs, plan.new_tokens, options.warmup,
         options.temperature, options.seed, make, plan.synthetic, models.tokenizer,
+        options.read_once,
     )  # fmt: skip
     config = configs[next(iter(models.drafts), None)]
     header = header_of(plan, models, config, runner.memory.kind)

@@ -89,6 +89,10 @@ def plan_of(options: EvalOptions) -> Plan:
             raise UsageError(f"--preset {options.preset} needs the paper's prompts: --prompts PATH")
     elif options.preset is None and changes.keys() - {"runs", "count"}:
         stages = stages[:1]
+    if preset is not None and preset.with_prefill and options.read_once:
+        raise UsageError(
+            f"--read-once: the table of --preset {preset.name} counts every method's own prefill"
+        )
     stages = tuple(dataclasses.replace(stage, **changes) for stage in stages)
     for name in changes.get("sweep", ()):
         if name not in SWEPT:
