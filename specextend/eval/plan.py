@@ -29,6 +29,7 @@ class Plan:
         new_tokens: for each prompt.
         preset: a paper's setting; None without.
         asked: fields of the stages that stand there in place of the suite's own.
+        left_out: what is not run, in words, with the reasons.
     """
 
     options: EvalOptions
@@ -36,6 +37,7 @@ class Plan:
     new_tokens: int
     preset: Preset | None
     asked: frozenset[str]
+    left_out: tuple[str, ...] = ()
 
     def config(self, kind: str | None) -> SpecConfig:
         """Return the configuration for a draft of this kind; None: for plain decoding.
