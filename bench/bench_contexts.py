@@ -4,11 +4,12 @@
     python bench/bench_contexts.py [--quick] [--lengths 2048,16384] [--json out.json]
 
 A document is asked about, and then asked again, by a question of about 50 tokens. Lines, for each
-length: a round of plain decoding; the first token of the first question, with the document before
-it; of the second one, also as a share of the first and in plain rounds; a fork, with the memory
-that it takes (this process's share of all that it maps, on Linux; on a GPU what torch has
-allocated); the second question on the fork; writing the context to a file; loading it, with every
-row read once, beside reading the file, from the disk and from the system's cache.
+length: the first token of the first question, with the document before it; a round of plain
+decoding; the first token of the second question, also as a share of the first one's and in plain
+rounds; a fork, with the memory that it takes (this process's share of all that it maps, on Linux;
+on a GPU what torch has allocated); the second question on the fork; writing the context to a file;
+loading it, with every row read once, beside reading the file, from the disk and from the system's
+cache.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from bench_record import Report, numbers, parse, parser
 from torch import Tensor
 
 from specextend import SpecConfig, SpecExtend, assets
+from specextend.compat import CACHE
 from specextend.context import Context
 from specextend.eval.prompts import read_documents
 from specextend.pair import Pair, load_pair
@@ -38,14 +40,15 @@ PART = 8 << 20  # bytes that a file is read in
 
 def first_token(spec: SpecExtend, prompt: Tensor, context: Context | None = None) -> float:
     """Return the seconds to the first token behind a prompt [1, L]."""
-    given = {} if context is None else {"past_key_values": context}
+    given = {} if context is None else {CACHE: context}
     return time_loop(spec, prompt, 1, lambda *_: None, do_sample=False, **given).to_first
 
 
-def plain_round(pair: Pair, config: SpecConfig, prompt: Tensor) -> float:
+def plain_round(pair: Pair, config: SpecConfig, prompt: Tensor, context: Context) -> float:
     """Return the seconds of a token of plain decoding behind a prompt [1, L]."""
     spec = SpecExtend(pair.target, None, config, keep_contexts=0)
-    timed = time_loop(spec, prompt, ROUNDS, lambda *_: None, do_sample=False)
+    given = {CACHE: context, "do_sample": False}
+    timed = time_loop(spec, prompt, ROUNDS, lambda *_: None, **given)
     return (timed.to_last - timed.to_first) / max(timed.rounds, 1)
 
 
@@ -87,33 +90,36 @@ def add_questions(
     results: Report, case: str, spec: SpecExtend, pair: Pair, config: SpecConfig,
     prompts: list[Tensor],
 ) -> Context:  # fmt: skip
-    """Add the lines of both questions and of a fork; return what both have left."""
-    step = plain_round(pair, config, prompts[0])
-    results.add(f"{case}, a plain round", Spread([step]), "ms")
+    """Add the lines of both questions and of a fork; return a context of the first one."""
     anew = first_token(spec, prompts[0])
     results.add(f"{case}, first question, first token", Spread([anew]), "s")
+    again, cached = first_token(spec, prompts[1]), spec.stats.num_cached_tokens
+    spec.forget()
+    context = spec.read(prompts[0])
+    step = plain_round(pair, config, prompts[0], context.fork())
+    results.add(f"{case}, a plain round", Spread([step]), "ms")
 
-    def add_second(name: str, took: float) -> None:
+    def add_second(name: str, took: float, cached: int) -> None:
         results.add(
             f"{case}, {name}, first token", Spread([took]), "s",
-            cached=spec.stats.num_cached_tokens, of_first=took / anew, plain_rounds=took / step,
+            cached=cached, of_first=took / anew, plain_rounds=took / step,
             remarks=f"{100 * took / anew:.1f} % of the first question's, {took / step:.1f} plain "
-            f"rounds; {spec.stats.num_cached_tokens} of {prompts[1].shape[1]} tokens were there",
+            f"rounds; {cached} of {prompts[1].shape[1]} tokens were there",
         )  # fmt: skip
 
-    add_second("second question", first_token(spec, prompts[1]))
-    context, device = spec.read(prompts[0]), prompts[0].device
-    before, size = memory(device), context.num_bytes
+    add_second("second question", again, cached)
+    before, size = memory(prompts[0].device), context.num_bytes
     start = time.perf_counter()
     fork = context.fork()
     took = time.perf_counter() - start
-    after = memory(device)
+    after = memory(prompts[0].device)
     grown = None if before is None else after - before
     remarks = f"{size / 2**20:.0f} MiB"
     if grown is not None:
         remarks += f", of which {grown / 2**20:.1f} are new"
     results.add(f"{case}, fork", Spread([took]), "ms", remarks=remarks, num_bytes=size, grown=grown)
-    add_second("second question on the fork", first_token(spec, prompts[1], fork))
+    again = first_token(spec, prompts[1], fork)
+    add_second("second question on the fork", again, spec.stats.num_cached_tokens)
     return context
 
 
