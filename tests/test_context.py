@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from drafts import KINDS, SMALL, WAYS, draft, target, write
+from drafts import KINDS, SMALL, WAYS, Oracle, draft, target, write
 from families import miniature
 from models import VOCAB, prompt, tiny_model
 from transformers import DynamicCache
@@ -199,23 +199,43 @@ class TestStates:
         longer = torch.cat([out, prompt(4, 5)], 1)
         assert again(spec, longer, 60 + NEW - 1) == fresh(model, longer)
 
-    @pytest.mark.parametrize("family", ["lfm2", "qwen3_next"])
-    def test_an_error_in_the_middle_of_a_forward(self, family):
-        """Some layers have taken in a token by then, and others have not."""
+    @pytest.mark.parametrize("family", STATES)
+    def test_several_answers_behind_what_was_accepted(self, family):
+        """The copy behind an answer has what the state had yet to take in, and stays as it is
+        whatever follows."""
         model, ids = miniature(family), prompt(60)
-        spec = SpecExtend(model, "ngram", SMALL)
+        written = fresh(model, ids)
+        for new in range(5, NEW):  # which end with one token, or with several that were accepted
+            oracle = Oracle(written)
+            spec = SpecExtend(model, oracle, SMALL)
+            out = spec.generate(ids, max_new_tokens=new, do_sample=False)
+            assert out[0].tolist() == written[: 60 + new]
+            for seed in (1, 2, 3):
+                longer = torch.cat([out, prompt(4, seed)], 1)
+                oracle.text = fresh(model, longer)
+                assert again(spec, longer, 60 + new - 1) == oracle.text
+
+    @pytest.mark.parametrize("family", STATES)
+    def test_an_error_in_the_middle_of_a_forward(self, family):
+        """Some layers have taken in tokens by then, and others have not."""
+        model, ids = miniature(family), prompt(60)
+        written = fresh(model, ids)
+        spec = SpecExtend(model, Oracle(written), SMALL)
         layers = model.get_decoder().layers
-        calls = []
+        got: list = []
 
         def fail(*args):
-            calls.append(None)
-            if len(calls) == 5 + 4:  # parts of the prompt come before
+            if len(got) > 5:
                 raise RuntimeError("inside")
 
         hook = layers[-1].register_forward_pre_hook(fail)
         with pytest.raises(RuntimeError, match="inside"):
-            spec.generate(ids, **GREEDY)
+            for step in spec.stream(ids, **GREEDY):
+                got += step.tokens
         hook.remove()
+        # Right up to where the error came, and beyond.
+        longer = torch.cat([torch.tensor([written[: 60 + len(got)]]), prompt(5, 3)], 1)
+        assert again(spec, longer, 59) == fresh(model, longer)
         assert again(spec, ids, 59) == fresh(model, ids)
 
     def test_marks_are_thinned(self, monkeypatch):
@@ -305,6 +325,15 @@ class TestBrokenOff:
             with pytest.raises(RuntimeError, match="inside"):
                 spec.generate(prompt(60), **GREEDY)
         assert again(spec, prompt(60), 59) == list(wanted(60))
+
+    def test_a_draft_that_does_not_say_what_to_keep(self, monkeypatch):
+        """What was there then is not taken for the text before it."""
+        ids, spec = prompt(60), SpecExtend(target(), "ngram", SMALL)
+        spec.generate(ids, **GREEDY)
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(type(spec.draft), "keep", lambda *args: 1 / 0)
+            spec.generate(leaving(ids, 20), **GREEDY)
+        assert again(spec, ids, 20) == list(wanted(60))
 
     def test_an_argument_that_is_refused(self):
         spec = SpecExtend(target(), None, SMALL)
@@ -427,6 +456,19 @@ class TestByHand:
         assert again(spec, ids, 50, past_key_values=context) == fresh(target(), ids)
         spec = SpecExtend(target(), draft("eagle", folder=tmp_path), SMALL)
         again(spec, ids, 0, past_key_values=context)  # what the target saw is not kept
+
+    def test_one_of_another_draft_of_the_same_kind(self):
+        """What the other one has kept is no part of what is proposed."""
+        config, ids = SMALL.replace(draft_cache="full"), prompt(50)
+        found = []
+        for before in (None, tiny_model(seed=5)):
+            spec = SpecExtend(target(), draft("model"), config)
+            given = {}
+            if before is not None:
+                given[CACHE] = SpecExtend(target(), before, config).read(ids)
+            out = again(spec, ids, 49 if given else 0, **given)
+            found.append((out, spec.stats.acceptance_histogram))
+        assert found[0] == found[1]
 
     @pytest.mark.sweep(8)
     @pytest.mark.parametrize("kind", KINDS)

@@ -225,7 +225,8 @@ class TestMapping:
         context.save(file)
         size, before = file.stat().st_size, memory_used()
         found = spec.load_context(file)
-        assert found.get_seq_length() == 99_030 and size > 20e6
+        forks = [found.fork() for _ in range(3)]
+        assert forks[-1].get_seq_length() == 99_030 and size > 20e6
         assert memory_used() - before < 0.1 * size
 
 

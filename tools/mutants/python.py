@@ -1204,14 +1204,14 @@ MUTANTS = [
         CONTEXT,
         "        if draft is not self._draft:",
         "        if False:",
-        ("tests/test_context.py::TestByHand::test_one_of_another_draft",),
+        ("tests/test_context.py::TestByHand::test_one_of_another_draft_of_the_same_kind",),
     ),
     Mutant(
         "contexts: rows are taken for all that the draft had",
         CONTEXT,
         "self._text = self._text[:start]  #",
         "pass  #",
-        ("tests/test_context.py",),
+        ("tests/test_context.py::TestBrokenOff::test_a_draft_that_does_not_say_what_to_keep",),
     ),
     Mutant(
         "contexts: a state in the middle of a forward is taken for that behind the text",
@@ -1232,14 +1232,14 @@ MUTANTS = [
         CACHE_LAYERS,
         'for name in (*self._fresh, "pending")}',
         "for name in self._fresh}",
-        ("tests/test_context.py::TestStates",),
+        ("tests/test_context.py::TestStates::test_several_answers_behind_what_was_accepted",),
     ),
     Mutant(
         "contexts: a copy of a state is the state",
         CACHE_LAYERS,
         "vars(self).update(tree_map_only(Tensor, Tensor.clone, mark))",
         "vars(self).update(mark)",
-        ("tests/test_context.py::TestStates",),
+        ("tests/test_context.py::TestStates::test_several_answers_behind_what_was_accepted",),
     ),
     Mutant(
         "contexts: EAGLE's row at the border is that of the old text",
@@ -1312,11 +1312,11 @@ MUTANTS = [
         ("tests/test_context_file.py::TestMapping::test_pages_that_are_larger_here",),
     ),
     Mutant(
-        "context files: what fills a page is taken for rows",
+        "context files: forks copy what they could share",
         "specextend/cache.py",
         '            self._shared = parts["length"]',
-        "            self._shared = self.capacity",
-        ("tests/test_context_file.py::TestMapping::test_forks",),
+        "            self._shared = 0",
+        ("tests/test_context_file.py::TestMapping::test_what_is_not_read_takes_no_memory",),
     ),
     # ---- exact ----
     Mutant(
