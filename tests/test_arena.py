@@ -5,11 +5,15 @@ from __future__ import annotations
 import gc
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from emulated_gpu_memory import GRANULE, INVALID_VALUE, OUT_OF_MEMORY, EmulatedDriver
+from emulated_gpu_memory import emulated_gpu_memory
 
+from specextend import device_memory
 from specextend.arena import Arena
 from specextend.cache import KVCache
 
@@ -51,9 +55,20 @@ def memory_used() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
-@pytest.fixture(params=["arena", "copies"])
+@pytest.fixture
+def gpu() -> Iterator[EmulatedDriver]:
+    """Have forks share memory as on a GPU, and see that nothing of it is left."""
+    with emulated_gpu_memory() as driver:
+        before = driver.memory_in_use, driver.ranges
+        yield driver
+        assert (driver.memory_in_use, driver.ranges) == before
+
+
+@pytest.fixture(params=["arena", "copies", "gpu"])
 def where(request, monkeypatch) -> str:
-    if request.param == "copies":
+    if request.param == "gpu":
+        request.getfixturevalue("gpu")
+    elif request.param == "copies":
         monkeypatch.setattr(Arena, "serves", staticmethod(lambda tensors: False))
     elif not Arena.serves([torch.zeros(1)]):
         pytest.skip("rows are copied on this system")
