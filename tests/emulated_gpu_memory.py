@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 from collections.abc import Iterator
 from unittest import mock
 
@@ -71,14 +70,12 @@ class EmulatedDriver:
     @property
     def memory_in_use(self) -> int:
         """Count the bytes of the GPU's memory that are in use."""
-        gc.collect()
         device_memory.collect()
         return self._handle.emulated_memory_in_use()
 
     @property
     def ranges(self) -> int:
         """Count ranges of addresses and mappings into them."""
-        gc.collect()
         device_memory.collect()
         return self._handle.emulated_ranges()
 
@@ -130,6 +127,9 @@ def emulated_gpu_memory() -> Iterator[EmulatedDriver]:
         mock.patch.object(device_memory, "driver", lambda device: driver),
         mock.patch.object(device_memory, "as_tensor", _as_tensor),
     ):
-        yield driver
-    driver.leave(None)
-    driver.support(True)
+        try:
+            yield driver
+        finally:
+            driver.leave(None)
+            driver.support(True)
+            driver.has_failed()
