@@ -148,8 +148,8 @@ def test_any_tree_of_forks(where):
             cache.reserve(len(text) + 3)
             written(cache, values)
             text += values
-        # Rows that nobody has written are read under masks.
-        assert not any(tensor.sum().isnan() for tensor in tensors(cache))
+        if where == "gpu":  # rows that nobody has written are read under masks
+            assert not any(tensor.sum().isnan() for tensor in tensors(cache))
         for cache, text in caches:
             assert rows(cache) == text
 
