@@ -6,6 +6,7 @@ import gc
 import os
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -308,7 +309,7 @@ def test_nothing_is_taken_away_while_a_graph_is_captured(gpu):
     with gpu.capture():
         del fork
         assert (gpu.memory_in_use, gpu.ranges) == before
-        said = fails(lambda: other.go_back(40))
+        said = fails(partial(other.go_back, 40))
         assert said.endswith("memory of a cache cannot be changed while a graph is captured")
     assert rows(other) == TEXT
     assert gpu.memory_in_use == TENSORS * 20 * GRANULE
