@@ -129,6 +129,10 @@ class KVCache(Cache):
 
         Returns:
             The committed rows that are left. Others are written again; nobody reads them before.
+
+        Raises:
+            torch.OutOfMemoryError: rows that forks share would be written again, and the GPU has no
+                room for others in their place. Nothing is forgotten then.
         """
         states = self.state_layers and not (sound and length == self.length)
         length = self._marks.place(length) if states else length
@@ -162,12 +166,15 @@ class KVCache(Cache):
         return made
 
     def own(self, first: int) -> None:
-        """Have the committed rows from ``first`` on alone, before one of them is written again."""
+        """Have the committed rows from ``first`` on alone, before one of them is written again.
+        Waits for the device where forks on a GPU share some of them; errors are as of
+        :meth:`go_back`."""
         if self._rows is not None:
             self._rows.own(first)
 
     def share(self) -> None:
-        """Have forks see the committed rows where they lie, if that can be."""
+        """Have forks see the committed rows where they lie, if that can be; errors are as of
+        :func:`sharing.share`."""
         if self._rows is None:
             self._share_by(sharing.share(self.kv_layers, self.length, self.capacity))
 

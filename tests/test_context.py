@@ -533,6 +533,22 @@ class TestByHand:
             ids = torch.cat([document, prompt(6, 5)], 1)
             assert again(spec, ids, 150, past_key_values=context) == fresh(target(), ids)
 
+    def test_a_gpu_without_room_for_forks(self):
+        """What has been read serves all the same."""
+        with emulated_gpu_memory() as gpu:
+            spec = SpecExtend(target(), None, SMALL)
+            gpu.leave(0)
+            context = spec.read(prompt(150))
+            with pytest.raises(torch.OutOfMemoryError, match="no memory left for rows of a text"):
+                context.fork()
+            ids = torch.cat([context.ids, prompt(6)], 1)
+            assert again(spec, ids, 150, past_key_values=context) == fresh(target(), ids)
+            gpu.leave(None)
+            fork = context.fork()
+            ids = torch.cat([fork.ids, prompt(6, 1)], 1)
+            cached = fork.get_seq_length()
+            assert again(spec, ids, cached, past_key_values=fork) == fresh(target(), ids)
+
     def test_forks_at_a_time(self):
         """Two loops on the same models write to forks in turn."""
         specs = [SpecExtend(target(), draft("model"), SMALL) for _ in range(2)]
