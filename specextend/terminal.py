@@ -280,6 +280,14 @@ def size_text(parameters: int) -> str:
     return f"{parameters / 1e6:.1f} M parameters"
 
 
+def bytes_text(count: float) -> str:
+    """Write a number of bytes for people."""
+    for unit, least, digits in (("GiB", 2**30, 1), ("MiB", 2**20, 0), ("KiB", 2**10, 0)):
+        if count >= least:
+            return f"{count / least:.{digits}f} {unit}"
+    return f"{count:.0f} bytes"
+
+
 def dtype_name(model) -> str:
     """Name the dtype of a model, as options do."""
     return str(model.dtype).removeprefix("torch.")

@@ -10,6 +10,7 @@ from unittest import mock
 
 import bench_acceptance
 import bench_answer
+import bench_contexts
 import bench_decode
 import bench_memory
 import bench_ops
@@ -111,8 +112,8 @@ def test_caches_are_emptied_before_each_call():
 
 
 BENCHES = [
-    bench_acceptance, bench_answer, bench_decode, bench_memory, bench_ops, bench_prefill,
-    bench_same_text,
+    bench_acceptance, bench_answer, bench_contexts, bench_decode, bench_memory, bench_ops,
+    bench_prefill, bench_same_text,
 ]  # fmt: skip
 
 
@@ -366,6 +367,32 @@ def test_answers(pair, report, questions):
         text = bench_answer.remarks(found["ours draft"], found["Hugging Face plain"])
         assert "4 of 4 texts as Hugging Face's" in text and "per pass" in text
         assert ("(70 tokens were there)" in text) == (question == 1)
+
+
+def test_contexts(pair, report, tmp_path):
+    """What is asked again is read but for what is new, also on a fork; loading has its peer."""
+    made, record = report
+    target, draft = pair
+    config = SpecConfig(gate="off", tree_nodes=4, seed=0)
+    models, ids = Pair(target, draft, None), prompt(70)
+    prompts = [ids[:, :60], torch.cat([ids[:, :60], ids[:, 64:]], 1)]
+    spec = models.spec(config)
+    context = bench_contexts.add_questions(made, "60 tokens", spec, models, config, prompts)
+    bench_contexts.add_files(made, "60 tokens", spec, context, tmp_path / "context")
+    cases = {entry["case"].removeprefix("60 tokens, "): entry for entry in record()["cases"]}
+    first, step = (
+        cases[name]["median"] for name in ("first question, first token", "a plain round")
+    )
+    for name in ("second question", "second question on the fork"):
+        entry = cases[f"{name}, first token"]
+        assert entry["cached"] == 60 and entry["of_first"] == entry["median"] / first
+        assert entry["plain_rounds"] == entry["median"] / step
+    assert cases["fork"]["num_bytes"] == context.num_bytes
+    for state in ("on disk", "in the system's cache"):
+        entry = cases[f"load, file {state}"]
+        assert entry["bytes"] == (tmp_path / "context").stat().st_size
+        peer = entry["peers"]["reading the file"]
+        assert peer["ratio"] == peer["median"] / entry["median"]
 
 
 def test_a_cache_that_cannot_go_back_is_left(pair):

@@ -64,6 +64,10 @@ def test_without_a_terminal(capsys):
     plain, speculative = sections(captured.out)
     assert plain == speculative and len(plain) > 100
     assert "specextend demo --tokens 2000 --max-new-tokens 48 --dtype float32\n" in captured.out
+    # The way to go on is one that the command understands.
+    last = captured.out.replace("\\\n", "").partition("from the hub:\n")[2]
+    args = cli.make_parser().parse_args(last.split()[1:])
+    assert args.short and args.target.startswith("Qwen/") and args.draft.startswith("Qwen/")
 
 
 def in_terminal(command: list[str], columns: int, **environment: str) -> tuple[int, str]:
@@ -122,6 +126,7 @@ def test_own_models_and_document(tiny, capsys):
     assert cli.main([*tiny, "--tokens", "300", "--max-new-tokens", "20"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("document.txt: 300 tokens, then 20 new ones\ntarget 0.0 M parameters")
+    assert "Qwen" not in text
     check_table(text)
 
 

@@ -82,6 +82,7 @@ ELSEWHERE = {
     "python bench/bench_decode.py": ("tests/test_bench.py", "bench_decode"),
     "python bench/bench_memory.py": ("tests/test_bench.py", "bench_memory"),
     "python bench/bench_answer.py": ("tests/test_bench.py", "def test_answers("),
+    "python bench/bench_contexts.py": ("tests/test_bench.py", "def test_contexts("),
     "python bench/bench_prefill.py": ("tests/test_bench.py", "def test_prompts_are_read_alike("),
     "accelerate launch": ("tests/test_train.py", "test_processes_make_the_same_step"),
 }

@@ -19,6 +19,7 @@ from specextend import SpecConfig, SpecExtend, assets, cli
 from specextend.command import evaluate as command
 from specextend.command import evaluation
 from specextend.draft import load_draft
+from specextend.eval import models as eval_models
 from specextend.eval import options, prompts
 from specextend.eval.memory import PeakMemory
 from specextend.eval.methods import METHODS, REFERENCE
@@ -500,6 +501,78 @@ def test_sweep(evaluate, tmp_path):
     assert chosen == [8, 4, 16, 8]
 
 
+def test_prompts_are_read_once(evaluate, tmp_path, monkeypatch):
+    """Our methods go on from what one of them has read, with the text that they write alone."""
+    read, lengths = Target.read, []
+
+    def counted(self, ids, *rest):
+        lengths.append(ids.shape[1])
+        return read(self, ids, *rest)
+
+    monkeypatch.setattr(Target, "read", counted)
+    code, _, err = evaluate(
+        *"--generate joined --lengths 200,300 --max-new-tokens 8 --runs 2 --warmup 0".split(),
+        *"--methods hf,plain,streaming,retrieval,ngram,self --read-once".split(),
+        "--output", tmp_path,
+    )  # fmt: skip
+    assert code == 0, err
+    results = Results.read(tmp_path)
+    assert results.header.settings["read_once"] is True
+    assert [n for n in lengths if n > 100] == [199, 299]  # others come before the runs
+    for index, run in enumerate(results.runs):
+        assert run.exact is not False and run.new_tokens == 8
+        first = run.method == "plain" and run.repeat == 0
+        assert (run.prefill_seconds is not None) is (first or run.method == "hf"), index
+        assert (run.draft_prefill_seconds is None) is (run.method in ("plain", "hf"))
+    assert "| - / " in (tmp_path / "results.md").read_text()
+
+
+class TestMemory:
+    """What does not fit is said, before anything runs."""
+
+    MORE = "--generate joined --max-new-tokens 8 --runs 1 --warmup 0 --methods plain,retrieval"
+
+    @pytest.fixture
+    def free(self, monkeypatch):
+        """Sets the memory that is free, in tokens of the tiny pair: 2 layers of 2 heads each."""
+        token = 2 * 2 * 2 * 2 * 8 * 4
+
+        def set_free(tokens):
+            monkeypatch.setattr(eval_models, "free_memory", lambda device: tokens * token)
+
+        return set_free
+
+    def test_what_was_asked_for(self, evaluate, tmp_path, free):
+        free(250)
+        code, _, err = evaluate(
+            *self.MORE.split(), "--lengths", "200,243,300", "--output", tmp_path
+        )
+        assert code == 1 and list(tmp_path.iterdir()) == []
+        assert (
+            "prompts of 243 tokens do not fit: caches take 512 bytes for each token, and 125 KiB "
+            "of memory are free" in err
+        )
+        free(251)
+        assert evaluate(*self.MORE.split(), "--lengths", "200,243", "--output", tmp_path)[0] == 0
+        other = ["--read-once", "--output", tmp_path / "other"]
+        code, _, err = evaluate(*self.MORE.split(), "--lengths", "200", *other)
+        assert code == 1 and "caches take 768 bytes for each token" in err
+
+    def test_what_was_not(self, evaluate, tmp_path, free, monkeypatch):
+        stages = (Stage((100, 200), ("plain",), runs=1), Stage((200, 300), ("plain",), runs=1))
+        monkeypatch.setattr(options, "SUITE", stages)
+        free(210)
+        code, _, err = evaluate("--preset", "suite", "--max-new-tokens", 8, "--output", tmp_path)
+        assert code == 0, err
+        assert err.startswith("without prompts of 300 tokens: caches take 512 bytes for each token")
+        assert sorted(run.length for run in Results.read(tmp_path).runs) == [100, 200]
+        free(100)
+        code, _, err = evaluate(
+            "--preset", "suite", "--max-new-tokens", 8, "--output", tmp_path / "other"
+        )
+        assert code == 1 and "too few for prompts of 100 tokens: give --lengths" in err
+
+
 def test_synthetic(evaluate, tmp_path):
     """Random weights run, with proposals that are right as often as was said."""
     config = LlamaConfig(
@@ -533,6 +606,7 @@ def test_synthetic(evaluate, tmp_path):
         ("--preset nothing", 1, "a preset is one of paper-table1, "),
         ("--synthetic 0.5 --methods hf_lookup", 2, "hf_lookup accepts what the models"),
         ("--draft self --draft self", 2, "one draft of a kind at a time: self and self are"),
+        ("--preset paper-table8 --prompts x --read-once", 2, "counts every method's own prefill"),
         ("--budget 12", 2, "budget must be a positive multiple of chunk_size=8, got 12"),
     ],
 )

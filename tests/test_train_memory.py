@@ -12,11 +12,12 @@ from models import tiny_model
 from test_train import words
 
 from specextend import machine
+from specextend.terminal import bytes_text
 from specextend.train import run as run_module
 from specextend.train.data import Batch
 from specextend.train.eagle3 import Eagle3Recipe, new_head
 from specextend.train.longspec import LongSpecRecipe, new_block
-from specextend.train.memory import SHARE, fitting_micro_batch, size
+from specextend.train.memory import SHARE, fitting_micro_batch
 from specextend.train.target import FrozenTarget
 
 GIB = 1 << 30
@@ -82,7 +83,7 @@ def test_what_is_chosen():
     )
     with pytest.raises(ValueError, match=text):
         fitting_micro_batch(recipe, 16, GIB, int(2.4 * GIB))
-    assert size(3 << 20) == "3 MiB"
+    assert bytes_text(3 << 20) == "3 MiB"
 
 
 class TestFreeMemory:
@@ -181,6 +182,6 @@ class TestCommand:
     def test_nothing_fits(self, train, kind, tmp_path):
         code, err = train(1 << 18, "--kind", kind, "--steps", "2")
         assert code == 1 and err.count("\n") == 1
-        assert "one window of 32 tokens at a time needs about " in err and "0 MiB are free" in err
+        assert "one window of 32 tokens at a time needs about " in err and "256 KiB are free" in err
         assert "--length" in err and ("--ttt-steps" in err) == (kind == "eagle3")
         assert not (tmp_path / "out" / "checkpoint.pt").exists()

@@ -151,7 +151,7 @@ def run_tests(tests: list[str], keyword: str, tree: Path, variables: dict, secon
     The tests come first in the tree that is given, also for the processes that they start.
     """
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", keyword]
-    command += ["-m", "not smoke"]  # whole sweeps
+    command += ["-m", "not smoke and (sweep or not long)"]  # sweeps whole, and nothing longer
     path = [str(tree), *filter(None, [variables.get("PYTHONPATH")])]
     variables = {
         # Tests have one thread each, and their processes need not compile torch's bytecode anew.

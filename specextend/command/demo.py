@@ -6,11 +6,17 @@ import argparse
 
 from ..errors import UsageError
 from ..machine import choose_device
+from ..terminal import standard_output
 from .config_options import add_config_options
 from .options import add_models, config_from
 
 SUMMARY = "continue a long document in several ways, and compare them"
 LENGTHS = {False: (16_000, 256), True: (2_000, 48)}  # --short: prompt, new tokens
+#: what the embedded pair's demonstration ends with
+REAL = r"""
+These models are small and write little sense. With ones that people use, 4 GB from the hub:
+specextend demo --short --target Qwen/Qwen2.5-Coder-1.5B-Instruct \
+  --draft Qwen/Qwen2.5-Coder-0.5B-Instruct"""
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
@@ -48,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     config = config_from(args, gate="off")
     pair = load_pair(args.target, args.draft, args.dtype, choose_device(args.device))
     show(pair, config, args.document, args.draft, tokens, new)
+    if args.target is None:
+        standard_output().line(REAL)
     return 0
 
 

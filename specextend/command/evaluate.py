@@ -65,6 +65,7 @@ def options_from(args: argparse.Namespace) -> EvalOptions:
         temperature=args.temperature,
         seed=args.seed,
         gate=args.gate,
+        read_once=args.read_once,
         output=Path(args.output),
     )
 
@@ -173,6 +174,11 @@ def _add_own_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gate", choices=("auto", "off"), default="off",
         help='"auto": let the gate stop speculation where it does not pay [off]',
+    )  # fmt: skip
+    group.add_argument(
+        "--read-once", action="store_true",
+        help="the target reads each prompt once for all methods of ours, which go on from forks of "
+        "what it has read; only the first one's prefill is known then",
     )  # fmt: skip
     group.add_argument(
         "--output", metavar="FOLDER", default="specextend-eval",

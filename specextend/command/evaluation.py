@@ -23,6 +23,8 @@ def show(options: EvalOptions) -> None:
     evaluation = prepare(options)
     folder, tasks, left = options.output, evaluation.tasks, evaluation.left
     out, notes = standard_output(), standard_error()
+    for text in evaluation.left_out:
+        notes.line(text, "dim")
     if evaluation.done:
         notes.line(f"{len(tasks) - len(left)} of {len(tasks)} runs are in {folder} already", "dim")
     with RunProgress(notes, left) as progress:

@@ -39,6 +39,7 @@ class Evaluation:
         header: of the results.
         tasks: all runs by their keys, in their order.
         done: runs that were made, by the same keys.
+        left_out: what is not run, in words, with the reasons.
     """
 
     options: EvalOptions
@@ -46,6 +47,7 @@ class Evaluation:
     header: Header
     tasks: dict[tuple, Task]
     done: dict[tuple, Run]
+    left_out: tuple[str, ...]
 
     @property
     def left(self) -> list[Task]:
@@ -91,11 +93,12 @@ def prepare(options: EvalOptions) -> Evaluation:
     runner = Runner(
         models.target, models.drafts, configs, plan.new_tokens, options.warmup,
         options.temperature, options.seed, make, plan.synthetic, models.tokenizer,
+        options.read_once,
     )  # fmt: skip
     config = configs[next(iter(models.drafts), None)]
     header = header_of(plan, models, config, runner.memory.kind)
     done = {run.key: run for run in resume(options.output, header)}
-    return Evaluation(options, runner, header, _tasks(plan, models, runner), done)
+    return Evaluation(options, runner, header, _tasks(plan, models, runner), done, plan.left_out)
 
 
 def _tasks(plan: Plan, models: Models, runner: Runner) -> dict[tuple, Task]:

@@ -1,4 +1,4 @@
-"""Measures the most memory that a stretch of work takes."""
+"""Measures memory: the most that a stretch of work takes, and what caches take for each token."""
 
 from __future__ import annotations
 
@@ -6,8 +6,23 @@ import re
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
+
+from ..config import SpecConfig
+from ..decode import SpecExtend
+from ..draft import Draft
 
 _PROCESS = Path("/proc/self")
+
+
+def cache_bytes(target: PreTrainedModel, draft: Draft | None, config: SpecConfig) -> int:
+    """Return the bytes that the caches of target and draft take for each token of a text, by two
+    texts that are read."""
+    spec = SpecExtend(target, draft, config, keep_contexts=0)
+    ids = torch.zeros(1, 2 * config.chunk_size, dtype=torch.int64, device=target.device)
+    texts = (ids[:, : config.chunk_size], ids)
+    sizes = [spec.read(t, attention_mask=torch.ones_like(t)).num_bytes for t in texts]
+    return (sizes[1] - sizes[0]) // config.chunk_size
 
 
 class PeakMemory:

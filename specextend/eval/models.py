@@ -12,8 +12,11 @@ from ..config import SpecConfig
 from ..draft import WORDS, Draft, load_draft
 from ..errors import UsageError
 from ..guard import position_limit
+from ..machine import free_memory
 from ..pair import find_draft, load_pair
 from ..target import Target
+from ..terminal import bytes_text
+from .memory import cache_bytes
 from .options import Stage
 from .plan import Plan
 from .run import rows_of
@@ -91,29 +94,73 @@ def synthetic_models(plan: Plan) -> Models:
     return Models(target, None, {loaded.kind: loaded}, {loaded.kind: draft_shape})
 
 
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """Says how long a text can be, prompt and new tokens, and why no longer."""
+
+    tokens: int
+    why: str
+
+
 def possible_plan(plan: Plan, models: Models) -> Plan:
-    """Return the plan without what was not asked for and what these models cannot do.
+    """Return the plan without what was not asked for and what these models cannot do here.
 
     Raises:
-        ValueError: nothing is left.
+        ValueError: nothing is left, or what was asked for does not fit into memory.
     """
-    limit, stages = position_limit(models.target), []
+    positions, memory = _positions(models), _memory(plan, models)
+    limit = min((x for x in (positions, memory) if x is not None), key=_tokens, default=None)
+    stages, dropped = [], set()
     for stage in plan.stages:
         changes: dict = {}
         if "methods" not in plan.asked:
             changes["methods"] = tuple(name for name in stage.methods if _runs_with(name, models))
-        if "lengths" not in plan.asked and plan.preset is None and limit is not None:
-            fitting = tuple(n for n in stage.lengths if n + plan.new_tokens <= limit)
-            if not fitting:
-                continue
-            changes["lengths"] = fitting
-        stages.append(dataclasses.replace(stage, **changes))
+        own = "lengths" not in plan.asked and plan.preset is None
+        over = _over(stage, plan, limit if own else memory)
+        if over and not own:
+            raise ValueError(f"prompts of {min(over):,} tokens do not fit: {memory.why}")
+        dropped |= over
+        changes["lengths"] = tuple(n for n in stage.lengths if n not in over)
+        if changes["lengths"]:
+            stages.append(dataclasses.replace(stage, **changes))
     if not stages:
         raise ValueError(
-            f"the target has {limit:,} positions, too few for prompts of "
-            f"{min(n for stage in plan.stages for n in stage.lengths):,} tokens: give --lengths"
+            f"{limit.why}, too few for prompts of {min(dropped):,} tokens: give --lengths"
         )
-    return dataclasses.replace(plan, stages=tuple(stages))
+    left_out = tuple(f"without prompts of {n:,} tokens: {limit.why}" for n in sorted(dropped))
+    return dataclasses.replace(plan, stages=tuple(stages), left_out=left_out)
+
+
+def _tokens(limit: Limit) -> int:
+    return limit.tokens
+
+
+def _over(stage: Stage, plan: Plan, limit: Limit | None) -> set[int]:
+    """Return the lengths of a stage that are beyond a limit."""
+    return {n for n in stage.lengths if limit is not None and n + plan.new_tokens > limit.tokens}
+
+
+def _positions(models: Models) -> Limit | None:
+    limit = position_limit(models.target)
+    return None if limit is None else Limit(limit, f"the target has {limit:,} positions")
+
+
+def _memory(plan: Plan, models: Models) -> Limit | None:
+    """Return how long a text the caches have room for."""
+    free = free_memory(models.target.device)
+    if free is None:
+        return None
+    drafts: list[tuple[str | None, Draft | None]] = [(None, None), *models.drafts.items()]
+    taken = max(
+        cache_bytes(models.target, d and d.with_config(plan.config(kind)), plan.config(kind))
+        for kind, d in drafts
+    )
+    if plan.options.read_once:  # a context stays beside the cache of the run
+        taken += cache_bytes(models.target, None, plan.config(None))
+    why = (
+        f"caches take {bytes_text(taken)} for each token, and {bytes_text(free)} of memory are free"
+    )
+    return Limit(free // max(taken, 1), why)
 
 
 def _runs_with(method: str, models: Models) -> bool:

@@ -102,4 +102,5 @@ class EvalOptions:
     temperature: float
     seed: int
     gate: str
+    read_once: bool
     output: Path

@@ -29,6 +29,7 @@ class Plan:
         new_tokens: for each prompt.
         preset: a paper's setting; None without.
         asked: fields of the stages that stand there in place of the suite's own.
+        left_out: what is not run, in words, with the reasons.
     """
 
     options: EvalOptions
@@ -36,6 +37,7 @@ class Plan:
     new_tokens: int
     preset: Preset | None
     asked: frozenset[str]
+    left_out: tuple[str, ...] = ()
 
     def config(self, kind: str | None) -> SpecConfig:
         """Return the configuration for a draft of this kind; None: for plain decoding.
@@ -89,6 +91,10 @@ def plan_of(options: EvalOptions) -> Plan:
             raise UsageError(f"--preset {options.preset} needs the paper's prompts: --prompts PATH")
     elif options.preset is None and changes.keys() - {"runs", "count"}:
         stages = stages[:1]
+    if preset is not None and preset.with_prefill and options.read_once:
+        raise UsageError(
+            f"--read-once: the table of --preset {preset.name} counts every method's own prefill"
+        )
     stages = tuple(dataclasses.replace(stage, **changes) for stage in stages)
     for name in changes.get("sweep", ()):
         if name not in SWEPT:

@@ -30,7 +30,7 @@ class Header:
             sources, lengths, count, methods, sweep, runs), ``new_tokens``, ``warmup``,
             ``temperature``, ``documents`` (that prompts are made of, or None), ``config`` (fields
             of SpecConfig that are not at their defaults), ``preset`` (name or None), ``synthetic``
-            (as in a run).
+            (as in a run), ``read_once`` (see ``run.Runner``).
         peak_memory: what ``peak_memory_bytes`` is: ``"cuda"``, the most that torch's allocator had
             given out during the run, weights of all loaded models included; ``"resident"``, the
             most memory that the process had, all of it included; None: not measured here.
@@ -101,7 +101,7 @@ class Run:
         sweep: fields of the configuration that were changed for a sweep; None outside of one.
         repeat: which run of the same row and prompt it is, from 0.
         new_tokens: how many were written.
-        prefill_seconds: the target's, first token included.
+        prefill_seconds: the target's, first token included; None: another run had read the prompt.
         draft_prefill_seconds: the draft's; None without a draft, and for Hugging Face's own.
         decode_seconds: time from the first token to the last.
         tokens_per_second: speed of decoding.
@@ -128,7 +128,7 @@ class Run:
     sweep: dict | None
     repeat: int
     new_tokens: int
-    prefill_seconds: float
+    prefill_seconds: float | None
     draft_prefill_seconds: float | None
     decode_seconds: float
     tokens_per_second: float

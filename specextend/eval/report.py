@@ -100,10 +100,13 @@ def _speed_table(table: Rows) -> str:
 
 
 def _prefill_table(table: Rows) -> str:
+    def part(seconds: Iterable[float | None]) -> tuple[str, str]:
+        known = [s for s in seconds if s is not None]
+        return _median(known, ".3f") if known else ("-", "")
+
     def cell(runs: list[Run]) -> str:
-        drafts = [r.draft_prefill_seconds for r in runs if r.draft_prefill_seconds is not None]
-        parts = [_median((run.prefill_seconds for run in runs), ".3f")]
-        return _with_spread(parts + ([_median(drafts, ".3f")] if drafts else [("-", "")]))
+        target = part(run.prefill_seconds for run in runs)
+        return _with_spread([target, part(run.draft_prefill_seconds for run in runs)])
 
     return _per_length(table, cell)
 

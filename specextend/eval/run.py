@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..compat import CACHE
 from ..config import SpecConfig
+from ..context import Context
 from ..decode import SpecExtend
 from ..draft import Draft
 from ..generation import Progress
@@ -151,6 +154,8 @@ class Runner:
         tokenizer: the target's, for stop strings that its checkpoint may bring; None: of random
             models.
         synthetic: see ``records.Run``.
+        read_once: our methods go on from forks of one context, so that the target reads each prompt
+            once; its time is that of the first of these runs.
     """
 
     target: PreTrainedModel
@@ -163,6 +168,8 @@ class Runner:
     make: Callable[..., SpecExtend] = SpecExtend
     synthetic: dict | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    read_once: bool = False
+    _context: Context | None = field(default=None, init=False)
     _specs: dict[tuple, SpecExtend] = field(default_factory=dict, init=False)
     _warm: set[tuple] = field(default_factory=set, init=False)
 
@@ -191,7 +198,10 @@ class Runner:
                 self._timed(row, ids[:, : WARMUP_TOKENS[0]], WARMUP_TOKENS[1], _nothing)
             self._warm.add(row.key)
         self.memory.start()
-        timed = self._timed(row, ids, self.new_tokens, progress)
+        context, read = None, 0.0
+        if self.read_once and not row.method.hugging_face:
+            context, read = self._read(ids, progress)
+        timed = self._timed(row, ids, self.new_tokens, progress, context)
         peak = self.memory.peak()
         stats = timed.stats
         # Hugging Face draws its samples otherwise, and what is synthetic is drawn anyhow.
@@ -215,7 +225,7 @@ class Runner:
             sweep=dict(row.sweep) or None,
             repeat=task.repeat,
             new_tokens=len(timed.tokens),
-            prefill_seconds=timed.prefill,
+            prefill_seconds=read + timed.prefill if read or context is None else None,
             draft_prefill_seconds=stats.seconds.get("draft_prefill") if stats else None,
             decode_seconds=timed.decode,
             tokens_per_second=timed.rate,
@@ -250,8 +260,27 @@ class Runner:
         spec.progress = progress
         return spec
 
-    def _timed(self, row: Row, ids: torch.Tensor, new: int, progress: Progress) -> Timed:
+    def _read(self, ids: torch.Tensor, progress: Progress) -> tuple[Context, float]:
+        """Return a context of a prompt [1, L] for one run, and the seconds that reading took; 0: it
+        was there."""
+        took = 0.0
+        if self._context is None or not torch.equal(self._context.ids, ids.cpu()):
+            self._context = None  # room for the next one
+            spec = self.make(
+                self.target, None, self.configs[None], progress=progress, keep_contexts=0
+            )
+            start = time.perf_counter()
+            self._context = spec.read(ids)
+            took = time.perf_counter() - start
+        return self._context.fork(), took
+
+    def _timed(
+        self, row: Row, ids: torch.Tensor, new: int, progress: Progress,
+        context: Context | None = None,
+    ) -> Timed:  # fmt: skip
         options: dict = {"do_sample": self.temperature > 0, "tokenizer": self.tokenizer}
+        if context is not None:
+            options[CACHE] = context
         if self.temperature > 0:
             options["temperature"] = self.temperature
         if not row.method.hugging_face:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from torch import nn
 
+from ..terminal import bytes_text
 from .loss import block_rows
 from .target import FrozenTarget
 
@@ -90,12 +91,7 @@ def fitting_micro_batch(recipe: Sized, windows: int, length: int, free: int) -> 
         if windows % count == 0 and needed <= SHARE * free:
             return count, needed
     raise ValueError(
-        f"training on one window of {length:,} tokens at a time needs about {size(needed / SHARE)} "
-        f"of memory, and {size(free)} are free: choose {recipe.remedies}; --micro-batch 1 tries it "
-        "all the same"
+        f"training on one window of {length:,} tokens at a time needs about "
+        f"{bytes_text(needed / SHARE)} of memory, and {bytes_text(free)} are free: choose "
+        f"{recipe.remedies}; --micro-batch 1 tries it all the same"
     )
-
-
-def size(count: float) -> str:
-    """Write a number of bytes for people."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -17,12 +17,12 @@ from ..draft.eagle_checkpoint import load_head
 from ..draft.longspec_checkpoint import load_block
 from ..machine import choose_device, free_memory
 from ..pair import load_target
-from ..terminal import standard_error
+from ..terminal import bytes_text, standard_error
 from .data import TokenStream
 from .eagle3 import Eagle3Recipe, frequent_tokens, new_head
 from .longspec import LongSpecRecipe, new_block
 from .loop import Processes, Report, TrainConfig, Trainer, append_log, saved_config
-from .memory import fitting_micro_batch, size
+from .memory import fitting_micro_batch
 from .options import PRESETS, StagePreset
 from .target import FrozenTarget
 from .validation import Continuation, count_rounds
@@ -135,7 +135,7 @@ def _micro_batch(
             free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         free = processes.least(free)
         count, needed = fitting_micro_batch(recipe, share, preset.length, free)
-        why = f"about {size(needed)} of the {size(free)} of memory that are free"
+        why = f"about {bytes_text(needed)} of the {bytes_text(free)} of memory that are free"
     if processes.index == 0:
         standard_error().line(f"{count} of {share} windows at a time: {why}", "dim")
     return count

@@ -1333,6 +1333,27 @@ MUTANTS = [
         "",
         ("tests/test_context_file.py",),
     ),
+    Mutant(
+        "context files: a head has the rows of another",
+        "specextend/arena.py",
+        "place.offset + head * size, size",
+        "place.offset + max(head - 1, 0) * size, size",
+        ("tests/test_context_file.py",),
+    ),
+    Mutant(
+        "context files: pages of any length are mapped",
+        "specextend/arena.py",
+        "self.place.offset % mmap.PAGESIZE == self.place.head_bytes % mmap.PAGESIZE == 0",
+        "True",
+        ("tests/test_context_file.py::TestMapping::test_pages_that_are_larger_here",),
+    ),
+    Mutant(
+        "context files: what fills a page is taken for rows",
+        "specextend/cache.py",
+        '            self._shared = parts["length"]',
+        "            self._shared = self.capacity",
+        ("tests/test_context_file.py::TestMapping::test_forks",),
+    ),
     # ---- exact ----
     Mutant(
         "exact: products are torch's own",
