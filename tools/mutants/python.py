@@ -1348,11 +1348,11 @@ MUTANTS = [
         ("tests/test_context_file.py::TestMapping::test_pages_that_are_larger_here",),
     ),
     Mutant(
-        "context files: what fills a page is taken for rows",
-        "specextend/cache.py",
-        '            self._shared = parts["length"]',
-        "            self._shared = self.capacity",
-        ("tests/test_context_file.py::TestMapping::test_forks",),
+        "context files: forks copy what they could share",
+        SHARING,
+        "        return cls(layers, arena, arena.rows)",
+        "        return cls(layers, arena, 0)",
+        ("tests/test_context_file.py::TestMapping::test_what_is_not_read_takes_no_memory",),
     ),
     # ---- exact ----
     Mutant(
