@@ -19,6 +19,7 @@
 #include "cpu/isa.h"
 #include "mapping.h"
 #ifdef SPECEXTEND_HAS_CUDA
+#include "device_memory.h"
 #include "stream.h"
 #endif
 
@@ -100,6 +101,29 @@ std::unique_ptr<Mapping> map_file(int file,
   }
 }
 
+#ifdef SPECEXTEND_HAS_CUDA
+// For specextend/device_memory.py. Sizes are in bytes, memory and addresses are integers.
+void bind_device_memory(py::module_& m) {
+  const auto free = py::call_guard<py::gil_scoped_release>();  // they may wait for the device
+  m.def("memory_granularity", &memory_granularity, py::arg("device"), free,
+        "What sizes of device memory are multiples of; 0: the device cannot map memory.");
+  m.def("create_memory", &create_memory, py::arg("device"), py::arg("bytes"), free,
+        "Physical memory, which holds anything; None: there is not enough.");
+  m.def("release_memory", &release_memory, py::arg("memory"), free,
+        "Gives up memory, which is free once it is mapped nowhere.");
+  m.def("reserve_addresses", &reserve_addresses, py::arg("bytes"), free,
+        "A range of addresses with nothing behind it.");
+  m.def("free_addresses", &free_addresses, py::arg("begin"), py::arg("bytes"), free,
+        "Gives up a range into which nothing is mapped any more.");
+  m.def("map_memory", &map_memory, py::arg("device"), py::arg("begin"), py::arg("bytes"),
+        py::arg("memory"), free, "Maps all of a memory to where nothing is mapped.");
+  m.def("unmap_memory", &unmap_memory, py::arg("device"), py::arg("begin"), py::arg("bytes"), free,
+        "Waits for the device, and takes away what one call of map_memory has mapped.");
+  m.def("is_captured", &is_captured, py::arg("device"), free,
+        "Whether torch's current stream of the device is being captured.");
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -113,6 +137,7 @@ PYBIND11_MODULE(_C, m) {
       [](int32_t device) { return reinterpret_cast<uintptr_t>(create_stream(device)); },
       py::arg("device"),
       "A CUDA stream that torch hands out to nobody, for torch.cuda.ExternalStream.");
+  bind_device_memory(m);
   m.attr("cuda_archs") = std::string(SPECEXTEND_CUDA_ARCHS);
 #else
   m.attr("has_cuda") = false;

@@ -1,4 +1,4 @@
-"""Lets several caches have the rows of one text, each with its own continuation.
+"""Maps rows of a text from a file, for several caches that have them.
 
 The rows lie in a file, in memory or on disk, which every cache maps for itself: pages are the same
 memory until one of them writes to its own, when the system copies that page alone. Nothing moves,

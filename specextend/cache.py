@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from . import ops
-from .arena import Arena, Stored, with_room
+from . import ops, sharing
+from .arena import Stored
 from .cache_layers import HybridLayer, KVLayer, Marks, StateLayer
 from .compat import Kind
 from .layout import by_rows
+from .sharing import HostRows, SharedRows
 
 #: the name that our attention has in `transformers`
 ATTENTION = "specextend"
@@ -55,8 +56,7 @@ class KVCache(Cache):
         self.length = 0
         self.rotary_length = 0
         self._marks = Marks(self.state_layers)
-        self._arena: Arena | None = None
-        self._shared = 0  # the first rows, which are as in the arena
+        self._rows: SharedRows | None = None  # None: nobody else has rows of the layers
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Return what is new. It is written as attention gets it, which may be something else:
@@ -129,11 +129,18 @@ class KVCache(Cache):
 
         Returns:
             The committed rows that are left. Others are written again; nobody reads them before.
+
+        Raises:
+            torch.OutOfMemoryError: rows that forks share would be written again, and the GPU has no
+                room for others in their place. Nothing is forgotten then.
         """
-        if self.state_layers and not (sound and length == self.length):
-            length = self._marks.go_back(length)
+        states = self.state_layers and not (sound and length == self.length)
+        length = self._marks.place(length) if states else length
+        self.own(length)
+        if states:
+            self._marks.go_back(length)
         self.lens.fill_(length)
-        self.length, self._shared = length, min(length, self._shared)
+        self.length = length
         return length
 
     def restart(self) -> None:
@@ -142,11 +149,15 @@ class KVCache(Cache):
 
     def reserve(self, capacity: int) -> None:
         """Have room for ``capacity`` rows at least; those that are committed stay."""
-        if capacity > self.capacity:
-            for layer in self.layers:
-                if isinstance(layer, KVLayer):
-                    layer.resize(capacity, self.length)
-            self.capacity, self._arena, self._shared = capacity, None, 0
+        if capacity <= self.capacity:
+            return
+        if self._rows is not None and self._rows.reserve(capacity):
+            self.capacity = self._rows.capacity
+            return
+        for layer in self.layers:
+            if isinstance(layer, KVLayer):
+                layer.resize(capacity, self.length)
+        self.capacity, self._rows = capacity, None
 
     def another(self, capacity: int) -> KVCache:
         """Make an empty cache for the same model and text."""
@@ -154,55 +165,45 @@ class KVCache(Cache):
         made.rotary_length = self.rotary_length
         return made
 
+    def own(self, first: int) -> None:
+        """Have the committed rows from ``first`` on alone, before one of them is written again.
+        Waits for the device where forks on a GPU share some of them; errors are as of
+        :meth:`go_back`."""
+        if self._rows is not None:
+            self._rows.own(first)
+
     def share(self) -> None:
-        """Have forks see the committed rows where they lie, if that can be."""
-        layers = self.kv_layers
-        like = [t for layer in layers for t in (layer.keys, layer.values)]
-        if self._arena is None and Arena.serves(like):
-            arena = Arena.like(like, max(self.capacity, with_room(self.length)))
-            self._write(arena)
-            self._map(arena, layers)
+        """Have forks see the committed rows where they lie, if that can be; errors are as of
+        :func:`sharing.share`."""
+        if self._rows is None:
+            self._share_by(sharing.share(self.kv_layers, self.length, self.capacity))
 
     def fork(self) -> KVCache:
         """Make a cache that goes on by itself from what is committed."""
         self.share()
-        made, arena, copied = self.another(self.length), self._arena, 0
+        made = self.another(self.length)
         pairs = [
             (ours, theirs)
             for ours, theirs in zip(made.layers, self.layers, strict=True)
             if isinstance(theirs, KVLayer) and theirs.is_initialized
         ]
-        if arena is None:
+        if self._rows is not None:
+            made._share_by(self._rows.fork([ours for ours, _ in pairs], self.length))
+        else:
             for ours, theirs in pairs:
                 ours.like(theirs)
-        else:
-            with arena.lock:
-                if arena.grows and self._shared == arena.rows:
-                    self._write(arena)
-                made._map(arena, [ours for ours, _ in pairs])
-            copied = made._shared = self._shared
-        for ours, theirs in pairs:
-            ours.copy_rows(theirs, slice(copied, self.length))
+                ours.copy_rows(theirs, slice(self.length))
         made._marks.copy(self._marks)
         for ours, theirs in zip(made.state_layers, self.state_layers, strict=True):
             ours.go_back(theirs.mark())
         made.advance(self.length)
         return made
 
-    def _write(self, arena: Arena) -> None:
-        """Add the committed rows that an arena lacks; it has all those before them."""
-        rows = slice(arena.rows, self.length)
-        for index, layer in enumerate(self.kv_layers):
-            arena.write(2 * index, layer.keys, rows)
-            arena.write(2 * index + 1, layer.values, rows)
-        arena.rows = self._shared = self.length
-
-    def _map(self, arena: Arena, layers: list[KVLayer]) -> None:
-        """Have an arena's rows in these layers."""
-        mapped = arena.map()
-        for index, layer in enumerate(layers):
-            layer.hold(*mapped[2 * index : 2 * index + 2])
-        self._arena, self.capacity = arena, arena.capacity
+    def _share_by(self, rows: SharedRows | None) -> None:
+        """Note that the layers' rows are shared; None: they are not."""
+        self._rows = rows
+        if rows is not None:
+            self.capacity = rows.capacity
 
     def take_in(self, other: Cache, length: int) -> None:
         """Copy a cache of `transformers` of the same model and a text of ``length`` tokens, which
@@ -242,8 +243,7 @@ class KVCache(Cache):
         held = [(la, rows) for la, rows in zip(self.layers, parts["rows"], strict=True) if rows]
         tensors = [rows[name] for _, rows in held for name in ("keys", "values")]
         if tensors and isinstance(tensors[0], Stored):
-            self._map(Arena.of(tensors), [layer for layer, _ in held])
-            self._shared = parts["length"]
+            self._share_by(HostRows.stored([layer for layer, _ in held], tensors))
         else:
             for layer, rows in held:
                 layer.hold(rows["keys"], rows["values"])
@@ -270,7 +270,7 @@ class KVCache(Cache):
     @property
     def num_bytes(self) -> int:
         """Count the bytes that the allocated layers take; rows that forks share, for each."""
-        rows = slice(None) if self._arena is None else slice(self.length)  # others take none
+        rows = slice(None if self._rows is None else self._rows.num_rows(self.length))
         held = [t[:, :, rows] for layer in self.kv_layers for t in (layer.keys, layer.values)]
         held += [t for layer in self.state_layers for t in layer.states]
         return sum(t.numel() * t.element_size() for t in held) + self._marks.num_bytes

@@ -23,8 +23,9 @@ MARK_BYTES = 1 << 28
 
 
 class KVLayer(CacheLayer):
-    """Holds keys and values of one layer: [B, Hkv, S, D] and [B, Hkv, S, Dv], the rows of a head
-    contiguous.
+    """Holds keys and values of one layer: [B, Hkv, S, D] and [B, Hkv, S, Dv], the numbers of a row
+    of a head contiguous. The rows of a head follow each other; or those of all heads do that are of
+    a token, where forks share them on a GPU (:mod:`sharing`).
 
     ``k`` and ``v`` are the same memory seen as [B, S, Hkv, D], the layout of the ops.
     """
@@ -236,6 +237,10 @@ class Marks:
             places = [0] + [at for at, _ in self._marks]
             gaps = [places[i + 2] - places[i] for i in range(len(places) - 3)]
             del self._marks[gaps.index(min(gaps))]
+
+    def place(self, length: int) -> int:
+        """Return the place that :meth:`go_back` would go to."""
+        return max((at for at, _ in self._marks if at <= length), default=0)
 
     def go_back(self, length: int) -> int:
         """Have the states again of the last place that was marked up to ``length``; none: none.

@@ -248,16 +248,20 @@ class Context:
         """Be ready for forks."""
         for kept in (self.cache, self.drafted):
             if kept is not None:
-                kept.share()
+                # A fork says so again, or there is room by then.
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    kept.share()
 
     def fork(self) -> Context:
         """Return another context of the same text, which goes on by itself.
 
-        On Linux, on the host, both see the same memory up to here, and the text is not copied; but
-        once, by the first fork of one that :meth:`SpecExtend.read` has not made. On a GPU it is.
+        On Linux, on the host, and on a GPU whose memory can be mapped, both see the same memory up
+        to here, and the text is not copied; but once, by the first fork of one that
+        :meth:`SpecExtend.read` has not made.
 
         Raises:
             RuntimeError: a generation has this one.
+            torch.OutOfMemoryError: the GPU has no memory left for it. This one is what it was.
         """
         made = Context()
         with self.in_use(), torch.inference_mode():

@@ -24,7 +24,7 @@ from . import _C
 # Replays a recorded function; and what the function returned, which a replay fills anew.
 Recording = tuple[Callable[[], None], object]
 
-_capturing = threading.Lock()  # CUDA allows one capture at a time in a process
+capturing = threading.Lock()  # CUDA allows one capture at a time in a process
 
 # Streams that recorders had and have no more.
 _idle_streams: dict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
@@ -56,7 +56,7 @@ class CudaRecorder:
     def record(self, function: Callable[[], object]) -> Recording:
         """Capture ``function``, which does not run; RuntimeError if it waits for the device."""
         graph = torch.cuda.CUDAGraph()
-        with _capturing, torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+        with capturing, torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             # What torch makes here for its random numbers has to be changed by later captures, in
             # inference mode or not (pytorch#166792).
             with torch.inference_mode(False):

@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 import torch
 from drafts import KINDS, SMALL, WAYS, Oracle, draft, target, write
+from emulated_gpu_memory import emulated_gpu_memory
 from families import miniature
 from models import VOCAB, prompt, tiny_model
 from transformers import DynamicCache
@@ -553,6 +554,42 @@ class TestByHand:
             context.fork()
         steps.close()
         assert again(other, ids, 54, past_key_values=context) == fresh(target(), ids)
+
+    @pytest.mark.parametrize("kind", ["model", "eagle"])
+    def test_forks_as_on_a_gpu(self, kind, tmp_path):
+        """Rows of two granules are there once; heads lie side by side in them."""
+        with emulated_gpu_memory() as gpu:
+            spec = SpecExtend(target(), draft(kind, folder=tmp_path), SMALL)
+            document = prompt(150)
+            context = spec.read(document)
+            before = gpu.memory_in_use
+            forks = [context.fork() for _ in range(2)]
+            assert 0 < gpu.memory_in_use < 2 * before
+            for turn in range(2):
+                for seed, fork in enumerate(forks):
+                    ids = torch.cat([fork.ids, prompt(6, 10 * turn + seed)], 1)
+                    cached = fork.get_seq_length()
+                    assert again(spec, ids, cached, past_key_values=fork) == fresh(target(), ids)
+            ids = leaving(document, 70)  # inside of what is shared
+            assert again(spec, ids, 70, past_key_values=forks[0]) == fresh(target(), ids)
+            ids = torch.cat([document, prompt(6, 5)], 1)
+            assert again(spec, ids, 150, past_key_values=context) == fresh(target(), ids)
+
+    def test_a_gpu_without_room_for_forks(self):
+        """What has been read serves all the same."""
+        with emulated_gpu_memory() as gpu:
+            spec = SpecExtend(target(), None, SMALL)
+            gpu.leave(0)
+            context = spec.read(prompt(150))
+            with pytest.raises(torch.OutOfMemoryError, match="no memory left for rows of a text"):
+                context.fork()
+            ids = torch.cat([context.ids, prompt(6)], 1)
+            assert again(spec, ids, 150, past_key_values=context) == fresh(target(), ids)
+            gpu.leave(None)
+            fork = context.fork()
+            ids = torch.cat([fork.ids, prompt(6, 1)], 1)
+            cached = fork.get_seq_length()
+            assert again(spec, ids, cached, past_key_values=fork) == fresh(target(), ids)
 
     def test_forks_at_a_time(self):
         """Two loops on the same models write to forks in turn."""

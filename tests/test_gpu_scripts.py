@@ -45,7 +45,7 @@ class TestPlans:
     def test_what_shows_errors_comes_before_what_measures(self, tmp_path):
         plan = importlib.import_module("a_right").plan(tmp_path, "cuda")
         names = [step.name.split()[0] for step in plan]
-        assert names == ["module", *["cases"] * 17, "Hopper", "goals", *["profile"] * 3]
+        assert names == ["module", *["cases"] * 17, "Hopper", "forks", "goals", *["profile"] * 3]
         assert [step.name for step in plan if step.needed] == ["module"]
 
     def test_every_op_has_cases_and_tests(self, tmp_path):

@@ -4,8 +4,9 @@
 
 It takes ten minutes at most, offline. The compiled module that `tools/carry.py` made is put in its
 place, or built. Then run: small cases of every operator, a process each, against the references;
-the tests of the Hopper kernels; the lines of bench_ops that have goals; three shapes under Nsight
-Compute, where that is installed. OUTPUT gets a.log, as it comes, and a.json.
+the tests of the Hopper kernels; forks that share memory; the lines of bench_ops that have goals;
+three shapes under Nsight Compute, where that is installed. OUTPUT gets a.log, as it comes, and
+a.json.
 """
 
 import sys
@@ -48,7 +49,8 @@ def plan(results: Path, device: str) -> list[Step]:
     goals = [python, "bench/bench_ops.py", "--device", device, "--goals", "--json", str(ops)]
     goals += ["--seconds", "0.2"] if cuda else ["--seconds", "0.01", "--quick"]
     steps += [
-        Step("Hopper tests", tests, 60 if cuda else 120),
+        Step("Hopper tests", tests, 54 if cuda else 120),
+        Step("forks", [python, "bench/gpu/forks.py", "--device", device], 15 if cuda else 40),
         Step("goals", goals, 110, ops),
     ]
     for prefix, rows in PROFILED if cuda else PROFILED[:1]:

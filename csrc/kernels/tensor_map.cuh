@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "driver.h"
+
 namespace specextend::hopper {
 
 using TensorMap = CUtensorMap;
@@ -19,16 +21,8 @@ using TensorMap = CUtensorMap;
 inline cudaError_t make_map(TensorMap* map, const void* data, const int64_t (&sizes)[4],
                             const int64_t (&strides)[3], int box_rows) {
   void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
-                                                             12000, cudaEnableDefault, &found);
-#else
-  const cudaError_t error =
-      cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
-#endif
+  const cudaError_t error = find_driver_function("cuTensorMapEncodeTiled", &function);
   if (error != cudaSuccess) return error;
-  if (found != cudaDriverEntryPointSuccess) return cudaErrorCallRequiresNewerDriver;
   cuuint64_t global[4], steps[3];
   for (int i = 0; i < 4; ++i) global[i] = cuuint64_t(sizes[i]);
   for (int i = 0; i < 3; ++i) steps[i] = cuuint64_t(strides[i]);

@@ -7,6 +7,7 @@ tensors: checks, allocation, launch and kernel are those of a GPU. The threads o
 
 ``build_avx512`` does the same for the CPU branch by AVX-512 and AMX on a processor without them,
 ``build_cpu`` with this processor's own kernels.
+``build_device_memory`` has what maps a GPU's memory, against a driver of this machine's memory.
 
 ``tools/mutate.py`` plants faults in these libraries: SPECEXTEND_MUTANT names a folder with changed
 files (``overlay/csrc/...``) and a list of what has to be compiled with them (``sources``).
@@ -322,3 +323,9 @@ def build_cpu(namespace: str) -> Library:
         ],
     )
     return Library(path, namespace)
+
+
+def build_device_memory() -> Path:
+    """Build csrc/device_memory.cpp with an emulated driver, for ctypes."""
+    own = [ROOT / "csrc/device_memory.cpp", *sorted((HERE / "memory").glob("*.cpp"))]
+    return build("device_memory", [], own)

@@ -37,8 +37,9 @@ RETRIEVAL = ("tests/test_decode.py::TestRetrieval",)
 CACHES = ("tests/test_cache.py",)
 STATES = ("tests/test_families.py::test_text[jamba]", "tests/test_families.py::test_text[bamba]")
 LEVELS = ("tests/test_recurrent.py::TestDrafts::test_levels_of_trees_with_states",)
-RECURRENT, BACKLOG, CONTEXT, CACHE_LAYERS = (
-    f"specextend/{name}.py" for name in ("recurrent", "backlog", "context", "cache_layers")
+RECURRENT, BACKLOG, CONTEXT, CACHE_LAYERS, SHARING = (
+    f"specextend/{name}.py"
+    for name in ("recurrent", "backlog", "context", "cache_layers", "sharing")
 )
 
 MUTANTS = [
@@ -1216,14 +1217,14 @@ MUTANTS = [
     Mutant(
         "contexts: a state in the middle of a forward is taken for that behind the text",
         CACHE,
-        "if self.state_layers and not (sound and length == self.length):",
-        "if self.state_layers and length != self.length:",
+        "states = self.state_layers and not (sound and length == self.length)",
+        "states = self.state_layers and length != self.length",
         ("tests/test_context.py::TestStates::test_an_error_in_the_middle_of_a_forward",),
     ),
     Mutant(
         "contexts: a state goes back nowhere",
         CACHE,
-        "            length = self._marks.go_back(length)",
+        "            self._marks.go_back(length)",
         "            pass",
         ("tests/test_context.py::TestStates::test_text",),
     ),
@@ -1271,17 +1272,52 @@ MUTANTS = [
     ),
     Mutant(
         "contexts: rows of a fork are added where another one has added",
-        CACHE,
-        "                if arena.grows and self._shared == arena.rows:",
-        "                if True:",
+        SHARING,
+        "if arena.grows and self._shared == arena.rows:",
+        "if arena.grows:",
         ("tests/test_arena.py::test_any_tree_of_forks",),
     ),
     Mutant(
         "contexts: rows that went back are taken for shared ones",
-        CACHE,
-        "self.length, self._shared = length, min(length, self._shared)",
-        "self.length = length",
+        SHARING,
+        "        self._shared = min(first, self._shared)",
+        "        pass",
         ("tests/test_arena.py",),
+    ),
+    Mutant(
+        "contexts: a fork on a GPU has the granule in which the text ends",
+        SHARING,
+        "            if end <= self.whole(length):",
+        "            if end - memory.size <= self.whole(length):",
+        ("tests/test_arena.py::test_any_tree_of_forks",),
+    ),
+    Mutant(
+        "contexts: what goes back on a GPU writes to the memory of all",
+        SHARING,
+        "if end > first * one.row_bytes and memory.holders > 1:",
+        "if end - memory.size > first * one.row_bytes and memory.holders > 1:",
+        ("tests/test_arena.py::test_any_tree_of_forks",),
+    ),
+    Mutant(
+        "contexts: fresh memory of a GPU holds anything",
+        "specextend/device_memory.py",
+        "                self.tensor()[begin:].zero_()",
+        "                pass",
+        ("tests/test_arena.py::test_any_tree_of_forks",),
+    ),
+    Mutant(
+        "contexts: memory of a GPU is taken away while a graph is captured",
+        "specextend/device_memory.py",
+        "            if own.functions.is_captured(own.device):\n                _left.append",
+        "            if False:\n                _left.append",
+        ("tests/test_arena.py::test_nothing_is_taken_away_while_a_graph_is_captured",),
+    ),
+    Mutant(
+        "contexts: what a draft reads late is written to the memory of all",
+        CACHE,
+        "            self._rows.own(first)",
+        "            pass",
+        ("tests/test_arena.py::test_rows_that_are_written_late",),
     ),
     Mutant(
         "contexts: the last used one leaves first",
@@ -1313,9 +1349,9 @@ MUTANTS = [
     ),
     Mutant(
         "context files: forks copy what they could share",
-        "specextend/cache.py",
-        '            self._shared = parts["length"]',
-        "            self._shared = 0",
+        SHARING,
+        "        return cls(layers, arena, arena.rows)",
+        "        return cls(layers, arena, 0)",
         ("tests/test_context_file.py::TestMapping::test_what_is_not_read_takes_no_memory",),
     ),
     # ---- exact ----
