@@ -165,6 +165,11 @@ class KVCache(Cache):
         made.rotary_length = self.rotary_length
         return made
 
+    @property
+    def is_shared(self) -> bool:
+        """Tell whether forks may have the same rows."""
+        return self._rows is not None
+
     def own(self, first: int) -> None:
         """Have the committed rows from ``first`` on alone, before one of them is written again.
         Waits for the device where forks on a GPU share some of them; errors are as of

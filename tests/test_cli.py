@@ -388,6 +388,8 @@ class TestCheckpoints:
             "demo --document DIR/text.txt --tokens LENGTH --max-new-tokens 20",
             "eval --prompts DIR/text.jsonl --lengths LENGTH --max-new-tokens 20 --runs 1 "
             "--output DIR/out --methods hf,plain,hf_lookup,tree_attention",
+            "eval --prompts DIR/text.jsonl --lengths LENGTH --max-new-tokens 20 --runs 1 "
+            "--output DIR/out --methods plain,tree_attention --read-once",
         ],
     )  # fmt: skip
     def test_comparisons(self, run, folder, stopping, tmp_path, command):

@@ -108,7 +108,7 @@ def read_chunks(
     positions = rows.to(torch.int32)[None]
     width = config.prefill_chunk or len(rows)
     memory = len(rows) if window is None else min(window - 1, len(rows))
-    if bool(new_rows.any()):  # forks may have these rows, too
+    if full.is_shared and bool(new_rows.any()):  # forks may have these rows, too
         full.own(int(rows[new_rows][0]))
     # What is read stands side by side here, the last `memory` rows of it first; only the window
     # knows that there are gaps between them.

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import SpecConfig
 from ..decode import SpecExtend
@@ -15,13 +15,21 @@ from ..draft import Draft
 _PROCESS = Path("/proc/self")
 
 
-def cache_bytes(target: PreTrainedModel, draft: Draft | None, config: SpecConfig) -> int:
+def cache_bytes(
+    target: PreTrainedModel,
+    draft: Draft | None,
+    config: SpecConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> int:
     """Return the bytes that the caches of target and draft take for each token of a text, by two
-    texts that are read."""
+    texts that are read. The tokenizer is for stop strings, which the checkpoint may bring."""
     spec = SpecExtend(target, draft, config, keep_contexts=0)
     ids = torch.zeros(1, 2 * config.chunk_size, dtype=torch.int64, device=target.device)
     texts = (ids[:, : config.chunk_size], ids)
-    sizes = [spec.read(t, attention_mask=torch.ones_like(t)).num_bytes for t in texts]
+    sizes = [
+        spec.read(t, attention_mask=torch.ones_like(t), tokenizer=tokenizer).num_bytes
+        for t in texts
+    ]
     return (sizes[1] - sizes[0]) // config.chunk_size
 
 

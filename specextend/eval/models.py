@@ -151,12 +151,15 @@ def _memory(plan: Plan, models: Models) -> Limit | None:
     if free is None:
         return None
     drafts: list[tuple[str | None, Draft | None]] = [(None, None), *models.drafts.items()]
-    taken = max(
-        cache_bytes(models.target, d and d.with_config(plan.config(kind)), plan.config(kind))
-        for kind, d in drafts
-    )
+
+    def taken_with(kind: str | None, draft: Draft | None) -> int:
+        config = plan.config(kind)
+        own = draft and draft.with_config(config)
+        return cache_bytes(models.target, own, config, models.tokenizer)
+
+    taken = max(taken_with(kind, draft) for kind, draft in drafts)
     if plan.options.read_once:  # a context stays beside the cache of the run
-        taken += cache_bytes(models.target, None, plan.config(None))
+        taken += taken_with(None, None)
     why = (
         f"caches take {bytes_text(taken)} for each token, and {bytes_text(free)} of memory are free"
     )

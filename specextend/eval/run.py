@@ -270,7 +270,7 @@ class Runner:
                 self.target, None, self.configs[None], progress=progress, keep_contexts=0
             )
             start = time.perf_counter()
-            self._context = spec.read(ids)
+            self._context = spec.read(ids, tokenizer=self.tokenizer)
             took = time.perf_counter() - start
         return self._context.fork(), took
 
