@@ -32,7 +32,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from bench_record import Report, numbers, parse, parser
+from bench_record import Report, add_pair, numbers, parse, parser
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
@@ -242,12 +242,8 @@ def remarks(answers: list[Answer], plain: list[Answer]) -> str:
 
 def options() -> argparse.ArgumentParser:
     made = parser(__doc__)
-    made.add_argument("--target", help="folder or hub id; default: the embedded target")
-    made.add_argument("--draft", help="default: the embedded draft of the embedded target")
+    add_pair(made)
     made.add_argument("--gguf", type=Path, help="the target's weights for openvino-genai")
-    made.add_argument(
-        "--documents", type=Path, help="default: the embedded pair's held-out modules"
-    )
     made.add_argument("--count", type=int, default=1, help="documents; default 1")
     made.add_argument("--lengths", type=numbers, help="of prompts; default 2048,8192,16384")
     made.add_argument(
@@ -255,7 +251,6 @@ def options() -> argparse.ArgumentParser:
     )
     made.add_argument("--new", type=int, help="tokens of an answer; default 128, quick 16")
     made.add_argument("--rounds", type=int, default=1, help="times that all answer all")
-    made.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     made.add_argument("--ways", default="", help="only contestants with one of these, by commas")
     return made
 

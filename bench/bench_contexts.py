@@ -7,7 +7,7 @@ A document is asked about, and then asked again, by a question of about 50 token
 length: the first token of the first question, with the document before it; a round of plain
 decoding; the first token of the second question, also as a share of the first one's and in plain
 rounds; a fork, with the memory that it takes (this process's share of all that it maps, on Linux;
-on a GPU what torch has allocated); the second question on the fork; writing the context to a file;
+on a GPU what the driver has given); the second question on the fork; writing the context to a file;
 loading it, with every row read once, beside reading the file, from the disk and from the system's
 cache.
 """
@@ -23,13 +23,14 @@ from pathlib import Path
 
 import torch
 from bench_answer import ask
-from bench_record import Report, numbers, parse, parser
+from bench_record import Report, add_pair, numbers, parse, parser
 from torch import Tensor
 
 from specextend import SpecConfig, SpecExtend, assets
 from specextend.compat import CACHE
 from specextend.context import Context
 from specextend.eval.prompts import read_documents
+from specextend.machine import free_memory
 from specextend.pair import Pair, load_pair
 from specextend.testing import Spread, time_calls
 from specextend.timing import time_loop
@@ -53,10 +54,11 @@ def plain_round(pair: Pair, config: SpecConfig, prompt: Tensor, context: Context
 
 
 def memory(device: torch.device) -> int | None:
-    """Return the bytes in use; None where nobody says."""
+    """Return the bytes in use, once the device has done all; None where nobody says."""
     gc.collect()
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
+    if device.type == "cuda":  # what the driver has given, for what forks share is not torch's
+        torch.cuda.synchronize(device)
+        return torch.cuda.mem_get_info(device)[1] - free_memory(device)
     try:
         lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -111,6 +113,8 @@ def add_questions(
     before, size = memory(prompts[0].device), context.num_bytes
     start = time.perf_counter()
     fork = context.fork()
+    if prompts[0].is_cuda:
+        torch.cuda.synchronize()
     took = time.perf_counter() - start
     after = memory(prompts[0].device)
     grown = None if before is None else after - before
@@ -144,13 +148,8 @@ def add_files(results: Report, case: str, spec: SpecExtend, context: Context, pa
 
 def options() -> argparse.ArgumentParser:
     made = parser(__doc__)
-    made.add_argument("--target", help="folder or hub id; default: the embedded target")
-    made.add_argument("--draft", help="default: the embedded draft of the embedded target")
-    made.add_argument(
-        "--documents", type=Path, help="default: the embedded pair's held-out modules"
-    )
+    add_pair(made)
     made.add_argument("--lengths", type=numbers, help="of prompts; default 2048,16384; quick 512")
-    made.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     made.add_argument("--folder", type=Path, help="for the file; default: the system's")
     return made
 

@@ -62,6 +62,16 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return made
 
 
+def add_pair(made: argparse.ArgumentParser) -> None:
+    """Add the options that name a pair, its dtype, and what it reads."""
+    made.add_argument("--target", help="folder or hub id; default: the embedded target")
+    made.add_argument("--draft", help="default: the embedded draft of the embedded target")
+    made.add_argument(
+        "--documents", type=Path, help="default: the embedded pair's held-out modules"
+    )
+    made.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+
+
 def parse(made: argparse.ArgumentParser, given: list[str] | None = None) -> argparse.Namespace:
     """Parse the arguments, and set the number of threads and the seed as they want it."""
     arguments = made.parse_args(given)

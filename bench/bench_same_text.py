@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from bench_record import Report, numbers, parse, parser
+from bench_record import Report, add_pair, numbers, parse, parser
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -161,15 +161,10 @@ def run(pair: Pair, documents: list[Tensor], new: int, report: Report, name: str
 
 def options() -> argparse.ArgumentParser:
     made = parser(__doc__)
-    made.add_argument("--target", help="folder or hub id; default: the embedded target")
-    made.add_argument("--draft", help="default: the embedded draft of the embedded target")
-    made.add_argument(
-        "--documents", type=Path, help="default: the embedded pair's held-out modules"
-    )
+    add_pair(made)
     made.add_argument("--count", type=int, help="documents; default 8, quick 2")
     made.add_argument("--lengths", type=numbers, help="of prompts; default 1024, quick 256")
     made.add_argument("--new", type=int, help="tokens behind each prompt; default 256, quick 24")
-    made.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     return made
 
 

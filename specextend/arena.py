@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class Stored:
     """Holds rows of a tensor in a file on disk, which nobody writes to.
 
     Attributes:
-        file: it.
+        file: the open one.
         place: where each head begins with a page, and fills its last one with something else.
         rows: that there are.
     """
@@ -109,7 +110,8 @@ class Arena:
         capacity: rows of the tensors that map it, at least.
 
     Attributes:
-        capacity: the same, as many as fill whole pages.
+        capacity: rows of the tensors that map it, as many as fill whole pages.
+        rows: that are written by now.
         grows: whether rows can be added.
         lock: for those who add rows or map them.
     """
@@ -164,9 +166,9 @@ class Arena:
     def _map(self, shared: bool) -> list[Tensor]:
         shapes = [(*p.shape[:2], self.capacity, p.shape[3]) for p in self._places]
         sizes = [math.prod(s) * p.dtype.itemsize for s, p in zip(shapes, self._places, strict=True)]
-        begins = [sum(sizes[:i]) for i in range(len(sizes))]
+        *begins, size = accumulate(sizes, initial=0)
         pieces = list(_joined(self._pieces(begins)))
-        memory = _C.Mapping(self._file.descriptor, pieces, size=sum(sizes), shared=shared)
+        memory = _C.Mapping(self._file.descriptor, pieces, size=size, shared=shared)
         return [
             torch.frombuffer(memory, dtype=p.dtype, count=math.prod(s), offset=begin).view(s)
             for s, p, begin in zip(shapes, self._places, begins, strict=True)

@@ -172,7 +172,9 @@ def _read_parts(path: str | os.PathLike, metadata: dict[str, str], device: torch
                 return stored
         tensor = torch.empty(shape, dtype=dtype)
         file.seek(offset)
-        file.readinto(tensor.flatten().view(torch.uint8).numpy())
+        data = tensor.flatten().view(torch.uint8).numpy()
+        if file.readinto(data) < len(data):
+            raise ValueError(f"{path} was cut while it was read")
         return tensor.to(device)[(..., slice(rows), slice(None)) if rows is not None else ...]
 
     return _put_together(json.loads(metadata["parts"]), take, device)

@@ -14,7 +14,8 @@ SUMMARY = "continue a long document in several ways, and compare them"
 LENGTHS = {False: (16_000, 256), True: (2_000, 48)}  # --short: prompt, new tokens
 #: what the embedded pair's demonstration ends with
 REAL = r"""
-These models are small and write little sense. With ones that people use, 4 GB from the hub:
+These models are small, and what they write makes little sense. With ones that people use,
+4 GB from the hub:
 specextend demo --short --target Qwen/Qwen2.5-Coder-1.5B-Instruct \
   --draft Qwen/Qwen2.5-Coder-0.5B-Instruct"""
 

@@ -32,8 +32,9 @@ class Header:
             of SpecConfig that are not at their defaults), ``preset`` (name or None), ``synthetic``
             (as in a run), ``read_once`` (see ``run.Runner``).
         peak_memory: what ``peak_memory_bytes`` is: ``"cuda"``, the most that torch's allocator had
-            given out during the run, weights of all loaded models included; ``"resident"``, the
-            most memory that the process had, all of it included; None: not measured here.
+            given out during the run, weights of all loaded models included, but not rows that forks
+            share; ``"resident"``, the most memory that the process had, all of it included; None:
+            not measured here.
     """
 
     version: str

@@ -39,7 +39,7 @@ def header_of(plan: Plan, models: Models, config: SpecConfig, peak_memory: str |
             if getattr(config, field.name) != getattr(defaults, field.name)
         },
         "synthetic": plan.synthetic,
-        "read_once": options.read_once or None,
+        "read_once": options.read_once or None,  # as of results from before there was a choice
     }
     return Header(
         **machine.header(models.target.device.type),
